@@ -1,0 +1,1 @@
+"""Measurements of bypass_fx; `python -m benchmarks` lists them."""

@@ -1,0 +1,122 @@
+"""Coverage: every model of timm and torchvision planned, extended and contracted, and what was found in each."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import bypass_fx
+from bypass_fx.passes.link import Linked
+from bypass_fx.passes.match import match
+from bypass_fx.passes.plan import MODES
+
+from . import zoo
+from .results_file import ResultsFile
+
+
+def examine(model: nn.Module) -> dict[str, Any]:
+    """Plan the model in every mode, extend it with every site there is, contract it, and compare it with what it was."""
+    before = _snapshot(model)
+    start = time.perf_counter()
+    linked = Linked(model)
+    plans = {mode: match(linked, mode) for mode in MODES}
+    planned = time.perf_counter()
+    everything = plans["all"]
+    if everything.sites:
+        bypass_fx.extend(model, everything)
+        extended = time.perf_counter()
+        bypass_fx.contract(model)
+    else:
+        extended = planned
+    finished = time.perf_counter()
+    return {
+        "modules": len(linked.modules),
+        "activations": len(everything.sites) + len(everything.refusals),
+        "sites": {mode: dict(Counter(_kind(site) for site in plan.sites)) for mode, plan in plans.items()},
+        "refusals": {mode: dict(Counter(_class(r.reason) for r in plan.refusals)) for mode, plan in plans.items()},
+        "coefficients": everything.coefficients,
+        "unchanged": _snapshot(model) == before,
+        "seconds": {"plan": planned - start, "extend": extended - planned, "contract": finished - extended},
+    }
+
+
+def _kind(site: bypass_fx.Site) -> str:
+    return " ".join([site.kind, site.constraint, site.exact])
+
+
+def _class(reason: str) -> str:
+    """A reason without the names in it."""
+    head = reason.split(", which")[0]
+    for start in ("in front of it stands", "its result goes into", "A ("):
+        if head.startswith(start):
+            inner = head[head.rfind("(") + 1 : head.rfind(")")] if "(" in head else head.removeprefix(start).strip()
+            return f"{start} {inner if not inner.startswith('an argument') else 'an argument'}"
+    if ": its forward" in reason:
+        return "its forward" + reason.split(": its forward", 1)[1][:80]
+    return reason
+
+
+def _snapshot(model: nn.Module) -> Any:
+    classes = [(path, type(module), tuple(sorted(module.__dict__))) for path, module in model.named_modules()]
+    return classes, [(name, id(value)) for name, value in model.named_parameters()], list(model.state_dict())
+
+
+def run(pattern: str = "", results: str = "coverage.jsonl") -> ResultsFile:
+    """Examine every model that no earlier run has examined."""
+    from rich.progress import track
+
+    file = ResultsFile(results, ("torch", "timm", "torchvision"))
+    todo = [name for name in zoo.names() if pattern in name and name not in file.done("model")]
+    for name in track(todo, description="coverage"):
+        file.add({"model": name, **_row(name)})
+        gc.collect()
+    return file
+
+
+def _row(name: str) -> dict[str, Any]:
+    try:
+        model = zoo.build(name)
+    except Exception as error:  # a model that its own library can't build on meta is a row of the table
+        return {"error": f"not built: {type(error).__name__}: {str(error)[:200]}"}
+    try:
+        return examine(model)
+    except Exception:  # a crash is a row of the table, and the run goes on
+        return {"error": traceback.format_exc(limit=-3)[-800:]}
+
+
+def summary(file: ResultsFile) -> str:
+    """The table over all models, in Markdown."""
+    rows = [row for row in file if "error" not in row]
+    failed = [row for row in file if "error" in row]
+    with_activation = [row for row in rows if row["activations"]]
+    lines = [
+        f"{len(file.rows)} models, {len(failed)} not examined, {sum(not row['unchanged'] for row in rows)} changed after contraction.",
+        f"{len(with_activation)} call an element-wise activation; {sum(1 for r in with_activation if r['sites']['all'])} of them have a site.",
+        "",
+        "| mode | models with a site | sites | strict folded | strict augmented | relaxed | refusals |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode in MODES:
+        kinds: Counter[str] = Counter()
+        for row in rows:
+            for kind, count in row["sites"][mode].items():
+                kinds[" ".join(kind.split()[:2])] += count
+        refused = sum(sum(row["refusals"][mode].values()) for row in rows)
+        lines.append(
+            f"| {mode} | {sum(bool(row['sites'][mode]) for row in rows)} | {sum(kinds.values())} | {kinds['strict folded']} | "
+            f"{kinds['strict augmented']} | {kinds['relaxed zero']} | {refused} |"
+        )
+    totals = sorted(sum(row["seconds"].values()) for row in rows)
+    lines += ["", f"Seconds a model: median {totals[len(totals) // 2]:.2f}, highest {totals[-1]:.2f}."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(summary(run()))

@@ -1,0 +1,26 @@
+"""The D-activation ψ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor:
+    """ψ(z) = σ(z) + D z with D = diag(δ), one coefficient per channel (eq. 7 and 8 of the paper).
+
+    Args:
+        activated: σ(z), any shape and dtype; the result has its shape, dtype and memory format.
+        z: the activation's input, of the same shape.
+        delta: δ, shape (channels,).
+        channel_dim: the axis of z along which the channels lie.
+
+    Example:
+        >>> z = torch.tensor([[-1.0, 2.0]])
+        >>> psi(torch.relu(z), z, torch.tensor([0.5, 0.0]), -1)
+        tensor([[-0.5000,  2.0000]])
+    """
+    behind = z.dim() - 1 - channel_dim if channel_dim >= 0 else -1 - channel_dim
+    # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
+    d = delta.to(activated.dtype)
+    return torch.addcmul(activated, z.to(activated.dtype), d.view(-1, *[1] * behind) if behind else d)

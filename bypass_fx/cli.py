@@ -1,0 +1,171 @@
+"""The command line: `bypass-fx train` runs the main job, `bypass-fx inspect` shows where a model can be bypassed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from bypass_fx import terminal
+from bypass_fx.passes.errors import BypassError
+from bypass_fx.passes.plan import Mode
+from bypass_fx.settings import Settings
+
+_DEFAULT = Settings()
+_PHASES = "Phases, in epochs"
+_TRAIN_NEEDS = {"timm", "torchvision", "sklearn", "matplotlib", "PIL"}
+
+app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _program() -> None:
+    """Bypass stationary points: extend a model that has slowed down, walk, come back to the original architecture."""
+
+
+def _option(panel: str, text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Annotated[str, _option("Job", "mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")] = "mlp",
+    data: Annotated[str, _option("Job", "digits, eggholder, cifar10:DIR or imagefolder:DIR.")] = "digits",
+    weights: Annotated[Path | None, _option("Job", "Start from these weights (.safetensors or a state dict).")] = None,
+    image_size: Annotated[int, _option("Job", "Side of an image folder's images, in pixels.")] = 64,
+    device: Annotated[str, _option("Job", "auto, cpu, cuda, cuda:1, ...")] = _DEFAULT.device,
+    seed: Annotated[int, _option("Job", "Fixes the first weights, the minibatches and dropout.")] = _DEFAULT.seed,
+    out: Annotated[Path | None, _option("Job", "Run folder to write; runs/DATA-MODEL-TIME if left out.")] = None,
+    train1: Annotated[int, _option(_PHASES, "Before the bypass, until training slows down.")] = _DEFAULT.train1,
+    opt1: Annotated[int, _option(_PHASES, "The walk in the larger space.")] = _DEFAULT.opt1,
+    opt2: Annotated[int, _option(_PHASES, "The way back.")] = _DEFAULT.opt2,
+    train3: Annotated[int, _option(_PHASES, "After the bypass.")] = _DEFAULT.train3,
+    n: Annotated[int | None, _option(_PHASES, "Length of opt1 in steps, instead of --opt1.")] = _DEFAULT.n,
+    optimizer: Annotated[str, _option("Optimiser", "Any of timm's: adam, adamw, momentum, ...")] = _DEFAULT.optimizer,
+    lr: Annotated[float, _option("Optimiser", "Learning rate λ.")] = _DEFAULT.lr,
+    momentum: Annotated[float, _option("Optimiser", "Momentum, where the optimiser has one.")] = _DEFAULT.momentum,
+    weight_decay: Annotated[float, _option("Optimiser", "Weight decay.")] = _DEFAULT.weight_decay,
+    batch_size: Annotated[int, _option("Optimiser", "Examples in a minibatch.")] = _DEFAULT.batch_size,
+    comeback: Annotated[str, _option("Bypass", "Way back: homotopy, proximal or penalty.")] = _DEFAULT.comeback,
+    return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2, if not --lr.")] = _DEFAULT.return_lr,
+    gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,
+    gamma_unit: Annotated[str, _option("Bypass", "What t counts in γ(t): step or epoch.")] = _DEFAULT.gamma_unit,
+    epsilon: Annotated[float, _option("Bypass", "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.")] = _DEFAULT.epsilon,
+    mode: Annotated[str, _option("Bypass", "Sites: auto, strict, relaxed or all.")] = _DEFAULT.mode,
+    select: Annotated[str | None, _option("Bypass", "Only sites whose name fits this pattern.")] = _DEFAULT.select,
+) -> None:
+    """Train a model through a bypass, beside a baseline that goes on without.
+
+    Both take the same minibatches in the same number of steps.
+    Without options: a small network on scikit-learn's digits, in less than two minutes.
+
+    [bold]Examples[/]
+
+    bypass-fx train
+
+    bypass-fx train --model 2c2d --data cifar10:DIR --train1 500 --opt1 300 --opt2 250 --train3 450
+
+    bypass-fx train --model timm:resnet18 --data imagefolder:DIR --weights run/model.safetensors --train1 0
+    """
+    import torch
+
+    from bypass_fx import data as datasets
+    from bypass_fx import models, run_folder
+
+    settings = Settings(**{field.name: context.params[field.name] for field in fields(Settings)})
+    folder = out or Path("runs", f"{_slug(Path(data).name)}-{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}")
+    run_folder.expect_writable(folder)
+    examples = datasets.load(data, vectors=models.takes_vectors(model), image_size=image_size)
+    torch.manual_seed(seed)
+    network = models.build(model, models.Fit(examples.shape, examples.outputs))
+    if weights:
+        run_folder.load_weights(network, weights)
+    about = {"model": model, "data": data, "weights": str(weights) if weights else None, "settings": asdict(settings)}
+    _train(network, examples, settings, folder, about)
+
+
+def _train(network: Any, examples: Any, settings: Settings, folder: Path, about: dict[str, Any]) -> None:
+    from bypass_fx import run_folder
+    from bypass_fx.trainer import Trainer
+
+    screen = terminal.console()
+    with terminal.warnings_as_lines():
+        trainer = Trainer(network, examples, settings)
+        sites = f"{len(trainer.plan)} sites with {trainer.plan.coefficients} coefficients"
+        screen.print(f"{about['model']} on {about['data']}: {sites}, {trainer.total_steps} steps")
+        try:
+            with terminal.LiveProgress(screen, trainer.total_steps, trainer.train1_steps) as trainer.on_event:
+                history = trainer.fit()
+        except KeyboardInterrupt:
+            screen.print("Stopped; nothing was written.")
+            raise
+        run_folder.write(folder, history, network, about)
+    screen.print(terminal.result_table(history))
+    screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")],
+    mode: Annotated[str, typer.Option(help="auto, strict, relaxed or all.")] = "auto",
+    select: Annotated[str | None, typer.Option(help="Only sites whose name fits this pattern.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show where a model can be bypassed, and why not elsewhere.
+
+    For timm's and torchvision's models no weights are made or downloaded; large ones need no memory.
+
+    [bold]Examples[/]
+
+    bypass-fx inspect timm:resnet18
+
+    bypass-fx inspect torchvision:vit_b_16 --mode all
+
+    bypass-fx inspect my_package.nets:make --json > plan.json
+    """
+    from bypass_fx import models, surgery
+
+    with terminal.warnings_as_lines():
+        network = models.build_empty(model)
+        plan = surgery.plan(network, mode=cast(Mode, mode), select=select)
+    if json:
+        typer.echo(plan.to_json())
+        return
+    screen = terminal.console()
+    if plan.sites:
+        screen.print(terminal.site_table(plan))
+    if plan.refusals:
+        screen.print("", terminal.refusal_table(plan))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    screen.print(
+        f"\n{len(plan)} sites, {plan.coefficients} coefficients beside {parameters} parameters; "
+        f"{len(plan.refusals)} activations refused"
+    )
+
+
+def main() -> None:
+    """Run the command line; what the user can mend ends in one red line and the exit code 2."""
+    try:
+        app()
+    except BypassError as error:
+        terminal.show_error(str(error))
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _TRAIN_NEEDS:
+            raise
+        terminal.show_error(f"{package} is not installed; run: pip install 'bypass_fx[train]'")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _slug(name: str) -> str:
+    """A model's or data's name as part of a folder's name."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-.")

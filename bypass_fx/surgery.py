@@ -1,0 +1,274 @@
+"""The surgery as the user calls it: plan, extend, sites, project, contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .activation import psi
+from .passes import fold, insert, matrices
+from .passes.errors import PlanError, SurgeryError
+from .passes.link import ExampleInputs, Linked
+from .passes.match import match
+from .passes.matrices import tensor_named
+from .passes.plan import MODES, Mode, Plan, Site
+
+Select = str | Sequence[str] | Callable[[Site], bool]
+Model = TypeVar("Model", bound=nn.Module)
+
+_MARK = "_bypass_plan"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteContraction:
+    """What taking one site out did: the residual it had, and ‖A D b_W‖, the step that proj took (eq. 25)."""
+
+    name: str
+    constraint: str
+    residual: float
+    bias_shift: float
+
+
+@dataclass(frozen=True, slots=True)
+class ContractionReport:
+    """What `contract` did, site by site."""
+
+    sites: tuple[SiteContraction, ...]
+
+    @property
+    def residual(self) -> float:
+        """The sum of the residuals: 0 where the contraction changed no output."""
+        return sum(site.residual for site in self.sites)
+
+
+def plan(
+    model: nn.Module, mode: Mode = "auto", select: Select | None = None, example_inputs: ExampleInputs | None = None
+) -> Plan:
+    """Find where a model can be bypassed, and why not elsewhere; the model is not changed.
+
+    Args:
+        model: any module, on any device (meta included).
+        mode: "strict" (W → σ → A), "relaxed" (activations of residual blocks), "auto" (strict where the fold is exact
+            in training mode too, relaxed for the remaining activations of residual blocks), or "all" (relaxed for every
+            remaining one, gates included).
+        select: a glob pattern over site names, several of them, or a predicate on `Site`; all sites if None.
+        example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward, where its optional
+            arguments matter.
+
+    Raises:
+        PlanError: the mode is unknown, or the model can't be analysed.
+        SurgeryError: the model is extended already.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [site.name for site in plan(net)]
+        ['1']
+    """
+    model = _unwrapped(model)
+    _refuse_extended(model)
+    return _plan(Linked(model, example_inputs), mode, select)
+
+
+def _plan(linked: Linked, mode: Mode, select: Select | None) -> Plan:
+    if mode not in MODES:
+        raise PlanError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}")
+    found = match(linked, mode)
+    if select is None:
+        return found
+    chosen = _chosen(select)
+    return Plan(tuple(site for site in found.sites if chosen(site)), found.refusals, found.mode)
+
+
+def _chosen(select: Select) -> Callable[[Site], bool]:
+    if callable(select):
+        return select
+    patterns = [select] if isinstance(select, str) else list(select)
+    return lambda site: any(fnmatchcase(site.name, pattern) for pattern in patterns)
+
+
+def extend(
+    model: Model,
+    plan: Plan | None = None,
+    *,
+    mode: Mode = "auto",
+    select: Select | None = None,
+    example_inputs: ExampleInputs | None = None,
+) -> Model:
+    """Insert a D-activation ψ(z) = σ(z) + D z with D = 0 at every site (*embed*, eq. 10); the function does not change.
+
+    The model is changed in place and returned. Its parameters stay the same objects under the same names; the new ones
+    are called `delta_…`. Where anything fails, the model is as it was.
+
+    Args:
+        model: any module; for a compiled one the module inside is extended.
+        plan: the sites; made here from `mode`, `select` and `example_inputs`, if None.
+        mode, select, example_inputs: as for `plan`.
+
+    Raises:
+        PlanError: there is no site, or the plan does not fit the model.
+        SurgeryError: the model is extended already, or wrapped in a way that can't take new parameters.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> extend(net) is net
+        True
+        >>> [name for name, _ in net.named_parameters()]
+        ['0.weight', '0.bias', '2.weight', '2.bias', 'delta_1']
+    """
+    inner = _unwrapped(model)
+    _refuse_extended(inner)
+    linked = Linked(inner, example_inputs)
+    plan = plan or _plan(linked, mode, select)
+    if not plan.sites:
+        raise PlanError(_no_site(plan, select))
+    for site in plan.sites:
+        _check_fit(inner, site)
+    edits = insert.prepare(linked, plan, psi)
+    insert.apply(edits)
+    inner.__dict__[_MARK] = plan
+    return model
+
+
+def _no_site(plan: Plan, select: Select | None) -> str:
+    if select is not None:
+        return f"select={select!r} names no site of this model: see bypass_fx.plan(model).sites"
+    if not plan.refusals:
+        return "this model calls no element-wise activation that can be seen, so there is nothing to bypass"
+    reasons = sorted({f"{refusal.name}: {refusal.reason}" for refusal in plan.refusals})
+    more = f" (and {len(reasons) - 2} more)" if len(reasons) > 2 else ""
+    remedy = "" if plan.mode == "all" else "; mode='all' takes every activation whose channels are known"
+    return f"mode={plan.mode!r} finds no site in this model: {'; '.join(reasons[:2])}{more}{remedy}"
+
+
+def _check_fit(model: nn.Module, site: Site) -> None:
+    """Check that the model has the plan's W and A, of the plan's width."""
+    for affine in filter(None, (site.first, site.second)):
+        for name in filter(None, (affine.weight, affine.bias)):
+            try:
+                tensor_named(model, name)
+            except AttributeError:
+                raise PlanError(f"{site.name}: the model has no {name} as in the plan; plan this model anew") from None
+    if site.first is not None:
+        made = matrices.rows(model, site.first).shape[:2].numel()
+        if made != site.width:
+            raise PlanError(
+                f"{site.name}: {site.first} makes {made} channels, the plan has {site.width}; plan this model anew"
+            )
+
+
+def is_extended(model: nn.Module) -> bool:
+    """Whether the model, or the model inside a wrapper, is extended."""
+    return any(_MARK in module.__dict__ for module in model.modules())
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that `extend` was called on: the model itself, or the one inside a wrapper.
+
+    Raises:
+        SurgeryError: the model is not extended.
+    """
+    for module in model.modules():
+        if _MARK in module.__dict__:
+            return module
+    raise SurgeryError("this model is not extended: call bypass_fx.extend(model) first")
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The sites of an extended model, in order.
+
+    Raises:
+        SurgeryError: the model is not extended.
+    """
+    found: Plan = root_of(model).__dict__[_MARK]
+    return list(found.sites)
+
+
+def delta_of(model: nn.Module, site: Site) -> nn.Parameter:
+    """The coefficients δ of a site, shape (width,)."""
+    return root_of(model).get_parameter(site.parameter)
+
+
+@torch.no_grad()
+def project(model: nn.Module, names: Iterable[str]) -> None:
+    """Bring single sites back (*proj*, eq. 15): fold A D b_W into b_A and set D = 0, keeping the insertion.
+
+    Raises:
+        SurgeryError: the model is not extended, or has no site of that name.
+    """
+    root = root_of(model)
+    known = {site.name: site for site in sites(root)}
+    chosen = list(names)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise SurgeryError(f"no site is called {unknown[0]!r}: the sites are {', '.join(known)}")
+    for site in fold.in_fold_order(known[name] for name in chosen):
+        delta = delta_of(root, site)
+        fold.fold(root, site, delta)
+        delta.zero_()
+
+
+@torch.no_grad()
+def contract(model: nn.Module) -> ContractionReport:
+    """Take every D-activation out (*proj*): fold A D b_W into b_A, and restore the original classes and parameters.
+
+    Where a site's constraint holds exactly, no output changes beyond rounding; elsewhere A's output moves by at most
+    its residual times the norm of W's input.
+
+    Raises:
+        SurgeryError: the model is not extended.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> contract(extend(net)).residual
+        0.0
+        >>> sorted(net.state_dict())
+        ['0.bias', '0.weight', '2.bias', '2.weight']
+    """
+    from .constraint import residual  # the constraint is stated on extended models, and so imports this module
+
+    root = root_of(model)
+    taken = sites(root)
+    residuals = [residual(root, site) for site in taken]
+    shifts = {site.name: fold.fold(root, site, delta_of(root, site)) for site in fold.in_fold_order(taken)}
+    report = ContractionReport(
+        tuple(
+            SiteContraction(site.name, site.constraint, _number(value), _number(shifts[site.name]))
+            for site, value in zip(taken, residuals, strict=True)
+        )
+    )
+    for site in taken:
+        owner = root.get_submodule(site.owner)
+        if insert.is_extended_owner(owner):
+            insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
+    del root.__dict__[_MARK]
+    return report
+
+
+def _number(value: Tensor | None) -> float:
+    if value is None or value.is_meta:
+        return 0.0
+    return float(torch.linalg.vector_norm(value))
+
+
+def _refuse_extended(model: nn.Module) -> None:
+    if is_extended(model):
+        raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's or DataParallel's wrapper."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise SurgeryError(
+            "DistributedDataParallel does not see parameters that are added later: extend the model, then wrap it"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
+    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, nn.DataParallel) else None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model

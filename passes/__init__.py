@@ -1,0 +1,1 @@
+"""The compiler: trace, link, match, insert, fold. torch.fx and networkx; it knows nothing of training."""

@@ -1,0 +1,122 @@
+"""The element-wise activations: one table of their module classes, functions and tensor methods."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+# name: (module classes, functions, tensor methods). A trailing underscore marks the in-place form, as in torch.
+_TABLE: dict[str, tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
+    "relu": ((nn.ReLU,), (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_")),
+    "relu6": ((nn.ReLU6,), (F.relu6,), ()),
+    "leaky_relu": ((nn.LeakyReLU,), (F.leaky_relu, F.leaky_relu_), ()),
+    "prelu": ((nn.PReLU,), (F.prelu, torch.prelu), ("prelu",)),
+    "rrelu": ((nn.RReLU,), (F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), ()),
+    "elu": ((nn.ELU,), (F.elu, F.elu_), ()),
+    "celu": ((nn.CELU,), (F.celu, F.celu_, torch.celu, torch.celu_), ()),
+    "selu": ((nn.SELU,), (F.selu, F.selu_, torch.selu, torch.selu_), ()),
+    "gelu": ((nn.GELU,), (F.gelu,), ()),
+    "silu": ((nn.SiLU,), (F.silu,), ()),
+    "mish": ((nn.Mish,), (F.mish,), ()),
+    "hardswish": ((nn.Hardswish,), (F.hardswish,), ()),
+    "hardsigmoid": ((nn.Hardsigmoid,), (F.hardsigmoid,), ()),
+    "hardtanh": ((nn.Hardtanh,), (F.hardtanh, F.hardtanh_), ()),
+    "sigmoid": (
+        (nn.Sigmoid,), (torch.sigmoid, torch.sigmoid_, F.sigmoid, torch.special.expit), ("sigmoid", "sigmoid_")
+    ),
+    "logsigmoid": ((nn.LogSigmoid,), (F.logsigmoid,), ()),
+    "tanh": ((nn.Tanh,), (torch.tanh, torch.tanh_, F.tanh), ("tanh", "tanh_")),
+    "tanhshrink": ((nn.Tanhshrink,), (F.tanhshrink,), ()),
+    "hardshrink": ((nn.Hardshrink,), (F.hardshrink, torch.hardshrink), ("hardshrink",)),
+    "softshrink": ((nn.Softshrink,), (F.softshrink,), ()),
+    "softplus": ((nn.Softplus,), (F.softplus,), ()),
+    "softsign": ((nn.Softsign,), (F.softsign,), ()),
+    "threshold": ((nn.Threshold,), (F.threshold, torch.threshold), ()),
+}  # fmt: skip
+
+MODULES: dict[type[nn.Module], str] = {cls: name for name, (classes, _, _) in _TABLE.items() for cls in classes}
+FUNCTIONS: dict[Callable[..., Any], str] = {fn: name for name, (_, functions, _) in _TABLE.items() for fn in functions}
+METHODS: dict[str, str] = {method: name for name, (_, _, methods) in _TABLE.items() for method in methods}
+
+NAMES: dict[str, str] = {getattr(fn, "__name__", ""): name for fn, name in FUNCTIONS.items()} | METHODS
+
+
+def module_activation(module: nn.Module) -> str | None:
+    """The activation's name where the module is one of torch's own and its forward is not overridden."""
+    for cls, name in MODULES.items():
+        if isinstance(module, cls) and type(module).forward is cls.forward:
+            return name
+    return None
+
+
+def call_activation(node: fx.Node) -> str | None:
+    """The activation's name where the node calls one as a function or a tensor method."""
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target) if callable(node.target) else None
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+_STEPS = (
+    "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "expm1", "erf", "abs", "sqrt", "square", "clamp",
+)  # fmt: skip
+_ARITHMETIC = {
+    *(getattr(torch, name) for name in _STEPS),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
+}
+_ARITHMETIC_METHODS = {*_STEPS, "add_", "mul_", "div_", "clamp_"}
+
+
+def elementwise_activation(graph: fx.Graph, name: str) -> str | None:
+    """The name of the activation that a whole forward is: element-wise steps from one argument, with an activation.
+
+    A forward that is a single call has that call's name, a composed one (`x * sigmoid(x)`) has `name`.
+    """
+    nodes = list(graph.nodes)
+    *steps, output = nodes[1:]
+    if nodes[0].op != "placeholder" or not isinstance(output.args[0], fx.Node) or output.args[0] not in steps:
+        return None
+    activations = [called for called in map(call_activation, steps) if called]
+    arithmetic = all(
+        call_activation(node)
+        or (node.op == "call_function" and node.target in _ARITHMETIC)
+        or (node.op == "call_method" and node.target in _ARITHMETIC_METHODS)
+        for node in steps
+    )
+    if not activations or not arithmetic:
+        return None
+    return activations[0] if len(steps) == 1 else name
+
+
+def works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the call overwrites its input."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_"):
+        return True
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    index = _inplace_position(node.target) if callable(node.target) else None
+    return index is not None and len(node.args) > index and bool(node.args[index])
+
+
+@cache
+def _inplace_position(function: Callable[..., Any]) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except ValueError:  # a builtin without a signature: none of them has an in-place flag
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def activation_input(node: fx.Node) -> fx.Node | None:
+    """The node z whose value the activation reads."""
+    value = node.args[0] if node.args else node.kwargs.get("input", next(iter(node.kwargs.values()), None))
+    return value if isinstance(value, fx.Node) else None

@@ -1,0 +1,134 @@
+"""How a forward is called: which arguments carry values and which are constants that its code may branch on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An argument that carries a run-time value; `container` is the Python type it arrives in."""
+
+    container: type = Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """An argument that is the same plain Python value in every call."""
+
+    value: Any
+
+    def holds(self, other: Any) -> bool:
+        """Whether another value is this constant."""
+        return other is self.value or (type(other) is type(self.value) and bool(other == self.value))
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """An argument that is a list, tuple or dict of run-time values, by its keys."""
+
+    container: type
+    keys: tuple[Any, ...]
+
+
+Argument = Value | Constant | Items
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One way of calling a forward: every parameter by name; `*args` and `**kwargs` hold what they gather."""
+
+    arguments: tuple[tuple[str, Argument], ...]
+    star: tuple[str, tuple[Argument, ...]] | None = None
+    stars: tuple[str, tuple[tuple[str, Argument], ...]] | None = None
+
+    def key(self) -> str:
+        """Text that is equal for equal calls (constants need not be hashable)."""
+        return repr(self)
+
+
+def default_call(signature: inspect.Signature) -> Call:
+    """The call that passes values for the required parameters and leaves the others at their defaults."""
+    names = list(signature.parameters.values())[1:]
+    required = {
+        p.name: Value() for p in names if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    star = (Value(),) if not required else ()
+    return _call(signature, required, star, {})
+
+
+def call_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call that these arguments (fx arguments or run-time ones) make; None where they don't bind."""
+    try:
+        bound = signature.bind(None, *args, **kwargs).arguments
+    except TypeError:
+        return None
+    given: dict[str, Argument] = {}
+    star: tuple[Argument, ...] = ()
+    stars: dict[str, Argument] = {}
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.name not in bound:
+            continue
+        value = bound[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            star = tuple(argument_of(item) for item in value)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            stars = {name: argument_of(item) for name, item in value.items()}
+        else:
+            given[parameter.name] = argument_of(value)
+    return _call(signature, given, star, stars)
+
+
+def _call(
+    signature: inspect.Signature,
+    given: Mapping[str, Argument],
+    star: tuple[Argument, ...],
+    stars: Mapping[str, Argument],
+) -> Call:
+    arguments: list[tuple[str, Argument]] = []
+    gathered: tuple[str, tuple[Argument, ...]] | None = None
+    keywords: tuple[str, tuple[tuple[str, Argument], ...]] | None = None
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            gathered = (parameter.name, star)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            keywords = (parameter.name, tuple(stars.items()))
+        else:
+            argument = given.get(parameter.name)
+            arguments.append((parameter.name, argument or argument_of(parameter.default)))
+    return Call(tuple(arguments), gathered, keywords)
+
+
+def argument_of(value: Any) -> Argument:
+    """A constant for plain data, a value for everything else."""
+    if isinstance(value, fx.Node | Tensor):
+        return Value()
+    if isinstance(value, list | tuple | dict):
+        if not any(isinstance(leaf, fx.Node | Tensor) for leaf in leaves(value)):
+            return Constant(value)
+        keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+        return Items(_plain_type(value), keys)
+    plain = value is None or isinstance(value, bool | int | float | str) or type(value).__module__ == "torch"
+    return Constant(value) if plain else Value(type(value))
+
+
+def _plain_type(value: Any) -> type:
+    """`list` for fx's immutable list, and so on."""
+    return next(plain for plain in (list, tuple, dict) if isinstance(value, plain))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The items of nested lists, tuples and dicts."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    else:
+        yield value

@@ -1,0 +1,224 @@
+"""The channel axis and the width of a value, from the modules and parameters it comes from or goes to (provenance)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .activations import call_activation, module_activation
+from .affine import affine_at
+from .link import Linked, Spot
+from .wires import Layout, through
+
+DEPTH = 60  # nodes looked at for one value before provenance gives up
+
+
+class Channels(NamedTuple):
+    """How many channels a value has, and along which axis (a BatchNorm's is 1, all others count from the end)."""
+
+    width: int
+    axis: int
+
+
+_KEEPS_SHAPE_FUNCTIONS = {
+    F.dropout, torch.clone, F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm, F.pad, F.interpolate,
+    F.normalize, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.softmax, torch.softmax, torch.clamp, torch.sqrt, torch.abs,
+    torch.neg,
+}  # fmt: skip
+_KEEPS_SHAPE_METHODS = {
+    "contiguous", "clone", "to", "float", "half", "type_as", "clamp", "softmax", "clamp_", "sqrt", "abs", "neg",
+    "detach",    "masked_fill", "masked_fill_", "type",
+}  # fmt: skip
+_BINARY = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.iadd, operator.isub,
+    operator.imul, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, torch.addcmul, torch.maximum,
+    torch.minimum,
+}  # fmt: skip
+_BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "addcmul_"}
+_POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d,
+)  # fmt: skip
+_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Softmax)
+
+
+def channels_of(linked: Linked, spot: Spot) -> Channels | None:
+    """The channels of the value at a spot, from where it comes; None where provenance does not settle it."""
+    return _Search(linked).value(spot)
+
+
+def channels_for(linked: Linked, spot: Spot) -> Channels | None:
+    """The channels that the readers of the value expect; None where they do not settle it, or disagree."""
+    found: set[Channels] = set()
+    todo, budget = [spot], DEPTH
+    while todo and budget:
+        here = todo.pop()
+        budget -= 1
+        for use in linked.uses(here):
+            if use is None:
+                continue
+            reader = affine_at(linked, use)
+            if reader is not None and reader.value is not None:
+                found.add(Channels(reader.inputs, reader.axis))
+            elif _keeps_shape(use.node, linked.module(use)):
+                norm = _normalised(linked.module(use))
+                found |= {norm} if norm else set()
+                todo.append(use)
+    return found.pop() if len(found) == 1 else None
+
+
+class _Search:
+    """One walk back; every node is visited once, so that loops through shared modules end."""
+
+    def __init__(self, linked: Linked) -> None:
+        self.linked = linked
+        self.seen: set[Spot] = set()
+
+    def value(self, spot: Spot | None) -> Channels | None:
+        if spot is None or len(self.seen) > DEPTH:
+            return None
+        declared = _declared(self.linked.module(spot))
+        if declared is not None:
+            return declared
+        spot = self.linked.source(spot)
+        if spot in self.seen:
+            return None
+        self.seen.add(spot)
+        module = self.linked.module(spot)
+        made = affine_at(self.linked, spot) if module is None else None
+        if made is not None:
+            return Channels(made.outputs, made.axis)
+        known = _declared(module) or _normalised(module)
+        if known is not None:
+            return known
+        if module is None:
+            return self.call(spot)
+        return self.first(spot) if _keeps_shape(spot.node, module) else self.moved(spot, module)
+
+    def first(self, spot: Spot) -> Channels | None:
+        inputs = spot.node.all_input_nodes
+        return self.value(Spot(spot.unit, inputs[0])) if inputs else None
+
+    def call(self, spot: Spot) -> Channels | None:
+        node = spot.node
+        if node.op == "placeholder":
+            return self.callers(spot)
+        if node.target in _BINARY or (node.op == "call_method" and node.target in _BINARY_METHODS):
+            return self.binary(spot)
+        if node.target is torch.cat or node.target is torch.concat:
+            return self.concatenated(spot)
+        if node.target is operator.getitem:
+            return self.chunk(spot)
+        if _keeps_shape(node, None):
+            return self.first(spot)
+        return self.moved(spot, None)
+
+    def callers(self, spot: Spot) -> Channels | None:
+        """All callers of a module pass the same number of channels, or it is not known."""
+        unit = spot.unit
+        if unit.path in self.linked.unseen or not unit.path:
+            return None
+        found = {self.value(argument) for argument in self.linked.arguments(spot)}
+        return found.pop() if len(found) == 1 else None
+
+    def binary(self, spot: Spot) -> Channels | None:
+        values = [value for value in spot.node.args if isinstance(value, fx.Node)]
+        found = {
+            known
+            for known in (self.value(Spot(spot.unit, value)) for value in values if value.op != "get_attr")
+            if known
+        }
+        widest = {known for known in found if known.width > 1}
+        return widest.pop() if len(widest) == 1 else None
+
+    def concatenated(self, spot: Spot) -> Channels | None:
+        parts = spot.node.args[0] if spot.node.args else None
+        dim = (
+            spot.node.args[1]
+            if len(spot.node.args) > 1
+            else spot.node.kwargs.get("dim", spot.node.kwargs.get("axis", 0))
+        )
+        if not isinstance(parts, list | tuple) or not isinstance(dim, int):
+            return None
+        found = [self.value(Spot(spot.unit, part)) for part in parts if isinstance(part, fx.Node)]
+        if len(found) != len(parts) or any(known is None for known in found):
+            return None
+        axes = {known.axis for known in found if known}
+        if len(axes) != 1:
+            return None
+        axis = axes.pop()
+        if dim == axis or (dim == 1 and axis < -1):
+            return Channels(sum(known.width for known in found if known), axis)
+        widths = {known.width for known in found if known}
+        return Channels(widths.pop(), axis) if len(widths) == 1 and dim != 1 else None
+
+    def chunk(self, spot: Spot) -> Channels | None:
+        """One part of `chunk(n, dim)` or `split(size, dim)`."""
+        parts, index = spot.node.args
+        if not isinstance(parts, fx.Node) or parts.target not in ("chunk", "split", torch.chunk, torch.split):
+            return None
+        whole = self.value(Spot(spot.unit, parts.args[0])) if isinstance(parts.args[0], fx.Node) else None
+        dim = parts.args[2] if len(parts.args) > 2 else parts.kwargs.get("dim", 0)
+        size: Any = parts.args[1] if len(parts.args) > 1 else next(iter(parts.kwargs.values()), None)
+        if whole is None or not (dim == whole.axis or (dim == 1 and whole.axis < -1)):
+            return whole if whole is not None and dim == 0 else None
+        if parts.target in ("chunk", torch.chunk):
+            return (
+                whole._replace(width=whole.width // size) if isinstance(size, int) and whole.width % size == 0 else None
+            )
+        if isinstance(size, int):
+            return whole._replace(width=size) if whole.width % size == 0 else None
+        width = size[index] if isinstance(size, list | tuple) and isinstance(index, int) else None
+        return whole._replace(width=width) if isinstance(width, int) else None
+
+    def moved(self, spot: Spot, module: nn.Module | None) -> Channels | None:
+        """Through a wire that moves the axes (permute, flatten of positions)."""
+        before = self.first(spot)
+        if before is None or before.axis >= 0:
+            return None
+        after = through(Layout(before.axis), spot.node, module)
+        return None if after is None or after.flat else Channels(before.width, after.axis)
+
+
+def _declared(module: nn.Module | None) -> Channels | None:
+    """What a Linear or a convolution says of itself; a subclass with a forward of its own keeps the attributes' sense."""
+    if isinstance(module, _ConvNd):
+        return Channels(module.out_channels, -len(module.kernel_size) - 1)
+    return Channels(module.out_features, -1) if isinstance(module, nn.Linear) else None
+
+
+def _normalised(module: nn.Module | None) -> Channels | None:
+    """The channels that a normalisation layer knows of."""
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return Channels(module.num_features, 1)
+    if isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward:
+        return Channels(module.num_channels, 1)
+    if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
+        return Channels(module.normalized_shape[-1], -1)
+    if isinstance(module, nn.RMSNorm) and type(module).forward is nn.RMSNorm.forward:
+        return Channels(module.normalized_shape[-1], -1)
+    if isinstance(module, nn.Embedding):
+        return Channels(module.embedding_dim, -1)
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return Channels(module.num_parameters, 1)
+    return None
+
+
+def _keeps_shape(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the result has the channels of the first input, along the same axis."""
+    if module is not None:
+        if isinstance(module, _ConvNd | nn.Linear):
+            return False
+        return isinstance(module, (*_SAME, *_POOLS)) or module_activation(module) is not None
+    if call_activation(node) is not None:
+        return True
+    return node.target in (_KEEPS_SHAPE_METHODS if node.op == "call_method" else _KEEPS_SHAPE_FUNCTIONS)

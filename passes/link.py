@@ -1,0 +1,329 @@
+"""The dataflow of the whole model: the owners' graphs joined at the calls of their child modules.
+
+Nothing is copied: a value is a `Spot` (which forward, which node of its graph), and `Linked.source` / `Linked.uses`
+step from a spot to where its value comes from and where it goes, across owners. What can't be seen is taken at its
+worst: a module that is called from code without a graph has unknown callers, and values that enter such code escape.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import networkx as nx
+from torch import fx, nn
+
+from .activations import call_activation, elementwise_activation, module_activation
+from .calls import Call, call_of, leaves
+from .errors import UntraceableError
+from .trace import OwnerGraph, Tracing
+
+ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+class Unit(NamedTuple):
+    """One traced forward: the module's path and the number of the variant (a module may be called in several ways)."""
+
+    path: str
+    variant: int = 0
+
+
+class Spot(NamedTuple):
+    """One value of the model: the result of a node in a unit's graph."""
+
+    unit: Unit
+    node: fx.Node
+
+
+class Linked:
+    """The traced forwards of a model, and who calls whom.
+
+    Attributes:
+        graphs: the graph of every unit.
+        callers: for every module path, the spots that call it.
+        unseen: paths that may (also) be called from code without a graph.
+        failures: why a module has no graph.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
+        self.model = model
+        self.tracing = Tracing(model)
+        self.modules = self.tracing.modules
+        self.graphs: dict[Unit, OwnerGraph] = {}
+        self.callers: dict[str, list[Spot]] = {}
+        self.unseen: set[str] = set()
+        self.failures: dict[str, UntraceableError] = {}
+        self._calls: dict[tuple[str, str], Unit] = {}
+        self._callees: dict[Spot, Unit] = {}
+        self._activations: dict[str, str | None] = {}
+        self._variants: dict[str, list[Unit]] = {}
+        with self.tracing.session():
+            self._enter("", _root_call(self.tracing, example_inputs))
+            for path, module in self.modules.items():  # what no graph calls may be called from anywhere
+                if path and path not in self.callers and not _is_container(module):
+                    self.unseen.add(path)
+                    self._enter(path, None)
+
+    def _enter(self, path: str, call: Call | None) -> Unit | None:
+        module = self.modules[path]
+        if (type(module).__module__.startswith("torch.nn.modules") and not module._modules) or path in self.failures:
+            return None
+        known = self._calls.get((path, call.key() if call else ""))
+        if known is not None:
+            return known
+        try:
+            graph = self.tracing.trace(path, call)
+        except UntraceableError as error:
+            self.failures[path] = error
+            return None
+        unit = Unit(path, len(self.variants(path)))
+        self._variants.setdefault(path, []).append(unit)
+        self.graphs[unit] = graph
+        self._calls[path, call.key() if call else ""] = unit
+        for version in filter(None, (graph, graph.in_eval)):
+            for node in version.graph.nodes:
+                if node.op == "call_module":
+                    child = self.child(unit, node)
+                    spot = Spot(unit, node)
+                    self.callers.setdefault(child, []).append(spot)
+                    callee = self._enter(child, self._call_of(child, node))
+                    if callee is not None:
+                        self._callees[spot] = callee
+        return unit
+
+    def _call_of(self, path: str, node: fx.Node) -> Call | None:
+        signature = self.tracing.signature(path)
+        return call_of(signature, node.args, node.kwargs) if signature else None
+
+    def child(self, unit: Unit, node: fx.Node) -> str:
+        """The path under which the model first names the module that the node calls."""
+        return self.path_of(self.modules[unit.path].get_submodule(str(node.target)))
+
+    def path_of(self, module: nn.Module) -> str:
+        """The path under which the model first names a module of its own."""
+        path = self.tracing.names.module("", module)
+        assert path is not None, "a traced graph names only modules of the model"
+        return path
+
+    def module(self, spot: Spot) -> nn.Module | None:
+        """The child module that the spot calls, if it calls one."""
+        return self.modules[self.child(*spot)] if spot.node.op == "call_module" else None
+
+    def callee(self, spot: Spot) -> Unit | None:
+        """The unit that the spot calls; None where it is an activation or another leaf, or has no graph."""
+        unit = self._callees.get(spot)
+        return None if unit is None or self.activation_module(unit.path) else unit
+
+    def own_unit(self, path: str) -> list[Unit]:
+        """The unit of a leaf module's own forward, traced now; empty where it has no graph."""
+        try:
+            graph = self.tracing.trace(path)
+        except UntraceableError as error:
+            self.failures[path] = error
+            return []
+        unit = Unit(path)
+        self._variants[path] = [unit]
+        self.graphs[unit] = graph
+        return [unit]
+
+    def activation(self, spot: Spot) -> str | None:
+        """The name of the element-wise activation that the spot calls; None where it calls none."""
+        module = self.module(spot)
+        return call_activation(spot.node) if module is None else self.activation_module(self.child(*spot))
+
+    def activation_module(self, path: str) -> str | None:
+        """The name of the activation that a module is; None where it is none."""
+        if path not in self._activations:
+            self._activations[path] = self._activation_module(path)
+        return self._activations[path]
+
+    def _activation_module(self, path: str) -> str | None:
+        module = self.modules[path]
+        known = module_activation(module)
+        if known is not None or module._modules or module._parameters:
+            return known
+        graphs = [self.graphs[unit].graph for unit in self.variants(path)]
+        return elementwise_activation(graphs[0], type(module).__name__) if len(graphs) == 1 else None
+
+    def variants(self, path: str) -> list[Unit]:
+        """Every unit of a module."""
+        return self._variants.get(path, [])
+
+    def called_once(self, path: str) -> bool:
+        """Whether exactly one call in the model's code reaches the module, and that call can be seen."""
+        return path not in self.unseen and sum(map(self._in_first_version, self.callers.get(path, ()))) == 1
+
+    def arguments(self, spot: Spot) -> list[Spot | None]:
+        """What each caller passes for a placeholder; None where a caller passes no traced value."""
+        found: list[Spot | None] = []
+        for caller in self._seen_callers(spot.unit) or []:
+            value = self._bound(caller, spot.unit).get(str(spot.node.target))
+            found.append(Spot(caller.unit, value) if isinstance(value, fx.Node) else None)
+        return found
+
+    def source(self, spot: Spot) -> Spot:
+        """Where the value comes from, stepping out to the caller's argument and into the callee's result.
+
+        Stops at the first node that computes something, or where the way back is not unique.
+        """
+        while True:
+            before = self._source_step(spot)
+            if before is None:
+                return spot
+            spot = before
+
+    def _source_step(self, spot: Spot) -> Spot | None:
+        unit, call = spot
+        index: tuple[Any, ...] = ()
+        while call.op == "call_function" and call.target is operator.getitem and isinstance(call.args[0], fx.Node):
+            index = (call.args[1], *index)
+            call = call.args[0]
+        if call.op == "placeholder":
+            callers = self._seen_callers(unit)
+            if callers is None or len(callers) != 1:
+                return None
+            there, whole = callers[0].unit, self._bound(callers[0], unit).get(str(call.target))
+        else:
+            callee = self.callee(Spot(unit, call))
+            if callee is None:
+                return None
+            there, whole = callee, self.graphs[callee].output
+        value = _item(whole, index)
+        return Spot(there, value) if isinstance(value, fx.Node) else None
+
+    def _seen_callers(self, unit: Unit) -> list[Spot] | None:
+        """The spots that call the unit; None where others may exist."""
+        if not unit.path or unit.path in self.unseen:
+            return None
+        spots = self.callers.get(unit.path, [])
+        return [spot for spot in spots if self.callee(spot) == unit and self._in_first_version(spot)]
+
+    def _in_first_version(self, spot: Spot) -> bool:
+        return spot.node.graph is self.graphs[spot.unit].graph
+
+    def _bound(self, caller: Spot, unit: Unit) -> dict[str, Any]:
+        """The callee's placeholders and what the caller passes for them."""
+        signature = self.tracing.signature(unit.path)
+        assert signature is not None
+        bound: dict[str, Any] = {}
+        for name, value in signature.bind(None, *caller.node.args, **caller.node.kwargs).arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is kind.VAR_POSITIONAL:
+                bound |= {f"{name}_{i}": item for i, item in enumerate(value)}
+            elif kind is kind.VAR_KEYWORD:
+                bound |= {f"{name}_{key}": item for key, item in value.items()}
+            else:
+                bound[name] = value
+        return bound
+
+    def uses(self, spot: Spot) -> Iterator[Spot | None]:
+        """The spots that read the value, across owners; None stands for a use that can't be followed."""
+        seen: set[Spot] = set()
+        todo = [spot]
+        while todo:
+            here = todo.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            for user in here.node.users:
+                steps = self._use_steps(here, user)
+                if steps is None:
+                    yield Spot(here.unit, user) if user.op != "output" else None
+                else:
+                    todo += steps
+
+    def _use_steps(self, spot: Spot, user: fx.Node) -> list[Spot] | None:
+        """Where a wire leads: into the callee's placeholders, or out to the callers; None where `user` is no wire."""
+        unit = spot.unit
+        if user.op == "output":
+            callers = self._seen_callers(unit)
+            if callers is None or user.args[0] is not spot.node:
+                return self._unpacked(unit, callers, spot.node, user)
+            return callers
+        callee = self.callee(Spot(unit, user))
+        if callee is None:
+            return None
+        found: list[Spot] = []
+        placeholders = {str(node.target): node for node in self.graphs[callee].graph.nodes if node.op == "placeholder"}
+        for name, value in self._bound(Spot(unit, user), callee).items():
+            if value is spot.node:
+                found.append(Spot(callee, placeholders[name]))
+            elif not isinstance(value, fx.Node) and spot.node in leaves(value):
+                items = _readers(value, spot.node, placeholders.get(name))
+                if items is None:
+                    return None
+                found += [Spot(callee, item) for item in items]
+        return found
+
+    def _unpacked(self, unit: Unit, callers: list[Spot] | None, node: fx.Node, output: fx.Node) -> list[Spot] | None:
+        """The callers' `result[i]` for a value that is returned as the i-th of several."""
+        result = output.args[0]
+        if callers is None or isinstance(result, fx.Node):
+            return None
+        found: list[Spot] = []
+        for caller in callers:
+            items = _readers(result, node, caller.node)
+            if items is None:
+                return None
+            found += [Spot(caller.unit, item) for item in items]
+        return found
+
+    @cached_property
+    def digraph(self) -> nx.DiGraph[tuple[str, int, str]]:
+        """The whole model as one networkx.DiGraph: nodes are (path, variant, node name), edges carry values."""
+        graph: nx.DiGraph[tuple[str, int, str]] = nx.DiGraph()
+        for unit, owned in self.graphs.items():
+            for node in owned.graph.nodes:
+                graph.add_node((*unit, node.name), op=node.op, target=str(node.target), owner=unit.path)
+        for unit, owned in self.graphs.items():
+            for node in owned.graph.nodes:
+                callee = self.callee(Spot(unit, node))
+                if callee is None:
+                    graph.add_edges_from(((*unit, value.name), (*unit, node.name)) for value in node.all_input_nodes)
+                    continue
+                bound = self._bound(Spot(unit, node), callee)
+                for inner in self.graphs[callee].graph.nodes:
+                    if inner.op == "placeholder":
+                        given = [value for value in leaves(bound.get(str(inner.target))) if isinstance(value, fx.Node)]
+                        graph.add_edges_from(((*unit, value.name), (*callee, inner.name)) for value in given)
+                    elif inner.op == "output":
+                        graph.add_edge((*callee, inner.name), (*unit, node.name))
+        return graph
+
+
+def _readers(whole: Any, value: fx.Node, container: fx.Node | None) -> list[fx.Node] | None:
+    """The nodes `container[i]` that take the value out of a list, tuple or dict; None where it may be read otherwise."""
+    if container is None or not isinstance(whole, list | tuple | dict):
+        return None
+    items = whole.items() if isinstance(whole, dict) else enumerate(whole)
+    keys = [key for key, item in items if item is value]
+    if len(keys) != sum(leaf is value for leaf in leaves(whole)):
+        return None
+    if any(user.target is not operator.getitem for user in container.users):
+        return None
+    return [user for user in container.users if user.args[1] in keys]
+
+
+def _item(whole: Any, index: tuple[Any, ...]) -> Any:
+    """`whole[i][j]…`; None where there is no such item, or where it is indexed at run time only."""
+    for key in index:
+        try:
+            whole = None if isinstance(whole, fx.Node) else whole[key]
+        except (TypeError, KeyError, IndexError):
+            return None
+    return whole
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+
+
+def _root_call(tracing: Tracing, example_inputs: ExampleInputs | None) -> Call | None:
+    signature = tracing.signature("")
+    if example_inputs is None or signature is None:
+        return None
+    if isinstance(example_inputs, Mapping):
+        return call_of(signature, (), example_inputs)
+    return call_of(signature, tuple(example_inputs), {})

@@ -1,0 +1,349 @@
+"""Which activation calls can carry a D-activation, and of which kind: a table of rules over the linked graphs.
+
+Each rule looks at one activation call and answers with a match or with the reason why not. A mode is a row of the
+table: the rules to try, in order. Adding a pattern is adding a rule and naming it in the rows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from .activations import activation_input
+from .affine import Found, affine_at, norm_at
+from .channels import Channels, channels_for, channels_of
+from .link import Linked, Spot, Unit
+from .plan import Affine, Constraint, Exact, Kind, Mode, Plan, Refusal, Site
+from .residual import residual_nodes, residual_units
+from .wires import Layout, still, through
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a rule found for a call."""
+
+    kind: Kind
+    constraint: Constraint
+    channels: Channels
+    first: Affine | None = None
+    second: Affine | None = None
+    exact: Exact = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a rule does not take a call, and what the user can do about it."""
+
+    text: str
+    remedy: str = ""
+
+
+Rule = Callable[["Calls", Spot], Match | Reason]
+
+
+def match(linked: Linked, mode: Mode) -> Plan:
+    """All sites and refusals of a linked model, in the order in which the model defines its modules."""
+    calls = Calls(linked)
+    sites: list[Site] = []
+    refusals: list[Refusal] = list(unseen_refusals(linked))
+    for name, spot, activation in calls.all():
+        outcome = _decide(calls, spot, RULES[mode])
+        path, call = spot.unit.path, linked.graphs[spot.unit].name_of[spot.node]
+        if isinstance(outcome, Reason):
+            refusals.append(Refusal(name, path, activation, outcome.text, outcome.remedy))
+            continue
+        found = outcome
+        sites.append(
+            Site(
+                name, path, call, found.kind, found.constraint, activation, found.channels.width, found.channels.axis,
+                _parameter_name(linked, path, call), found.first, found.second, found.exact,
+            )
+        )  # fmt: skip
+    return Plan(tuple(sites), tuple(refusals), mode)
+
+
+def _decide(calls: Calls, spot: Spot, rules: tuple[Rule, ...]) -> Match | Reason:
+    """The first match; where there is none, the last rule's reason (the most permissive rule comes last)."""
+    outcome: Match | Reason = Reason("no rule of this mode looks at it")
+    for rule in rules:
+        outcome = rule(calls, spot)
+        if isinstance(outcome, Match):
+            return outcome
+    return outcome
+
+
+def _parameter_name(linked: Linked, path: str, call: str) -> str:
+    """A name for δ on the owner that nothing else has."""
+    owner, name = linked.modules[path], "delta_" + call.replace(".", "_")
+    while hasattr(owner, name):
+        name += "_"
+    return name
+
+
+def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
+    """Activations called as functions in forwards that have no graph."""
+    for path, error in linked.failures.items():
+        for activation in linked.tracing.mentions(path):
+            reason = Reason(
+                str(error), "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
+            )
+            yield Refusal(f"{path}.{activation}".lstrip("."), path, activation, reason.text, reason.remedy)
+
+
+class Calls:
+    """The activation calls of a linked model, with what the rules ask about them."""
+
+    def __init__(self, linked: Linked) -> None:
+        self.linked = linked
+
+    def all(self) -> Iterator[tuple[str, Spot, str]]:
+        """(site name, spot, activation) of every call: in owners with a graph, and activation modules on their own."""
+        for path in self.linked.modules:
+            units = self.linked.variants(path)
+            if self.linked.activation_module(path):
+                yield from self._alone(path)
+            elif units:
+                graph = self.linked.graphs[units[0]]
+                for node in graph.graph.nodes:
+                    activation = self.linked.activation(Spot(units[0], node))
+                    if activation:
+                        yield f"{path}.{graph.name_of[node]}".lstrip("."), Spot(units[0], node), activation
+
+    def _alone(self, path: str) -> Iterator[tuple[str, Spot, str]]:
+        """An activation module that no graph calls: it is its own owner."""
+        if path not in self.linked.unseen and path:
+            return
+        for unit in self.linked.variants(path) or self.linked.own_unit(path):
+            graph = self.linked.graphs[unit]
+            for node in graph.graph.nodes:
+                if node in graph.name_of and self.linked.activation(Spot(unit, node)):
+                    yield path or graph.name_of[node], Spot(unit, node), self.linked.activation_module(path) or ""
+
+    @cached_property
+    def in_residual(self) -> set[Unit]:
+        return residual_units(self.linked)
+
+    def residual(self, spot: Spot) -> bool:
+        graph = self.linked.graphs[spot.unit].graph
+        return spot.unit in self.in_residual or spot.node in residual_nodes(self.linked, spot.unit, graph)
+
+    def channels(self, spot: Spot) -> Channels | None:
+        z = activation_input(spot.node)
+        return (channels_of(self.linked, Spot(spot.unit, z)) if z is not None else None) or channels_for(
+            self.linked, spot
+        )
+
+    def gates(self, spot: Spot) -> bool:
+        """Whether the activation's result, through wires, multiplies a path that does not come from it."""
+        todo, carriers = [spot], {spot}
+        while todo:
+            here = todo.pop()
+            for use in self.linked.uses(here):
+                if use is None or use in carriers:
+                    continue
+                carriers.add(use)
+                if use.node.target in _PRODUCTS and _another_path(self.linked, use, carriers):
+                    return True
+                if through(Layout(-3), use.node, self.linked.module(use)) or use.node.target in _SPREADS:
+                    todo.append(use)
+        return False
+
+
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_SPREADS = {
+    "expand",
+    "expand_as",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "to",
+    torch.unsqueeze,
+    "type_as",
+    "view_as",
+}
+
+
+def _another_path(linked: Linked, product: Spot, carriers: set[Spot]) -> bool:
+    """Whether a factor comes from an input of the forward without passing the activation's result."""
+    return any(_free_of(linked, product.unit, value, carriers) for value in product.node.all_input_nodes)
+
+
+def _free_of(linked: Linked, unit: Unit, value: fx.Node, carriers: set[Spot]) -> bool:
+    todo, seen, has_input = [value], {value}, False
+    while todo:
+        node = todo.pop()
+        spot = Spot(unit, node)
+        if spot in carriers or (node.op == "placeholder" and linked.source(spot) in carriers):
+            return False
+        has_input = has_input or node.op in ("placeholder", "call_module")
+        new = [before for before in node.all_input_nodes if before not in seen]
+        seen.update(new)
+        todo += new
+    return has_input
+
+
+def strict(calls: Calls, spot: Spot) -> Match | Reason:
+    """W → σ → A, both affine, only channel-wise wires between (Definition 3 of the paper, and convolutions)."""
+    linked = calls.linked
+    if len(linked.variants(spot.unit.path)) > 1:
+        return Reason("its owner is called in several ways")
+    first = _first(linked, spot)
+    if isinstance(first, Reason):
+        return first
+    w, before = first
+    second = _second(linked, spot, before)
+    if isinstance(second, Reason):
+        return second
+    a, after, alone = second
+    if a.inputs % w.outputs or (a.inputs != w.outputs and not after.flat):
+        return Reason(f"A ({a.affine}) reads {a.inputs} channels, W ({w.affine}) makes {w.outputs}")
+    offset = w.affine.bias is not None or w.affine.norm is not None
+    carried = not after.cut and not a.pads and alone and _bias_is_free(linked, a.affine)
+    constraint: Constraint = "folded" if carried or not offset else "augmented"
+    noisy = after.noisy and offset and constraint == "folded"
+    exact: Exact = "eval" if w.affine.norm is not None or noisy else "always"
+    return Match("strict", constraint, Channels(w.outputs, before.axis), w.affine, a.affine, exact)
+
+
+def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
+    """W, found by walking back from σ through wires and at most one BatchNorm."""
+    node, unit, norm = activation_input(spot.node), spot.unit, None
+    passed = Layout(axis=0)
+    while node is not None:
+        here = linked.source(Spot(unit, node))
+        found = affine_at(linked, here)
+        if found is not None:
+            affine = replace(found.affine, norm=norm)
+            return replace(found, affine=affine), replace(passed, axis=found.axis)
+        batchnorm = norm_at(linked, here)
+        wire = still(passed, here.node, linked.module(here))
+        if batchnorm is not None and norm is None:
+            norm = batchnorm
+        elif wire is not None:
+            passed = wire
+        else:
+            return Reason(f"in front of it stands {_label(linked, here)}, which is no affine map")
+        inputs = here.node.all_input_nodes
+        node, unit = inputs[0] if inputs else None, here.unit
+    return Reason("no affine map stands in front of it")
+
+
+def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, bool] | Reason:
+    """A, found by following every use of ψ's result through wires; all uses must end in the same map.
+
+    The last item says whether ψ is all that A ever reads, so that A's bias may take the constant in.
+    """
+    todo: list[tuple[Spot, Layout]] = [(spot, layout)]
+    ends: dict[str, tuple[Found, Layout, Spot]] = {}
+    while todo:
+        here, layout = todo.pop()
+        for use in linked.uses(here):
+            if use is None:
+                return Reason("its result leaves the code that can be seen")
+            found = affine_at(linked, use)
+            if found is not None:
+                if found.axis != layout.axis or not _reads_only_value(use, found):
+                    return Reason(f"A ({found.affine}) reads another axis than the channels'")
+                ends[found.affine.weight] = (found, layout, use)
+                continue
+            passed = through(layout, use.node, linked.module(use)) if _reads_one_value(use.node) else None
+            if passed is None:
+                return Reason(f"its result goes into {_label(linked, use)}, which is no affine map")
+            todo.append((use, passed))
+    if len(ends) != 1:
+        return Reason("its result goes into several maps" if ends else "its result is not used")
+    found, layout, use = next(iter(ends.values()))
+    called_once = use.node.op != "call_module" or linked.called_once(found.affine.name)
+    alone = called_once and found.value is not None and _leads_back(linked, Spot(use.unit, found.value), spot)
+    return found, layout, alone
+
+
+def _reads_only_value(use: Spot, found: Found) -> bool:
+    """Whether the value enters A as its input, and not as its weight or bias."""
+    return found.value is not None and sum(node.op != "get_attr" for node in use.node.all_input_nodes) == 1
+
+
+def _reads_one_value(node: fx.Node) -> bool:
+    """Whether a wire carries one value (sizes taken from that same value do not count)."""
+    first = node.all_input_nodes[0]
+    return all(
+        other is first or first in other.all_input_nodes or _is_size(other, first) for other in node.all_input_nodes
+    )
+
+
+def _is_size(node: fx.Node, value: fx.Node) -> bool:
+    """Whether the node is `value.shape[i]`."""
+    return any(value in inner.all_input_nodes for inner in node.all_input_nodes)
+
+
+def _leads_back(linked: Linked, value: Spot, spot: Spot) -> bool:
+    """Whether the value that A reads can only come from the site."""
+    for _ in range(60):
+        value = linked.source(value)
+        if value == spot:
+            return True
+        inputs = value.node.all_input_nodes
+        if not inputs or value.node.op == "placeholder":
+            return False
+        value = Spot(value.unit, inputs[0])
+    return False
+
+
+def _bias_is_free(linked: Linked, affine: Affine) -> bool:
+    """Whether A has a bias of its own to carry the constant: a plain, trainable parameter that nothing else holds."""
+    if affine.bias is None:
+        return False
+    path, _, name = affine.bias.rpartition(".")
+    bias = linked.modules[path]._parameters.get(name)
+    return bias is not None and bias.requires_grad and linked.tracing.names.holders(bias) == 1
+
+
+def _label(linked: Linked, spot: Spot) -> str:
+    module = linked.module(spot)
+    if module is not None:
+        return f"{linked.child(*spot)} ({type(module).__name__})"
+    if spot.node.op == "placeholder":
+        where = spot.unit.path or "the model"
+        return f"an argument of {where}"
+    return str(getattr(spot.node.target, "__name__", spot.node.target))
+
+
+def strict_in_training(calls: Calls, spot: Spot) -> Match | Reason:
+    """Strict, where the fold is exact in training mode too."""
+    found = strict(calls, spot)
+    if isinstance(found, Match) and found.exact != "always":
+        return Reason(
+            "its fold is exact in eval mode only (a BatchNorm or a dropout stands inside)", "mode='strict' takes it"
+        )
+    return found
+
+
+def residual(calls: Calls, spot: Spot) -> Match | Reason:
+    """Relaxed, D = 0 (eq. 24 of the paper), for activations of residual blocks that are no gates."""
+    if calls.gates(spot):
+        return Reason("a gate: its result multiplies another path", "mode='all' takes it")
+    if not calls.residual(spot):
+        return Reason("it stands in no residual block", "mode='all' takes it")
+    return anywhere(calls, spot)
+
+
+def anywhere(calls: Calls, spot: Spot) -> Match | Reason:
+    """Relaxed, wherever the channels are known."""
+    channels = calls.channels(spot)
+    if channels is None:
+        return Reason("the number of its channels is not known from its neighbours", "pass example_inputs")
+    return Match("relaxed", "zero", channels)
+
+
+RULES: dict[Mode, tuple[Rule, ...]] = {
+    "strict": (strict,),
+    "relaxed": (residual,),
+    "auto": (strict_in_training, residual),
+    "all": (strict_in_training, anywhere),
+}

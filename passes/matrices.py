@@ -1,0 +1,85 @@
+"""The weights of a site's W and A as matrices, and its b_W: A D W and the fold are computed from these.
+
+A convolution is the same algebra per kernel tap: W becomes (n, inputs · taps), A becomes (outputs · taps, n), each per
+group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .plan import Affine
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """The parameter, buffer or parametrised tensor of a qualified name.
+
+    Raises:
+        AttributeError: the model has no such tensor.
+    """
+    path, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), attribute)
+    if not isinstance(tensor, Tensor):
+        raise AttributeError(f"{name} is no tensor")
+    return tensor
+
+
+def rows(model: nn.Module, affine: Affine) -> Tensor:
+    """W by the channels it makes, its BatchNorm in eval mode included. Shape (groups, n / groups, inputs · taps)."""
+    weight, groups = tensor_named(model, affine.weight), affine.groups
+    if affine.op == "conv_transpose":  # stored (in, out / groups, *kernel)
+        inputs, outputs = weight.shape[0], weight.shape[1]
+        by_row = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
+    else:
+        outer = weight.t() if affine.stored == "in_out" else weight
+        by_row = outer.reshape(groups, outer.shape[0] // groups, -1)
+    return by_row * _norm_scale(model, affine.norm).view(groups, -1, 1) if affine.norm else by_row
+
+
+def columns(model: nn.Module, affine: Affine, width: int) -> Tensor:
+    """A by the channels it reads. Shape (groups, outputs · taps / groups, width / groups), taps running fastest.
+
+    A Linear that reads flattened positions has one tap for each position of a channel.
+    """
+    weight, groups, inner = tensor_named(model, affine.weight), affine.groups, width // affine.groups
+    if affine.op == "conv_transpose":
+        return weight.reshape(groups, inner, -1).transpose(1, 2)
+    outer = weight.t() if affine.stored == "in_out" else weight
+    by_tap = outer.reshape(groups, outer.shape[0] // groups, inner, -1)
+    return by_tap.transpose(2, 3).reshape(groups, -1, inner)
+
+
+def offset(model: nn.Module, affine: Affine) -> Tensor | None:
+    """b_W, shape (n,), its BatchNorm in eval mode included: s (b - μ) + β; None where the map has no constant."""
+    bias = tensor_named(model, affine.bias) if affine.bias else None
+    if not affine.norm:
+        return bias
+    norm = _norm(model, affine.norm)
+    assert norm.running_mean is not None
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    scaled = _norm_scale(model, affine.norm) * shift
+    return scaled if norm.bias is None else scaled + norm.bias
+
+
+def respond(model: nn.Module, affine: Affine, constant: Tensor) -> Tensor:
+    """Σ_u A_u c: what A makes of an input that is c everywhere. `constant` has shape (n,), the result (outputs,)."""
+    a = columns(model, affine, len(constant)).to(constant.dtype)
+    weight = tensor_named(model, affine.weight)
+    outputs = weight.shape[1] if affine.stored == "in_out" else weight.shape[0] // affine.groups
+    by_tap = a @ constant.view(affine.groups, -1, 1)
+    return by_tap.reshape(affine.groups, outputs, -1).sum(2).flatten()
+
+
+def _norm(model: nn.Module, path: str) -> _BatchNorm:
+    norm = model.get_submodule(path)
+    assert isinstance(norm, _BatchNorm), "a plan's norm is a BatchNorm"
+    return norm
+
+
+def _norm_scale(model: nn.Module, path: str) -> Tensor:
+    norm = _norm(model, path)
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    return scale if norm.weight is None else scale * norm.weight

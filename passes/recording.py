@@ -1,0 +1,110 @@
+"""While a forward is traced: what it reads from modules is reported, its module calls become nodes, its writes are refused.
+
+The hooks sit on torch.nn.Module itself, where setting an attribute is slow (every subclass's lookups are invalidated), so
+they are set once for all the forwards of a model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
+
+from .errors import UntraceableError
+
+
+class Listener(Protocol):
+    """What a running trace does with the events."""
+
+    def read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """The forward read an attribute; the answer is what it sees."""
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward called a module; the answer is the result that it sees."""
+
+
+class Recorder:
+    """Holds the listener of the trace that runs now; without one, modules behave as ever."""
+
+    def __init__(self) -> None:
+        self.listener: Listener | None = None
+        self.thread = threading.get_ident()
+        self.depth = 0
+
+    def active(self) -> Listener | None:
+        """The listener, where this thread is the one that traces."""
+        return self.listener if threading.get_ident() == self.thread else None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the hooks on torch.nn.Module for as long as this lasts; may be nested."""
+        if self.depth:
+            yield
+            return
+        self.depth, self.thread = 1, threading.get_ident()
+        try:
+            with _hooks(self):
+                yield
+        finally:
+            self.depth = 0
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Send the events of a forward to a listener."""
+        with self.installed():
+            self.listener = listener
+            try:
+                yield
+            finally:
+                self.listener = None
+
+
+@contextmanager
+def _hooks(recorder: Recorder) -> Iterator[None]:
+    original_getattr, original_setattr = nn.Module.__getattr__, nn.Module.__setattr__
+    original_call, original_enter = nn.Module.__call__, torch.autocast.__enter__
+
+    def reading(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        listener = recorder.active()
+        if listener is None or name not in object.__getattribute__(module, "__dict__"):
+            return value
+        return listener.read(module, name, value)
+
+    def reading_registered(module: nn.Module, name: str) -> Any:
+        value = original_getattr(module, name)
+        listener = recorder.active()
+        return value if listener is None else listener.read(module, name, value)
+
+    def calling(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        listener = recorder.active()
+        return original_call(module, *args, **kwargs) if listener is None else listener.called(module, args, kwargs)
+
+    def writing(module: nn.Module, name: str, value: Any) -> None:
+        listener = recorder.active()
+        if listener is not None:
+            raise UntraceableError(f"its forward sets the attribute `{name}`, which a graph can't hold")
+        original_setattr(module, name, value)
+
+    def entering(context: Any) -> Any:
+        listener = recorder.active()
+        if listener is not None:
+            raise UntraceableError("its forward switches autocast, which a graph can't hold")
+        return original_enter(context)
+
+    with _new_patcher() as patcher:
+        patcher.patch_method(nn.Module, "__getattr__", reading_registered, deduplicate=False)
+        patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
+        patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
+        patcher.patch_method(torch.autocast, "__enter__", entering, deduplicate=False)
+        _patch_wrapped_functions(patcher)
+        nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__

@@ -1,0 +1,96 @@
+"""Residual blocks: which nodes of a graph stand on one branch of an add whose branches share an ancestor."""
+
+from __future__ import annotations
+
+import operator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx
+
+from .link import Linked, Spot, Unit
+
+_ADDS = {operator.add, operator.iadd, torch.add}
+_ADD_METHODS = {"add", "add_"}
+
+_found: WeakKeyDictionary[fx.Graph, frozenset[fx.Node]] = WeakKeyDictionary()
+
+
+def residual_units(linked: Linked) -> set[Unit]:
+    """The units that are called from a branch of a residual block, at any depth."""
+    inside: set[Unit] = set()
+    todo: list[Unit] = []
+    for unit, owned in linked.graphs.items():
+        if not unit.path:
+            todo.append(unit)
+        for node in residual_nodes(linked, unit, owned.graph):
+            todo += _entered(linked, unit, node, inside)
+    while todo:
+        unit = todo.pop()
+        if unit in inside:
+            for node in linked.graphs[unit].graph.nodes:
+                todo += _entered(linked, unit, node, inside)
+    return inside
+
+
+def _entered(linked: Linked, unit: Unit, node: fx.Node, inside: set[Unit]) -> list[Unit]:
+    if node.op != "call_module":
+        return []
+    callee = linked.callee(Spot(unit, node))
+    if callee is None or callee in inside:
+        return []
+    inside.add(callee)
+    return [callee]
+
+
+def residual_nodes(linked: Linked, unit: Unit, graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes on one branch of an add whose branches share an ancestor, and nodes applied to that add's result."""
+    if graph not in _found:
+        adds = {node: _operands(linked, unit, node) for node in graph.nodes}
+        activations = frozenset(node for node in graph.nodes if linked.activation(Spot(unit, node)))
+        _found[graph] = _branches(graph, {node: pair for node, pair in adds.items() if pair}, activations)
+    return _found[graph]
+
+
+def _operands(linked: Linked, unit: Unit, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values that a node adds: by an operator, or by a module whose forward adds its two arguments."""
+    tensors = [value for value in node.args if isinstance(value, fx.Node)]
+    if node.target in _ADDS or (node.op == "call_method" and node.target in _ADD_METHODS):
+        return (tensors[0], tensors[1]) if len(tensors) == 2 else None
+    if node.op != "call_module" or len(tensors) != 2:
+        return None
+    callee = linked.callee(Spot(unit, node))
+    result = linked.graphs[callee].output if callee else None
+    if not isinstance(result, fx.Node) or result.target not in _ADDS | _ADD_METHODS:
+        return None
+    added = [value for value in result.args if isinstance(value, fx.Node) and value.op == "placeholder"]
+    return (tensors[0], tensors[1]) if len(added) == 2 else None
+
+
+def _branches(
+    graph: fx.Graph, adds: dict[fx.Node, tuple[fx.Node, fx.Node]], activations: frozenset[fx.Node]
+) -> frozenset[fx.Node]:
+    order = list(graph.nodes)
+    index = {node: i for i, node in enumerate(order)}
+    above: list[int] = []  # a bit for every ancestor, the node itself included; parameters are nobody's ancestors
+    for i, node in enumerate(order):
+        bits = 0 if node.op == "get_attr" else 1 << i
+        for value in node.all_input_nodes:
+            bits |= above[index[value]]
+        above.append(bits)
+    inside = 0
+    for node, (left, right) in adds.items():
+        shared = above[index[left]] & above[index[right]]
+        if not shared:
+            continue
+        one_branch = above[index[left]] ^ above[index[right]]
+        members = [i for i in _bits(one_branch) if above[i] & shared]
+        for i in members:
+            inside |= 1 << i
+        for user in activations.intersection(node.users):
+            inside |= 1 << index[user]
+    return frozenset(order[i] for i in _bits(inside))
+
+
+def _bits(number: int) -> list[int]:
+    return [i for i, digit in enumerate(reversed(bin(number)[2:])) if digit == "1"]

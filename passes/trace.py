@@ -1,0 +1,233 @@
+"""Owner-local tracing: one module's own forward as a small fx.Graph, with every child module a leaf.
+
+Tracing one forward at a time reaches modules that whole-model tracing does not, and it keeps the model's modules, hooks
+and methods as they are. What the forward read from its modules while it was traced (flags, sizes, callables) is
+recorded: a second module of the class shares the graph where it reads the same.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache, cached_property
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .activations import NAMES
+from .calls import Call, default_call
+from .errors import UntraceableError
+from .recording import Recorder
+from .tracer import OwnerTracer, Read, fingerprint
+
+
+class OwnerGraph:
+    """The graph of one owner's forward for one way of calling it, shared by all modules that read the same.
+
+    Attributes:
+        graph: the fx.Graph (in training mode, where the modes differ); child calls are `call_module` nodes with paths
+            relative to the owner.
+        call: the arguments it was traced for.
+        reads: (module path, attribute, fingerprint) of everything that the forward read.
+        typed: arguments whose Python type the forward asked for.
+        in_eval: the graph in eval mode where it differs, else None.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        call: Call,
+        reads: tuple[Read, ...],
+        typed: frozenset[str],
+        in_eval: OwnerGraph | None = None,
+    ) -> None:
+        self.graph, self.call, self.reads, self.typed, self.in_eval = graph, call, reads, typed, in_eval
+
+    @cached_property
+    def names(self) -> dict[str, fx.Node]:
+        """Every call by its local name: the child's path, or the function's name, with _1, _2, … for further calls."""
+        taken: dict[str, fx.Node] = {}
+        children = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        for node in self.graph.nodes:
+            if node.op not in ("call_module", "call_function", "call_method"):
+                continue
+            base = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
+            count, name = 0, base
+            while name in taken or (name in children and node.op != "call_module"):
+                count += 1
+                name = f"{base}_{count}"
+            taken[name] = node
+        return taken
+
+    @cached_property
+    def name_of(self) -> dict[fx.Node, str]:
+        """The local name of every call."""
+        return {node: name for name, node in self.names.items()}
+
+    @cached_property
+    def output(self) -> Any:
+        """What the forward returns, as fx arguments."""
+        return next(reversed(self.graph.nodes)).args[0]
+
+    @cached_property
+    def children(self) -> tuple[str, ...]:
+        """The child modules that the graph calls."""
+        return tuple({str(node.target) for node in self.graph.nodes if node.op == "call_module"})
+
+
+class ModelNames:
+    """The paths of a model's modules and tensors, by identity; one that stands in several places has several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: dict[int, list[str]] = {}
+        self.tensors: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.modules.setdefault(id(module), []).append(path)
+        for named in (model.named_parameters, model.named_buffers):
+            for path, tensor in named(remove_duplicate=False):
+                self.tensors.setdefault(id(tensor), []).append(path)
+
+    def module(self, owner: str, module: nn.Module) -> str | None:
+        """The first path of a module below the owner ("" for the owner itself); None where it stands elsewhere."""
+        return _below(owner, self.modules.get(id(module), []))
+
+    def tensor(self, owner: str, tensor: Tensor) -> str | None:
+        """The first path of a parameter or buffer below the owner; None where it stands elsewhere."""
+        return _below(owner, self.tensors.get(id(tensor), []))
+
+    def holders(self, tensor: Tensor) -> int:
+        """Under how many names the model holds the tensor."""
+        return len(self.tensors.get(id(tensor), []))
+
+
+def _below(owner: str, paths: list[str]) -> str | None:
+    if not owner:
+        return paths[0] if paths else None
+    for path in paths:
+        if path == owner:
+            return ""
+        if path.startswith(owner) and path[len(owner)] == ".":
+            return path[len(owner) + 1 :]
+    return None
+
+
+class Tracing:
+    """Traces the forwards of one model's modules, each distinct one once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.names = ModelNames(model)
+        self._recorder = Recorder()
+        self._graphs: dict[tuple[type, str], list[OwnerGraph]] = {}
+        self._failures: dict[tuple[type, str], list[tuple[tuple[Read, ...], str]]] = {}
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep the hooks that tracing needs in place: many traces in one session are faster."""
+        return self._recorder.installed()
+
+    def signature(self, path: str) -> inspect.Signature | None:
+        """The signature of a module's forward, `self` included; None where it is not plain Python code."""
+        return _signature(type(self.modules[path]).forward)
+
+    def trace(self, path: str, call: Call | None = None) -> OwnerGraph:
+        """The graph of the module at `path`, called as `call` says (as its defaults say, if None).
+
+        Raises:
+            UntraceableError: the forward can't be written down as a graph; the message says why.
+        """
+        module, signature = self.modules[path], self.signature(path)
+        where = f"{path or 'the model'} ({type(module).__name__})"
+        if signature is None or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+            raise UntraceableError(f"{where}: its forward is not plain Python code")
+        call = call or default_call(signature)
+        key = (type(module), call.key())
+        for known in self._graphs.get(key, ()):
+            if self._read_same(module, known.reads) and self._resolves(path, known):
+                return known
+        for reads, reason in self._failures.get(key, ()):
+            if self._read_same(module, reads):
+                raise UntraceableError(f"{where}: {reason}")
+        tracer = OwnerTracer(self.names, self._recorder, path, module)
+        try:
+            traced = self._trace(tracer, signature, call)
+        except UntraceableError as error:
+            self._failures.setdefault(key, []).append((tuple(tracer.reads), str(error)))
+            raise UntraceableError(f"{where}: {error}") from error
+        self._graphs.setdefault(key, []).append(traced)
+        return traced
+
+    def mentions(self, path: str) -> list[str]:
+        """The activations that the forward of an untraceable module names, as functions or tensor methods."""
+        found: dict[str, None] = {}
+        for code in _codes(type(self.modules[path]).forward):
+            found |= dict.fromkeys(name for name in map(NAMES.get, code.co_names) if name)
+        return list(found)
+
+    def _trace(self, tracer: OwnerTracer, signature: inspect.Signature, call: Call) -> OwnerGraph:
+        module = tracer.root
+        forward = type(module).forward
+        if any(map(_enters_a_context, _codes(forward))):
+            raise UntraceableError("its forward enters a `with` block, which a graph can't hold")
+        graph = tracer.run(forward, signature, call)
+        now = module.training
+        if ("", "training", fingerprint(now)) not in tracer.reads:
+            return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
+        again = OwnerTracer(self.names, self._recorder, tracer.path, module)
+        module.__dict__["training"] = not now
+        try:
+            other = again.run(forward, signature, call)
+        finally:
+            module.__dict__["training"] = now
+        reads = tuple(read for read in {**tracer.reads, **again.reads} if read[:2] != ("", "training"))
+        typed = frozenset(tracer.typed | again.typed)
+        in_training, in_eval = (graph, other) if now else (other, graph)
+        if _text(in_training) == _text(in_eval):
+            return OwnerGraph(in_training, call, reads, typed)
+        return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
+
+    def _read_same(self, module: nn.Module, reads: tuple[Read, ...]) -> bool:
+        try:
+            return all(fingerprint(getattr(_at(module, where), name)) == value for where, name, value in reads)
+        except AttributeError:
+            return False
+
+    def _resolves(self, path: str, known: OwnerGraph) -> bool:
+        """Whether every child that the graph names is, here too, known by that name first (children may be shared)."""
+        module = self.modules[path]
+        try:
+            return all(self.names.module(path, _at(module, target)) == target for target in known.children)
+        except AttributeError:
+            return False
+
+
+def _at(module: nn.Module, path: str) -> nn.Module:
+    return module.get_submodule(path) if path else module
+
+
+def _text(graph: fx.Graph) -> str:
+    return str(graph.python_code("self").src)
+
+
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
+    if not isinstance(inspect.unwrap(forward), FunctionType):
+        return None
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return None
+    return signature if signature.parameters else None
+
+
+def _codes(forward: Callable[..., Any]) -> list[CodeType]:
+    return [function.__code__ for function in (forward, inspect.unwrap(forward)) if isinstance(function, FunctionType)]
+
+
+@cache
+def _enters_a_context(code: CodeType) -> bool:
+    return any(instruction.opname in ("BEFORE_WITH", "SETUP_WITH") for instruction in dis.get_instructions(code))

@@ -1,0 +1,274 @@
+"""Running one forward on traced values."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from .calls import Argument, Call, Constant, Value
+from .errors import UntraceableError
+from .recording import Recorder
+
+Read = tuple[str, str, Any]
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class Names(Protocol):
+    """Where the model keeps its modules and tensors, as paths below an owner; None for what stands elsewhere."""
+
+    def module(self, owner: str, module: nn.Module) -> str | None:
+        """The path of a module."""
+
+    def tensor(self, owner: str, tensor: Tensor) -> str | None:
+        """The path of a parameter or buffer."""
+
+
+def _asked_from_inside() -> bool:
+    """Whether the isinstance() that is being answered stands in torch or here, and not in the user's forward."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(("torch.", __package__ or ""))
+
+
+class TracedValue(fx.Proxy):
+    """A traced value; where the forward asks for its Python type, the answer is what the caller passes."""
+
+    @property  # type: ignore[misc]  # isinstance() asks for it
+    def __class__(self) -> type:
+        return type(self) if _asked_from_inside() else self.tracer.asked_type(self.node)  # type: ignore[attr-defined]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    """`x += y` overwrites x; fx.Proxy itself would fall back to `x = x + y`."""
+    operation = getattr(operator, name)
+
+    def assign(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return assign
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(TracedValue, f"__{_name}__", _augmented(_name))
+
+
+class StoredTensor(fx.Proxy):
+    """A parameter or buffer: a traced value whose shape is known."""
+
+    def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.stored = tensor
+
+    @property  # type: ignore[misc]  # isinstance() asks for it
+    def __class__(self) -> type:
+        return type(self) if _asked_from_inside() else type(self.stored)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.stored.ndim
+
+    def dim(self) -> int:
+        return self.stored.dim()
+
+    def numel(self) -> int:
+        return self.stored.numel()
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.stored.size() if dim is None else self.stored.size(dim)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+class OwnerTracer(fx.Tracer):
+    """Runs one method of a module on traced values; children are leaves.
+
+    After `run`, `reads` holds (module path, attribute, fingerprint) of everything that the method read, and `typed` the
+    arguments whose Python type it asked for.
+    """
+
+    def __init__(self, names: Names, recorder: Recorder, path: str, module: nn.Module) -> None:
+        super().__init__()
+        self.names, self.recorder, self.path, self.root = names, recorder, path, module
+        self.reads: dict[Read, None] = {}
+        self.typed: set[str] = set()
+        self.stored: dict[str, StoredTensor] = {}
+        self.containers: dict[fx.Node, type] = {}
+        self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
+        self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
+        self.graph = fx.Graph()
+
+    def run(self, method: Callable[..., Any], signature: inspect.Signature, call: Call) -> fx.Graph:
+        """The graph of the method, called as `call` says.
+
+        Raises:
+            UntraceableError: it can't be written down as a graph.
+        """
+        args, kwargs = self.arguments(signature, call)
+        dice = random.getstate()
+        try:
+            with self.recorder.listening(self), _Factories(self):
+                result = method(self.root, *args, **kwargs)
+                self.create_node("output", "output", (self.create_arg(result),), {})
+        except UntraceableError:
+            raise
+        except Exception as error:  # the user's own code ran on traced values: it may raise anything
+            text = str(error).strip().split("\n")[0]
+            raise UntraceableError(f"its forward does not trace ({type(error).__name__}: {text})") from error
+        if any(len(items) != length for items, length in self.given):
+            raise UntraceableError("its forward changes a list that it is given")
+        for held, copied in self.handed.values():
+            self.check_unchanged(held, copied)
+        if random.getstate() != dice:
+            random.setstate(dice)
+            raise UntraceableError("its forward draws from Python's random module")
+        return self.graph
+
+    def arguments(self, signature: inspect.Signature, call: Call) -> tuple[list[Any], dict[str, Any]]:
+        """The method's arguments: a placeholder for each value, the constant itself elsewhere."""
+        by_name = dict(call.arguments)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in list(signature.parameters.values())[1:]:
+            name = parameter.name
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                gathered = call.star[1] if call.star else ()
+                args += [self.argument(f"{name}_{i}", item) for i, item in enumerate(gathered)]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                keywords = call.stars[1] if call.stars else ()
+                kwargs |= {key: self.argument(f"{name}_{key}", item) for key, item in keywords}
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs[name] = self.argument(name, by_name[name])
+            else:
+                args.append(self.argument(name, by_name[name]))
+        return args, kwargs
+
+    def argument(self, name: str, argument: Argument) -> Any:
+        """What the method gets for one argument."""
+        if isinstance(argument, Constant):
+            return argument.value
+        proxy = self.create_proxy("placeholder", name, (), {})
+        if isinstance(argument, Value):
+            self.containers[proxy.node] = argument.container
+            return proxy
+        items = [self.create_proxy("call_function", operator.getitem, (proxy, key), {}) for key in argument.keys]
+        given = (
+            dict(zip(argument.keys, items, strict=True)) if argument.container is dict else argument.container(items)
+        )
+        self.given.append((given, len(argument.keys)))
+        return given
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return TracedValue(node, self)
+
+    def asked_type(self, node: fx.Node) -> type:
+        """The Python type of a value, for a method that asks isinstance()."""
+        if node not in self.containers:
+            raise UntraceableError("its forward asks for the Python type of a computed value")
+        self.typed.add(str(node.target))
+        return self.containers[node]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self.tensor(a).node
+        if isinstance(a, nn.Module):
+            raise UntraceableError("its forward passes a module as an argument")
+        return super().create_arg(a)
+
+    def tensor(self, tensor: Tensor) -> StoredTensor:
+        """A parameter or buffer as a traced value."""
+        path = self.names.tensor(self.path, tensor)
+        if path is None:
+            raise UntraceableError("its forward uses a tensor that is no parameter or buffer of its own")
+        if path not in self.stored:
+            self.stored[path] = StoredTensor(self.create_node("get_attr", path, (), {}), self, tensor)
+        return self.stored[path]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise UntraceableError("its forward switches gradients off, which a graph can't hold")
+        return super().create_node(*args, **kwargs)
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module call becomes a node."""
+        path = self.names.module(self.path, module)
+        if path is None:
+            raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """Note a read; parameters and buffers come back as traced values."""
+        where = self.names.module(self.path, module)
+        if where is None:
+            return value
+        self.reads[where, name, fingerprint(value)] = None
+        if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
+            return self.tensor(value)
+        if type(value) in (dict, list, set):
+            return self.handed.setdefault(id(value), (value, type(value)(value)))[1]
+        return value
+
+    def check_unchanged(self, held: Any, copied: Any) -> None:
+        """A method may put values that come from parameters alone into a dict: it computes them again at every call."""
+        if isinstance(held, dict):
+            kept = all(copied.get(key) is item for key, item in held.items())
+            new = [item for key, item in copied.items() if key not in held]
+        else:
+            kept, new = len(held) == len(copied) and all(map(operator.is_, held, copied)), []
+        if not kept or not all(type(item) is TracedValue and _from_parameters(item.node) for item in new):
+            raise UntraceableError("its forward changes a list or dict that its module holds")
+
+
+def _from_parameters(node: fx.Node) -> bool:
+    return node.op != "placeholder" and all(map(_from_parameters, node.all_input_nodes))
+
+
+class _Factories(TorchFunctionMode):
+    """Traces calls that make a tensor from nothing (torch.zeros, torch.rand): run now, they would be frozen in."""
+
+    def __init__(self, tracer: OwnerTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _factories():
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+@cache
+def _factories() -> frozenset[Any]:
+    names = (
+        "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
+    )
+    return frozenset(getattr(torch, name) for name in names.split())
+
+
+def fingerprint(value: Any) -> Any:
+    """What of a read decides the graph; equal fingerprints, equal graphs."""
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape))
+    if isinstance(value, nn.Module):
+        return ("module", type(value))
+    if isinstance(value, PLAIN):
+        return (type(value), value) if not isinstance(value, bool) else value
+    if isinstance(value, list | tuple):
+        return (type(value), tuple(fingerprint(item) for item in value))
+    if isinstance(value, dict):
+        return (type(value), tuple((key, fingerprint(item)) for key, item in value.items()))
+    return ("object", id(value))

@@ -1,0 +1,177 @@
+"""What may stand between W and σ, and between σ and A: maps that are linear and treat every channel alike.
+
+One row per operation: it says where the channel axis goes, how many positions a channel spans afterwards, and whether a
+constant channel stays constant (padding cuts it at the border).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the channels of a value lie and what the wires passed so far did to it.
+
+    `axis` counts from the end. `flat` says that each channel spans a run of neighbouring positions. `noisy` says that
+    a dropout is active in training mode, `cut` that a constant does not stay constant.
+    """
+
+    axis: int
+    flat: bool = False
+    noisy: bool = False
+    cut: bool = False
+
+
+Wire = Callable[[Layout, fx.Node, nn.Module | None], Layout | None]
+
+
+def through(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    """The layout behind the node; None where the node is no wire."""
+    wire = _wire(node, module)
+    return wire(layout, node, module) if wire else None
+
+
+def still(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    """What a wire that leaves the axes alone adds to `noisy` and `cut`; None for all other nodes."""
+    for axis in (-1, -9):  # a wire that keeps the last axis and one far in front keeps them all
+        probe = Layout(axis)
+        passed = through(probe, node, module)
+        if passed is None or passed.axis != axis or passed.flat:
+            return None
+    return replace(layout, noisy=layout.noisy or passed.noisy, cut=layout.cut or passed.cut) if passed else None
+
+
+def _wire(node: fx.Node, module: nn.Module | None) -> Wire | None:
+    if node.op == "call_module" and module is not None:
+        return next((wire for cls, wire in _MODULES.items() if type(module).forward is cls.forward), None)
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target)
+    return _METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+def _same(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout:
+    return layout
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _dropout(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    if module is not None:
+        return replace(layout, noisy=layout.noisy or bool(module.p))
+    p, training = _argument(node, 1, "p", 0.5), _argument(node, 2, "training", True)
+    if not isinstance(p, float | int) or not isinstance(training, bool):
+        return None
+    return replace(layout, noisy=layout.noisy or (training and p > 0))
+
+
+def _pool(dims: int) -> Wire:
+    def pool(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+        if layout.axis >= -dims or layout.flat:
+            return None
+        padding = module.padding if module is not None else _argument(node, 3, "padding", 0)
+        counts = module.count_include_pad if module is not None else _argument(node, 5, "count_include_pad", True)
+        pads = any(padding) if isinstance(padding, tuple | list) else bool(padding)
+        return replace(layout, cut=layout.cut or (pads and bool(counts)))
+
+    return pool
+
+
+def _adaptive_pool(dims: int) -> Wire:
+    def pool(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+        return None if layout.axis >= -dims or layout.flat else layout
+
+    return pool
+
+
+def _flatten(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    start = module.start_dim if module is not None else _argument(node, 1, "start_dim", 0)
+    end = module.end_dim if module is not None else _argument(node, 2, "end_dim", -1)
+    return _merged(layout) if end == -1 and start in (1, layout.axis) else None
+
+
+def _merged(layout: Layout) -> Layout | None:
+    """Channels in front and positions behind become one axis; a batch axis alone stands before them."""
+    return replace(layout, axis=-1, flat=layout.flat or layout.axis < -1)
+
+
+def _view(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    """`x.view(x.size(0), -1)`, `x.reshape(len(x), -1)` and the like: a flatten from axis 1 on."""
+    shape = node.args[1:] if len(node.args) > 2 else _argument(node, 1, "shape")
+    if not isinstance(shape, tuple | list) or len(shape) != 2 or shape[1] != -1:
+        return None
+    return _merged(layout) if _is_batch_size(shape[0], node.args[0]) else None
+
+
+def _is_batch_size(size: Any, value: Any) -> bool:
+    if not isinstance(size, fx.Node):
+        return False
+    if size.op == "call_method" and size.target == "size":
+        return size.args == (value, 0)
+    if size.target is not getattr and size.op == "call_function" and len(size.args) == 2 and size.args[1] == 0:
+        shape = size.args[0]  # x.shape[0] or x.size()[0]
+        if isinstance(shape, fx.Node):
+            return shape.args == (value, "shape") or (shape.target == "size" and shape.args == (value,))
+    return False
+
+
+def _permute(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    dims = node.args[1] if len(node.args) == 2 else node.args[1:]
+    if layout.flat or not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
+        return None
+    rank = len(dims)
+    places = [d % rank for d in dims]
+    return replace(layout, axis=places.index(layout.axis % rank) - rank) if layout.axis >= -rank else None
+
+
+def _transpose(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    first, second = _argument(node, 1, "dim0"), _argument(node, 2, "dim1")
+    if not isinstance(first, int) or not isinstance(second, int) or first >= 0 or second >= 0:
+        return None  # counted from the front, the axes depend on the rank
+    swapped = {first: second, second: first}
+    return replace(layout, axis=swapped.get(layout.axis, layout.axis))
+
+
+def _mean(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    dims = _argument(node, 1, "dim")
+    keepdim = bool(_argument(node, 2, "keepdim", False))
+    dims = (dims,) if isinstance(dims, int) else dims
+    if layout.flat or not isinstance(dims, tuple | list) or layout.axis == -1:
+        return None
+    rank = -layout.axis + 1  # a batch axis, the channels, the positions
+    behind = sorted({d % rank for d in dims if isinstance(d, int)})
+    if behind != list(range(2, rank)):
+        return None
+    return layout if keepdim else replace(layout, axis=-1)
+
+
+_MODULES: dict[type[nn.Module], Wire] = {
+    nn.Identity: _same,
+    nn.Dropout: _dropout, nn.Dropout1d: _dropout, nn.Dropout2d: _dropout, nn.Dropout3d: _dropout,
+    nn.AvgPool1d: _pool(1), nn.AvgPool2d: _pool(2), nn.AvgPool3d: _pool(3),
+    nn.AdaptiveAvgPool1d: _adaptive_pool(1), nn.AdaptiveAvgPool2d: _adaptive_pool(2),
+    nn.AdaptiveAvgPool3d: _adaptive_pool(3),
+    nn.Flatten: _flatten,
+}  # fmt: skip
+
+_FUNCTIONS: dict[Any, Wire] = {
+    F.dropout: _dropout, F.dropout1d: _dropout, F.dropout2d: _dropout, F.dropout3d: _dropout,
+    F.avg_pool1d: _pool(1), F.avg_pool2d: _pool(2), F.avg_pool3d: _pool(3),
+    F.adaptive_avg_pool1d: _adaptive_pool(1), F.adaptive_avg_pool2d: _adaptive_pool(2),
+    F.adaptive_avg_pool3d: _adaptive_pool(3),
+    torch.flatten: _flatten, torch.permute: _permute, torch.transpose: _transpose, torch.mean: _mean,
+    torch.reshape: _view, torch.clone: _same,
+}  # fmt: skip
+
+_METHODS: dict[str, Wire] = {
+    "flatten": _flatten, "permute": _permute, "transpose": _transpose, "mean": _mean, "view": _view, "reshape": _view,
+    "contiguous": _same, "clone": _same,
+}  # fmt: skip

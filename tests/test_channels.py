@@ -1,0 +1,54 @@
+"""The channel axis and width by provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bypass_fx
+
+
+class Net(nn.Module):
+    """Applies a function of (module, x) whose activation's channels are asked for."""
+
+    def __init__(self, body: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body = body
+        self.conv, self.fc, self.fc2 = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(6, 4)
+        self.bn, self.gn, self.ln = nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+CASES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int, int]] = {
+    "conv": (lambda m, x: F.relu(m.conv(x)), 8, -3),
+    "batchnorm": (lambda m, x: F.relu(m.bn(x)), 8, 1),
+    "groupnorm": (lambda m, x: F.relu(m.gn(x)), 8, 1),
+    "layernorm": (lambda m, x: F.relu(m.ln(x)), 6, -1),
+    "pool": (lambda m, x: F.relu(F.max_pool2d(m.conv(x), 2)), 8, -3),
+    "permuted": (lambda m, x: F.relu(m.conv(x).permute(0, 2, 3, 1)), 8, -1),
+    "pooled away": (lambda m, x: F.relu(m.conv(x).mean((2, 3))), 8, -1),
+    "sum": (lambda m, x: F.relu(m.conv(x) + m.conv(x)), 8, -3),
+    "scaled by a gate": (lambda m, x: F.relu(m.conv(x) * torch.softmax(m.conv(x), 1)), 8, -3),
+    "concatenated": (lambda m, x: F.relu(torch.cat([m.conv(x), m.conv(x)], 1)), 16, -3),
+    "one chunk": (lambda m, x: F.relu(m.conv(x).chunk(2, 1)[0]), 4, -3),
+    "split": (lambda m, x: F.relu(m.fc(x).split([2, 4], dim=-1)[1]), 4, -1),
+    "from the reader": (lambda m, x: m.fc2(F.relu(x.exp())), 6, -1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_provenance_settles_axis_and_width(name: str) -> None:
+    body, width, axis = CASES[name]
+    site = bypass_fx.plan(Net(body), mode="all").sites[0]
+    assert (site.width, site.channel_dim) == (width, axis)
+
+
+def test_without_provenance_the_site_is_refused_with_the_way_out() -> None:
+    plan = bypass_fx.plan(Net(lambda m, x: F.relu(x.exp())), mode="all")
+    assert not plan.sites and "example_inputs" in plan.refusals[0].remedy

@@ -1,0 +1,49 @@
+"""Plans as data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bypass_fx
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Softmax(1), nn.Tanh(), nn.Linear(6, 2))
+
+
+def test_a_plan_survives_json() -> None:
+    plan = bypass_fx.plan(net())
+    again = bypass_fx.Plan.from_json(plan.to_json())
+    assert again == plan and len(again) == 1 and len(again.refusals) == 1
+
+
+def test_a_plan_from_a_file_does_the_same_in_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan = bypass_fx.plan(net(), mode="all")
+    plan.save(path)
+    code = (
+        "import sys, torch, bypass_fx; from tests.test_plan import net; model = net();"
+        "bypass_fx.extend(model, bypass_fx.Plan.load(sys.argv[1])); print(sorted(model.state_dict()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    here = net()
+    bypass_fx.extend(here, plan)
+    assert found.stdout.strip() == str(sorted(here.state_dict()))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99, "sites": []}', '{"format": 1, "sites": [{}]}'])
+def test_a_damaged_plan_is_refused(text: str) -> None:
+    with pytest.raises(bypass_fx.PlanError, match="plan"):
+        bypass_fx.Plan.from_json(text)
+
+
+def test_names_of_parameters_are_qualified() -> None:
+    site = bypass_fx.plan(nn.Sequential(net()), mode="strict").sites[0]
+    assert site.owner == "0" and site.parameter == "0.delta_1" and site.name == "0.1"

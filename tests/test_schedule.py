@@ -1,0 +1,531 @@
+"""Promises of the schedule: the phases, the arrivals, the contraction, and that it goes on exactly where it stopped."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+import bypass_fx
+from bypass_fx import comeback, constraint, surgery
+from bypass_fx.gamma import Linear, PiecewiseLinear
+from bypass_fx.passes.errors import BypassError
+from bypass_fx.schedule import Arrival, BypassSchedule, NonFiniteError
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(32, 2, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> Iterator[None]:
+    """Schedulers are looked for among all objects; those of the libraries are many, and none is one."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), 1e-2)
+
+
+def begin(opt1: int = 3, opt2: int = 5, **arguments: Any) -> tuple[nn.Module, torch.optim.Optimizer, BypassSchedule]:
+    model = mlp()
+    optimizer = adam(model)
+    return model, optimizer, BypassSchedule(model, optimizer, opt1, opt2, **arguments)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: BypassSchedule) -> Tensor:
+    batch = torch.arange(schedule.steps, schedule.steps + 16) % 32
+    loss = nn.functional.mse_loss(model(X[batch]), Y[batch]) + schedule.penalty()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    return loss.detach()
+
+
+def deltas(model: nn.Module) -> list[nn.Parameter]:
+    return [surgery.delta_of(model, site) for site in surgery.sites(model)]
+
+
+# The life of a bypass
+
+
+def test_the_phases_take_the_steps_they_were_given() -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=5)
+    phases = [schedule.phase]
+    for _ in range(10):
+        train_step(model, optimizer, schedule)
+        phases.append(schedule.phase)
+    assert phases == ["opt1"] * 3 + ["opt2"] * 5 + ["done"] * 3
+    assert schedule.steps == 8
+
+
+def test_opt1_of_zero_steps_starts_with_the_comeback() -> None:
+    _, _, schedule = begin(opt1=0)
+    assert schedule.phase == "opt2"
+
+
+def test_the_contracted_model_is_the_original_architecture_and_the_optimiser_is_the_users_again() -> None:
+    model, optimizer, plain = mlp(), None, mlp()
+    optimizer = adam(model)
+    parameters, group = list(model.parameters()), optimizer.param_groups[0]
+    schedule = BypassSchedule(model, optimizer, 3, 5)
+    assert surgery.is_extended(model)
+    assert len(optimizer.param_groups) == 2
+    while schedule.phase != "done":
+        train_step(model, optimizer, schedule)
+    assert not surgery.is_extended(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    plain.load_state_dict(model.state_dict())
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert optimizer.param_groups == [group]
+    assert set(optimizer.state) == set(parameters)
+    for _ in range(2):
+        train_step(model, optimizer, schedule)  # train3, in the same loop
+    assert optimizer.state[parameters[0]]["step"] == 10
+
+
+def test_penalty_is_zero_and_no_norm_is_computed_outside_opt2(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, schedule = begin(opt1=2, comeback="penalty", gamma=Linear(10.0), epsilon=1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(constraint, "residual", None)
+        for _ in range(2):
+            assert schedule.penalty().item() == 0
+            train_step(model, optimizer, schedule)
+    train_step(model, optimizer, schedule)
+    assert schedule.phase == "done"
+    assert schedule.penalty().item() == 0
+    assert schedule.penalty().shape == ()
+
+
+def test_adding_to_a_penalty_in_place_does_not_change_the_next() -> None:
+    _, _, schedule = begin()
+    term = schedule.penalty()
+    term += 1
+    assert schedule.penalty().item() == 0
+
+
+def test_the_penalty_is_gamma_of_t_times_the_norms_with_t_counted_from_the_start_of_opt2() -> None:
+    model, optimizer, schedule = begin(opt1=2, opt2=4, comeback="penalty", gamma=Linear(0.5), at_budget="continue")
+    weight, seen = schedule.gamma, []
+    for _ in range(6):
+        if schedule.phase == "opt2":
+            expected = schedule.gamma * sum(bypass_fx.norms(model).values(), torch.zeros(()))
+            assert torch.allclose(schedule.penalty(), expected)
+            seen.append(schedule.gamma.item())
+        train_step(model, optimizer, schedule)
+    assert seen == [0.0, 0.5, 1.0, 1.5]
+    assert schedule.gamma is weight  # in place: another object would recompile a compiled loss
+
+
+def test_t_counts_epochs_in_fractions_where_asked() -> None:
+    arguments = {"gamma": PiecewiseLinear((1.0, 10.0), (0.5,)), "unit": "epoch", "steps_per_epoch": 4}
+    model, optimizer, schedule = begin(opt1=0, opt2=9, comeback="penalty", epsilon=1e-12, **arguments)
+    seen = []
+    for _ in range(5):
+        seen.append(schedule.gamma.item())
+        train_step(model, optimizer, schedule)
+    assert seen == [0.0, 0.25, 0.5, 3.0, 5.5]
+
+
+def test_gamma_is_as_precise_as_a_double_model() -> None:
+    model = mlp().double()
+    schedule = BypassSchedule(model, adam(model), 0, 5, comeback="penalty", gamma=lambda t: t + 0.1)
+    assert schedule.gamma.item() == 0.1
+
+
+# Arrivals
+
+
+def test_each_site_arrives_on_its_own_and_stays_at_exactly_zero() -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=50, comeback="penalty", gamma=Linear(0.01), epsilon=1e-3)
+    for _ in range(3):
+        train_step(model, optimizer, schedule)
+    first, second = deltas(model)
+    with torch.no_grad():
+        first.mul_(0)
+    schedule.step()
+    assert schedule.out == {"3"}
+    for _ in range(5):
+        train_step(model, optimizer, schedule)
+        assert (first == 0).all()
+        assert (second != 0).any()
+    assert schedule.phase == "opt2"
+    assert torch.allclose(schedule.penalty(), schedule.gamma * bypass_fx.norms(model)["3"])
+
+
+def test_a_strict_site_that_arrives_with_d_unequal_zero_is_folded_without_changing_the_function() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[0].weight[2:] = 0  # what D does to units 2 and 3 is then a constant
+    optimizer = torch.optim.SGD(model.parameters(), 1e-12)
+    schedule = BypassSchedule(model, optimizer, 0, 9, comeback="proximal", gamma=Linear(1.0))
+    (delta,) = deltas(model)
+    x, bias = torch.randn(7, 2, dtype=torch.float64), model[2].bias.detach().clone()
+    with torch.no_grad():
+        delta.copy_(torch.tensor([0.0, 0.0, 0.7, -0.4]))
+        before = model(x)
+    schedule.step()
+    assert schedule.phase == "done"
+    assert torch.allclose(model(x), before, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(model[2].bias, bias)
+
+
+def test_the_report_tells_each_sites_step_and_norm_of_arrival() -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=5)
+    assert schedule.report is None
+    while schedule.phase != "done":
+        train_step(model, optimizer, schedule)
+    report = schedule.report
+    assert report is not None
+    assert (report.comeback, report.opt1_steps, report.opt2_steps) == ("homotopy", 3, 5)
+    assert report.arrivals == (Arrival("1", 5, 0.0), Arrival("3", 5, 0.0))
+    assert report.left_out == ()
+
+
+def test_at_the_end_of_the_budget_sites_still_out_are_contracted_with_a_warning_and_an_entry() -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=4, comeback="penalty", gamma=Linear(1e-6), epsilon=1e-6)
+    with pytest.warns(UserWarning, match="opt2 ended after its 4 steps with 2 of 2 sites still out") as warned:
+        while schedule.phase != "done":
+            train_step(model, optimizer, schedule)
+    assert warned[0].filename == __file__
+    assert schedule.report is not None
+    assert [(arrival.site, arrival.step) for arrival in schedule.report.left_out] == [("1", 4), ("3", 4)]
+    assert min(arrival.norm for arrival in schedule.report.left_out) > 1e-6
+    assert not surgery.is_extended(model)
+
+
+def test_at_budget_continue_goes_on_until_every_site_has_arrived() -> None:
+    model, optimizer, schedule = begin(3, 2, comeback="proximal", gamma=Linear(0.3), at_budget="continue")
+    while schedule.phase != "done":
+        train_step(model, optimizer, schedule)
+    assert schedule.report is not None
+    assert schedule.report.opt2_steps > 2
+    assert len(schedule.report.arrivals) == 2
+
+
+def test_finish_contracts_at_once_in_any_phase() -> None:
+    for steps, phase in ((2, "opt1"), (4, "opt2"), (8, "done")):
+        model, optimizer, schedule = begin(opt1=3, opt2=5)
+        for _ in range(steps):
+            train_step(model, optimizer, schedule)
+        assert schedule.phase == phase
+        report = schedule.finish()
+        assert report is schedule.report
+        assert len(report.left_out) == (0 if phase == "done" else 2)
+        assert not surgery.is_extended(model)
+        assert len(optimizer.param_groups) == 1
+
+
+# Learning rates
+
+
+def test_in_opt2_the_model_moves_with_lambda_prime_and_before_and_after_with_lambda() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = BypassSchedule(model, optimizer, 2, 2, lr=0.02)
+    moved = []
+    for _ in range(6):
+        weight = model[0].weight
+        before = weight.detach().clone()
+        train_step(model, optimizer, schedule)
+        assert weight.grad is not None
+        moved.append(((before - weight) / weight.grad).median().item())
+        assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+    assert moved == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.1, 0.1], rel=1e-2)
+
+
+def test_lambda_prime_follows_an_lr_scheduler() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    driver = lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+    schedule = BypassSchedule(model, optimizer, 1, 2, lr=0.02)
+    rates = []
+    optimizer.register_step_pre_hook(lambda o, a, k: rates.append(o.param_groups[0]["lr"]))
+    for _ in range(4):
+        train_step(model, optimizer, schedule)
+        driver.step()
+        if schedule.steps == 1:  # hooks run in the order they came, and λ' came in just now
+            optimizer.register_step_pre_hook(lambda o, a, k: rates.append(o.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.1, 0.05, 0.01, 0.025, 0.005, 0.0125, 0.0125])
+
+
+def test_ds_own_learning_rate_and_weight_decay_reach_its_group() -> None:
+    _, optimizer, _ = begin(delta_lr=0.5, delta_weight_decay=0.25)
+    assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1]["weight_decay"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("name", ["homotopy", "proximal"])
+def test_lbfgs_takes_the_whole_way(name: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    schedule = BypassSchedule(model, optimizer, 4, 8, comeback=name, gamma=Linear(10.0), at_budget="continue")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(X), Y) + schedule.penalty()
+        loss.backward()
+        return loss
+
+    losses = []
+    while schedule.steps < 4 or schedule.phase != "done":
+        losses.append(optimizer.step(closure).item())
+        schedule.step()
+    losses += [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert len(optimizer.param_groups[0]["params"]) == 6
+
+
+# The model may be extended already
+
+
+def test_a_model_that_is_extended_already_is_taken_as_it_is() -> None:
+    model = bypass_fx.extend(mlp(), select="3")
+    optimizer = adam(model)
+    schedule = BypassSchedule(model, optimizer, 3, 5)
+    assert schedule.out == {"3"}
+    assert [len(group["params"]) for group in optimizer.param_groups] == [6, 1]
+
+
+def test_a_plan_or_its_arguments_choose_the_sites() -> None:
+    model = mlp()
+    plan = bypass_fx.plan(model, select="1")
+    assert BypassSchedule(model, adam(model), 3, 5, plan=plan).out == {"1"}
+    assert begin(select="3")[2].out == {"3"}
+
+
+def test_a_model_extended_already_takes_no_plan() -> None:
+    model = bypass_fx.extend(mlp())
+    with pytest.raises(BypassError, match=r"extended already.*leave out plan="):
+        BypassSchedule(model, adam(model), 3, 5, mode="all")
+
+
+def test_several_bypasses_follow_one_another() -> None:
+    model, optimizer, schedule = begin(2, 3)
+    for _ in range(2):
+        while schedule.phase != "done":
+            train_step(model, optimizer, schedule)
+        schedule = BypassSchedule(model, optimizer, 2, 3)
+    assert schedule.phase == "opt1"
+    assert len(optimizer.param_groups) == 2
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0; give a positive number"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"opt1": -1}, "opt1 is -1; give a number of steps, 0 or more"),
+        ({"opt1": 2.5}, "opt1 is 2.5"),
+        ({"opt2": 0}, "opt2 is 0; give a number of steps, 1 or more"),
+        ({"comeback": "proxymal"}, "did you mean 'proximal'"),
+        ({"comeback": "penalty"}, "needs γ.*pass gamma="),
+        ({"gamma": 0.6}, "gamma is 0.6, no function of t; pass bypass_fx.Linear"),
+        ({"lr": 0.0}, "lr is 0.0; give a positive"),
+        ({"delta_lr": -1.0}, "delta_lr is -1.0; give a positive"),
+        ({"unit": "epoch"}, "needs steps_per_epoch"),
+        ({"unit": "minute"}, "choose 'step' or 'epoch'"),
+        ({"at_budget": "give up"}, "choose 'contract' or 'continue'"),
+        ({"select": "nothing"}, "nothing"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_refused_with_the_fix_and_changes_nothing(
+    arguments: dict[str, Any], message: str
+) -> None:
+    model = mlp()
+    optimizer = adam(model)
+    with pytest.raises(BypassError, match=message) as raised:
+        BypassSchedule(model, optimizer, **{"opt1": 3, "opt2": 5, **arguments})
+    assert "\n" not in str(raised.value)
+    assert not surgery.is_extended(model)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_optimiser_of_another_model_is_refused_before_anything_changes() -> None:
+    model = mlp()
+    with pytest.raises(BypassError, match=r"none of the model's parameters; build it from this model's"):
+        BypassSchedule(model, adam(mlp()), 3, 5)
+    assert not surgery.is_extended(model)
+
+
+def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again() -> None:
+    model = mlp()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(BypassError, match="leave out delta_lr"):
+        BypassSchedule(model, torch.optim.LBFGS(model.parameters()), 3, 5, delta_lr=0.1)
+    assert not surgery.is_extended(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 2: D of site '3'"), (5, "opt2, step 3: D of site '3'")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_d_that_is_not_finite_stops_with_the_phase_the_step_and_the_site(
+    steps: int, where: str, value: float
+) -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=9)
+    for _ in range(steps):
+        train_step(model, optimizer, schedule)
+    with torch.no_grad():
+        deltas(model)[1][0] = value
+    with pytest.raises(NonFiniteError, match=where):
+        schedule.step()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_step_brings_numbers_to_the_host_once(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=9, comeback="proximal", gamma=Linear(1e-3))
+    for _ in range(steps):
+        train_step(model, optimizer, schedule)
+    reads: list[str] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        read: Callable[..., Any] = getattr(Tensor, name)
+
+        def watch(*arguments: Any) -> Any:
+            reads.append(name)
+            return read(*arguments)
+
+        return watch
+
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, name, watched(name))
+    schedule.step()
+    assert reads == ["tolist"]
+
+
+def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_and_the_arrivals() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    model, optimizer, schedule = begin(opt1=3, opt2=12, comeback="penalty", gamma=Linear(0.01), epsilon=1e-3)
+    loss_of = torch.compile(lambda x, y: nn.functional.mse_loss(model(x), y) + schedule.penalty(), backend=backend)
+    outs = []
+    with pytest.warns(UserWarning, match="1 of 2 sites still out"):
+        for i in range(18):
+            optimizer.zero_grad()
+            loss_of(X, Y).backward()
+            optimizer.step()
+            if i == 7:
+                with torch.no_grad():
+                    deltas(model)[0].zero_()
+            schedule.step()
+            outs.append((schedule.phase, len(schedule.out)))
+    assert {("opt1", 2), ("opt2", 2), ("opt2", 1), ("done", 0)} == set(outs)
+    assert len(graphs) == 3
+
+
+# Going on where it stopped
+
+RETURNS: dict[str, dict[str, Any]] = {
+    "homotopy": {"comeback": "homotopy", "lr": 5e-3},
+    "linear homotopy": {"comeback": comeback.Homotopy("linear")},
+    "proximal": {"comeback": "proximal", "gamma": Linear(2.0), "epsilon": 1e-2},
+    "penalty": {"comeback": "penalty", "gamma": Linear(0.05), "epsilon": 0.4},
+}
+
+
+class Run:
+    """All that a training script keeps, built anew after each crash."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.model = mlp()
+        self.optimizer = adam(self.model)
+        self.driver = lr_scheduler.CosineAnnealingLR(self.optimizer, 40)
+        self.schedule = BypassSchedule(self.model, self.optimizer, 4, 8, **arguments)
+        self.losses: list[float] = []
+
+    def go(self, steps: int) -> None:
+        for _ in range(steps):
+            self.losses.append(train_step(self.model, self.optimizer, self.schedule).item())
+            self.driver.step()
+
+    def save(self) -> bytes:
+        parts = (self.schedule, self.model, self.optimizer, self.driver)
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in parts], file)
+        return file.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        states = torch.load(io.BytesIO(saved), weights_only=True)
+        for part, state in zip((self.schedule, self.model, self.optimizer, self.driver), states, strict=True):
+            part.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:opt2 ended")
+@pytest.mark.parametrize("arguments", RETURNS.values(), ids=RETURNS)
+@pytest.mark.parametrize("killed", [0, 2, 4, 7, 10, 14])
+def test_a_run_killed_in_any_phase_goes_on_bit_for_bit(killed: int, arguments: dict[str, Any]) -> None:
+    whole, before, after = Run(arguments), Run(arguments), Run(arguments)
+    whole.go(16)
+    assert whole.schedule.phase == "done"
+    before.go(killed)
+    phase = before.schedule.phase
+    after.load(before.save())
+    assert after.schedule.phase == phase
+    after.go(16 - killed)
+    assert before.losses + after.losses == whole.losses
+    assert after.schedule.report == whole.schedule.report
+    ends = [run.model.state_dict() for run in (whole, after)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    moments = [list(run.optimizer.state.values()) for run in (whole, after)]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(*moments, strict=True) for key in a)
+    assert whole.optimizer.param_groups[0]["lr"] == after.optimizer.param_groups[0]["lr"]
+
+
+def test_the_runs_above_pass_through_a_single_arrival() -> None:
+    outs = set()
+    for arguments in RETURNS.values():
+        run = Run(arguments)
+        for _ in range(11):
+            run.go(1)
+            outs.add(len(run.schedule.out))
+    assert outs >= {1, 2}
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    _, _, schedule = begin()
+    state = schedule.state_dict()
+    with pytest.raises(BypassError, match="a comeback 'homotopy', not 'penalty'; build the schedule with"):
+        begin(comeback="penalty", gamma=Linear(1.0))[2].load_state_dict(state)
+    with pytest.raises(BypassError, match=r"differ in the sites \['1'\]; extend the model with the same plan"):
+        begin(select="3")[2].load_state_dict(state)
+    with pytest.raises(BypassError, match="no state of this version's BypassSchedule"):
+        begin()[2].load_state_dict({})
+    model, optimizer, begun = begin()
+    train_step(model, optimizer, begun)
+    with pytest.raises(BypassError, match="load the state into a new one"):
+        begun.load_state_dict(state)
+
+
+def test_a_saved_state_does_not_change_as_training_goes_on() -> None:
+    model, optimizer, schedule = begin(comeback="penalty", gamma=Linear(1.0), epsilon=0.5)
+    train_step(model, optimizer, schedule)
+    state = schedule.state_dict()
+    kept = copy.deepcopy(state)
+    for _ in range(4):
+        train_step(model, optimizer, schedule)
+    assert state == kept

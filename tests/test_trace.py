@@ -1,0 +1,211 @@
+"""Owner-local tracing."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bypass_fx.passes.calls import call_of
+from bypass_fx.passes.errors import UntraceableError
+from bypass_fx.passes.trace import Tracing
+
+
+def targets(model: nn.Module, path: str = "") -> list[str]:
+    graph = Tracing(model).trace(path).graph
+    return [getattr(node.target, "__name__", str(node.target)) for node in graph.nodes]
+
+
+class Owner(nn.Module):
+    """A base for small owners: a Linear called `fc`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.scale = 2.0
+
+
+def test_children_are_leaves_and_parameters_are_named() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.fc(x), self.fc.weight) * self.scale
+
+    assert targets(Net()) == ["x", "fc", "fc.weight", "linear", "mul", "output"]
+
+
+def test_equal_modules_share_a_graph_and_different_ones_do_not() -> None:
+    class Block(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.scale
+
+    net = nn.ModuleList([Block(), Block(), Block()])
+    net[2].scale = 3.0
+    tracing = Tracing(net)
+    assert tracing.trace("0") is tracing.trace("1")
+    assert tracing.trace("0") is not tracing.trace("2")
+
+
+def test_both_training_modes_are_traced_where_they_differ() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.fc(x), 0.5, self.training)
+
+    net = Net()
+    graph = Tracing(net).trace("")
+    assert graph.in_eval is not None and net.training
+    assert [owned.names["dropout"].kwargs["training"] for owned in (graph, graph.in_eval)] == [True, False]
+    assert Tracing(nn.Sequential(nn.Linear(1, 1))).trace("").in_eval is None
+
+
+def test_optional_arguments_are_the_constants_that_the_caller_passes() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor, mask: Tensor | None = None, negate: bool = False) -> Tensor:
+            y = self.fc(x)
+            if mask is not None:
+                y = y * mask
+            return -y if negate else y
+
+    net = Net()
+    tracing = Tracing(net)
+    signature = tracing.signature("")
+    assert signature is not None
+    plain = tracing.trace("")
+    masked = tracing.trace("", call_of(signature, (torch.ones(1), torch.ones(1)), {"negate": True}))
+    assert [node.name for node in plain.graph.nodes] == ["x", "fc", "output"]
+    assert [node.name for node in masked.graph.nodes] == ["x", "mask", "fc", "mul", "neg", "output"]
+
+
+def test_star_arguments_are_traced_for_the_number_that_is_passed() -> None:
+    class Net(Owner):
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            return self.fc(args[0]) + args[1] + kwargs["bias"]
+
+    tracing = Tracing(Net())
+    signature = tracing.signature("")
+    assert signature is not None
+    x = torch.ones(1)
+    graph = tracing.trace("", call_of(signature, (x, x), {"bias": x})).graph
+    assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["args_0", "args_1", "kwargs_bias"]
+
+
+def test_tensors_made_in_forward_are_made_anew_at_every_call() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + torch.rand(3) + torch.arange(3)
+
+    net = Net()
+    before = torch.get_rng_state()
+    assert {"rand", "arange"} <= set(targets(net))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_augmented_assignment_stays_in_place() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            y += x
+            y[:, 0] = 0.0
+            return y
+
+    assert targets(Net())[2:4] == ["iadd", "setitem"]
+
+
+class Branches(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Writes(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return self.fc(x)
+
+
+class Dice(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * random.random()
+
+
+class NoGrad(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.fc(x)
+
+
+class TypeOfResult(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+class Foreign(Owner):
+    elsewhere: Any = (nn.Linear(3, 3),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.elsewhere[0](x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Branches, "control flow"),
+        (Writes, "sets the attribute `last`"),
+        (Dice, "random module"),
+        (NoGrad, "`with` block"),
+        (TypeOfResult, "Python type"),
+        (Foreign, "not its child"),
+    ],
+)
+def test_what_a_graph_can_not_hold_is_refused_and_nothing_is_changed(cls: type[Owner], why: str) -> None:
+    net = cls()
+    before = dict(net.__dict__)
+    with pytest.raises(UntraceableError, match=why):
+        Tracing(net).trace("")
+    assert net.__dict__ == before and net.training
+    assert "__getattribute__" not in nn.Module.__dict__
+
+
+def test_the_type_of_an_argument_is_what_the_caller_passes() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+            return self.fc(torch.cat(x) if not isinstance(x, Tensor) else x)
+
+    tracing = Tracing(Net())
+    signature = tracing.signature("")
+    assert signature is not None
+    assert [node.name for node in tracing.trace("").graph.nodes] == ["x", "fc", "output"]
+    listed = tracing.trace("", call_of(signature, ([torch.ones(1)],), {}))
+    assert [node.name for node in listed.graph.nodes] == ["x", "getitem", "cat", "fc", "output"]
+
+
+class Remembers(Owner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+def test_a_module_that_keeps_its_inputs_is_refused_and_keeps_nothing_of_the_trace() -> None:
+    net = Remembers()
+    with pytest.raises(UntraceableError, match="list or dict"):
+        Tracing(net).trace("")
+    assert net.seen == []
+
+
+def test_a_cache_of_values_from_parameters_is_computed_anew() -> None:
+    class Caches(Remembers):
+        def forward(self, x: Tensor) -> Tensor:
+            if "w" not in self.cache:
+                self.cache["w"] = self.fc.weight.t()
+            return x @ self.cache["w"]
+
+    net = Caches()
+    assert "t" in targets(net) and net.cache == {}
