@@ -46,19 +46,19 @@ def train(
     opt1: Annotated[int, _option(_PHASES, "The walk in the larger space.")] = _DEFAULT.opt1,
     opt2: Annotated[int, _option(_PHASES, "The way back.")] = _DEFAULT.opt2,
     train3: Annotated[int, _option(_PHASES, "After the bypass.")] = _DEFAULT.train3,
-    n: Annotated[int | None, _option(_PHASES, "Length of opt1 in steps, instead of --opt1.")] = _DEFAULT.n,
+    n: Annotated[int | None, _option(_PHASES, "Length of opt1 in steps, instead of --opt1.")] = None,
     optimizer: Annotated[str, _option("Optimiser", "Any of timm's: adam, adamw, momentum, ...")] = _DEFAULT.optimizer,
     lr: Annotated[float, _option("Optimiser", "Learning rate λ.")] = _DEFAULT.lr,
     momentum: Annotated[float, _option("Optimiser", "Momentum, where the optimiser has one.")] = _DEFAULT.momentum,
     weight_decay: Annotated[float, _option("Optimiser", "Weight decay.")] = _DEFAULT.weight_decay,
     batch_size: Annotated[int, _option("Optimiser", "Examples in a minibatch.")] = _DEFAULT.batch_size,
     comeback: Annotated[str, _option("Bypass", "Way back: homotopy, proximal or penalty.")] = _DEFAULT.comeback,
-    return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2, if not --lr.")] = _DEFAULT.return_lr,
+    return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2; --lr if not given.")] = None,
     gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,
     gamma_unit: Annotated[str, _option("Bypass", "What t counts in γ(t): step or epoch.")] = _DEFAULT.gamma_unit,
     epsilon: Annotated[float, _option("Bypass", "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.")] = _DEFAULT.epsilon,
     mode: Annotated[str, _option("Bypass", "Sites: auto, strict, relaxed or all.")] = _DEFAULT.mode,
-    select: Annotated[str | None, _option("Bypass", "Only sites whose name fits this pattern.")] = _DEFAULT.select,
+    select: Annotated[str | None, _option("Bypass", "Only sites whose name fits this pattern.")] = None,
 ) -> None:
     """Train a model through a bypass, beside a baseline that goes on without.
 
@@ -99,8 +99,9 @@ def _train(network: Any, examples: Any, settings: Settings, folder: Path, about:
         trainer = Trainer(network, examples, settings)
         sites = f"{len(trainer.plan)} sites with {trainer.plan.coefficients} coefficients"
         screen.print(f"{about['model']} on {about['data']}: {sites}, {trainer.total_steps} steps")
+        trainer.on_event = live = terminal.LiveProgress(screen, trainer.total_steps, trainer.train1_steps)
         try:
-            with terminal.LiveProgress(screen, trainer.total_steps, trainer.train1_steps) as trainer.on_event:
+            with live:
                 history = trainer.fit()
         except KeyboardInterrupt:
             screen.print("Stopped; nothing was written.")

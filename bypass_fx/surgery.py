@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import psi
-from .passes import fold, insert, matrices
+from .passes import fold, generate, insert, matrices
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import ExampleInputs, Linked
 from .passes.match import match
@@ -243,7 +243,7 @@ def contract(model: nn.Module) -> ContractionReport:
     )
     for site in taken:
         owner = root.get_submodule(site.owner)
-        if insert.is_extended_owner(owner):
+        if generate.is_extended_owner(owner):
             insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
     del root.__dict__[_MARK]
     return report

@@ -1,0 +1,202 @@
+"""Python code from rewritten graphs: a subclass of the owner's class with a new forward.
+
+The subclass is made once for every (original class, code), so that equal blocks share one class and one compiled region.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import linecache
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import fx, nn
+
+from .calls import Argument, Call, Constant, Items
+from .errors import SurgeryError
+
+_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
+_serial = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A rewritten graph for one way of calling the forward; `in_eval` where eval mode has another."""
+
+    call: Call
+    typed: frozenset[str]
+    graph: fx.Graph
+    in_eval: fx.Graph | None = None
+
+
+def generated_class(
+    original: type[nn.Module], signature: inspect.Signature, variants: list[Variant]
+) -> type[nn.Module]:
+    """A subclass whose forward has the original signature and runs the variant that fits the call."""
+    source, scope = _source(signature, variants)
+    key = (original, source, tuple(sorted((name, id(value)) for name, value in scope.items())))
+    if key not in _classes:
+        _classes[key] = _new_class(original, source, scope)
+    return _classes[key]
+
+
+def is_extended_owner(module: nn.Module) -> bool:
+    """Whether the module's class is one that insertion generated."""
+    return "_bypass_original" in type(module).__dict__
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before the insertion."""
+    return cast(type[nn.Module], type(module).__dict__["_bypass_original"])
+
+
+def rewritten_code(module: nn.Module) -> str:
+    """The source of an extended owner's forward, as it was generated."""
+    return cast(str, type(module).__dict__["_bypass_source"])
+
+
+def _source(signature: inspect.Signature, variants: list[Variant]) -> tuple[str, dict[str, Any]]:
+    """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
+    scope: dict[str, Any] = {}
+    names = _Names(scope)
+    guards = [names.guards(variant.call, variant.typed) for variant in variants]
+    if len(variants) == 1 and not guards[0] and variants[0].in_eval is None:
+        return _function("forward", variants[0].graph, scope), scope
+    functions: list[str] = []
+    lines = [f"def forward({names.parameters(signature)}):"]
+    for index, (variant, conditions) in enumerate(zip(variants, guards, strict=True)):
+        arguments = ", ".join(["self", *_passed(variant.call)])
+        pad = "    "
+        if conditions:
+            lines.append(f"{pad}if {' and '.join(conditions)}:")
+            pad += "    "
+        if variant.in_eval is not None:
+            functions.append(_function(f"_eval_{index}", variant.in_eval, scope))
+            lines += [f"{pad}if not self.training:", f"{pad}    return _eval_{index}({arguments})"]
+        functions.append(_function(f"_forward_{index}", variant.graph, scope))
+        lines.append(f"{pad}return _forward_{index}({arguments})")
+    if all(guards):
+        scope["_unplanned_call"] = _unplanned_call
+        lines.append("    _unplanned_call(self)")
+    return "\n\n".join([*functions, "\n".join(lines) + "\n"]), scope
+
+
+def _function(name: str, graph: fx.Graph, scope: dict[str, Any]) -> str:
+    code = graph.python_code("self")
+    scope |= code.globals
+    return code.src.replace("def forward(self", f"def {name}(self", 1).strip("\n") + "\n"
+
+
+def _unplanned_call(module: nn.Module) -> None:
+    raise SurgeryError(
+        f"{original_class(module).__name__}.forward is called with other optional arguments than when the model was "
+        "extended: contract the model, and pass example_inputs that call it this way to extend"
+    )
+
+
+class _Names:
+    """Names in the generated module for objects that have no source text: defaults, constants, types."""
+
+    def __init__(self, scope: dict[str, Any]) -> None:
+        self.scope = scope
+
+    def name(self, value: Any) -> str:
+        if value is None or isinstance(value, bool | int | str):
+            return repr(value)
+        for name, known in self.scope.items():
+            if known is value:
+                return name
+        name = f"_object_{len(self.scope)}"
+        self.scope[name] = value
+        return name
+
+    def parameters(self, signature: inspect.Signature) -> str:
+        plain = [
+            p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else _Text(self.name(p.default)))
+            for p in signature.parameters.values()
+        ]
+        return str(
+            signature.replace(parameters=[plain[0].replace(name="self"), *plain[1:]], return_annotation=signature.empty)
+        )[1:-1]
+
+    def guards(self, call: Call, typed: frozenset[str]) -> list[str]:
+        found = [guard for name, argument in call.arguments[1:] for guard in self.guard(name, argument, typed)]
+        found += [
+            guard for name, argument in call.arguments[:1] for guard in self.guard(name, argument, typed, first=True)
+        ]
+        if call.star is not None:
+            found.append(f"len({call.star[0]}) == {len(call.star[1])}")
+        if call.stars is not None:
+            found.append(
+                f"set({call.stars[0]}) == {{{', '.join(repr(key) for key, _ in call.stars[1])}}}"
+                if call.stars[1]
+                else f"not {call.stars[0]}"
+            )
+        return found
+
+    def guard(self, name: str, argument: Argument, typed: frozenset[str], first: bool = False) -> list[str]:
+        if isinstance(argument, Constant):
+            by_identity = argument.value is None or isinstance(argument.value, bool)
+            return [f"{name} {'is' if by_identity else '=='} {self.name(argument.value)}"]
+        if isinstance(argument, Items):
+            is_dict = argument.container is dict
+            same = f"list({name}) == {list(argument.keys)!r}" if is_dict else f"len({name}) == {len(argument.keys)}"
+            return [f"isinstance({name}, {self.name(argument.container)})", same]
+        if name in typed:
+            return [f"isinstance({name}, {self.name(argument.container)})"]
+        return [] if first else [f"{name} is not None"]
+
+
+class _Text:
+    """Prints as itself, so that a default appears in the signature by name."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _passed(call: Call) -> list[str]:
+    """The run-time arguments of a variant's function, in the order of its placeholders."""
+    passed = [name for name, argument in call.arguments if not isinstance(argument, Constant)]
+    if call.star is not None:
+        passed += [f"{call.star[0]}[{i}]" for i, item in enumerate(call.star[1]) if not isinstance(item, Constant)]
+    if call.stars is not None:
+        passed += [f"{call.stars[0]}[{key!r}]" for key, item in call.stars[1] if not isinstance(item, Constant)]
+    return passed
+
+
+def _new_class(original: type[nn.Module], source: str, scope: dict[str, Any]) -> type[nn.Module]:
+    filename = f"<bypass_fx {original.__qualname__} {next(_serial)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = dict(scope)
+    exec(compile(source, filename, "exec"), namespace)
+    forward = namespace["forward"]
+    forward.__doc__ = original.forward.__doc__
+    body = {
+        "forward": forward,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "__getstate__": _refuse_pickling,
+        "_bypass_original": original,
+        "_bypass_source": source,
+    }
+    if not hasattr(original, "__deepcopy__"):
+        body["__deepcopy__"] = _deepcopy
+    return type(f"Bypass{original.__name__}", (original,), body)
+
+
+def _refuse_pickling(module: nn.Module) -> None:
+    raise SurgeryError(
+        f"an extended {original_class(module).__name__} can't be pickled: save its state_dict(), or contract it first"
+    )
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    replica = module.__new__(type(module))
+    memo[id(module)] = replica
+    replica.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return replica

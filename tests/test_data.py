@@ -1,0 +1,211 @@
+"""Data by name, in the formats in which it lies on disk, and minibatches in an order that a seed fixes."""
+
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from bypass_fx.data import Data, DataError, in_order, load, minibatches, prepare, size, steps_per_epoch
+from tests.cifar10 import write_cifar10
+
+
+def test_digits_come_as_vectors_and_as_images_with_one_split() -> None:
+    vectors, images = load("digits", vectors=True), load("digits")
+    assert vectors.shape == (64,) and images.shape == (3, 32, 32) and vectors.outputs == images.outputs == 10
+    assert size(vectors.train) + size(vectors.test) == 1797
+    assert torch.equal(vectors.train[:][1], images.train[:][1]) and torch.equal(vectors.test[:][1], images.test[:][1])
+    assert images.train[:][0].abs().max() <= 1
+
+
+def test_eggholder_is_the_papers_function_on_a_hundred_points() -> None:
+    data = load("eggholder")
+    x, y = data.train[:]
+    assert data.task == "regression" and x.shape == (100, 2) and x.abs().max() < 250
+    first, second = x[3].tolist()
+    by_hand = -first * math.sin(math.sqrt(abs(first - second + 47)))
+    by_hand += (-second + 47) * math.sin(math.sqrt(abs(second + first / 2 + 47)))
+    assert y[3].item() == pytest.approx(by_hand, rel=1e-4)
+    assert torch.equal(load("eggholder").train[:][0], x)
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"])
+def test_cifar10_is_read_from_its_own_format(tmp_path: Path, inner: str) -> None:
+    images, labels = write_cifar10(tmp_path / inner, per_batch=4)
+    data = load(f"cifar10:{tmp_path}")
+    assert data.shape == (3, 32, 32) and data.outputs == 10 and size(data.train) == 20 and size(data.test) == 4
+    x, y = data.train[:]
+    assert torch.equal(x, torch.from_numpy(images[:20]).view(-1, 3, 32, 32)) and y.tolist() == labels[:20]
+    assert prepare(x).aminmax() == (-1, 1)
+
+
+def test_cifar10_agrees_with_torchvisions_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    write_cifar10(tmp_path / CIFAR10.base_folder, per_batch=3)
+    (tmp_path / CIFAR10.base_folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    theirs = CIFAR10(tmp_path, train=False, download=False)
+    x, y = load(f"cifar10:{tmp_path}").test[:]
+    assert torch.equal(x.permute(0, 2, 3, 1), torch.from_numpy(theirs.data)) and y.tolist() == theirs.targets
+
+
+class _Runs:
+    """Unpickling it would touch a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return open, (str(self.path), "w")
+
+
+def test_a_cifar10_batch_cannot_run_code(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, per_batch=2)
+    (tmp_path / "data_batch_2").write_bytes(pickle.dumps(_Runs(tmp_path / "touched"), protocol=2))
+    with pytest.raises(DataError, match="data_batch_2' is no CIFAR-10 batch"):
+        load(f"cifar10:{tmp_path}")
+    assert not (tmp_path / "touched").exists()
+
+
+def _without_a_batch(folder: Path) -> None:
+    (folder / "data_batch_4").unlink()
+
+
+def _cut_off(folder: Path) -> None:
+    (folder / "test_batch").write_bytes((folder / "test_batch").read_bytes()[:-3000])
+
+
+def _of_too_few_labels(folder: Path) -> None:
+    batch = pickle.loads((folder / "data_batch_1").read_bytes())
+    (folder / "data_batch_1").write_bytes(pickle.dumps({**batch, "labels": batch["labels"][:-1]}, protocol=2))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_a_batch, "no data_batch_4"),
+        (_cut_off, "test_batch' is no CIFAR-10 batch"),
+        (_of_too_few_labels, "3 labels and 4 images"),
+    ],
+)
+def test_a_damaged_cifar10_folder_is_refused(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    write_cifar10(tmp_path, per_batch=4)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load(f"cifar10:{tmp_path}")
+
+
+def test_a_label_out_of_range_is_refused_with_its_place(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, per_batch=1, labels=[0, 9, 10, 3, 4, 5])
+    with pytest.raises(DataError, match="training set.*has the label 10 at example 2; labels must lie in 0 to 9"):
+        load(f"cifar10:{tmp_path}")
+
+
+def _write_images(folder: Path, classes: str = "ab", count: int = 5) -> None:
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (20, 30), (60 * number, 10 * index, 0)).save(folder / name / f"{index}.png")
+
+
+def test_an_image_folder_is_split_by_its_folders_where_it_has_them(tmp_path: Path) -> None:
+    _write_images(tmp_path / "train", "abc", 4)
+    _write_images(tmp_path / "val", "abc", 2)
+    data = load(f"imagefolder:{tmp_path}", image_size=16)
+    assert (size(data.train), size(data.test), data.outputs, data.shape) == (12, 6, 3, (3, 16, 16))
+    x, y = next(in_order(data.test, 3))
+    assert x.shape == (3, 3, 16, 16) and x.dtype is torch.uint8 and y.tolist() == [0, 0, 1]
+
+
+def test_an_image_folder_without_a_split_gets_a_fixed_one(tmp_path: Path) -> None:
+    _write_images(tmp_path)
+    first, second = (load(f"imagefolder:{tmp_path}", image_size=8) for _ in range(2))
+    assert (size(first.train), size(first.test)) == (8, 2)
+    assert first.train.indices == second.train.indices and not {*first.train.indices} & {*first.test.indices}
+
+
+def test_image_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    _write_images(tmp_path / "one", "a")
+    with pytest.raises(DataError, match="at least two"):
+        load(f"imagefolder:{tmp_path / 'one'}")
+    _write_images(tmp_path / "odd" / "train", "ab")
+    _write_images(tmp_path / "odd" / "test", "ac")
+    with pytest.raises(DataError, match=r"differ in the class folders \['b', 'c'\]"):
+        load(f"imagefolder:{tmp_path / 'odd'}")
+    (tmp_path / "bare" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images in"):
+        load(f"imagefolder:{tmp_path / 'bare'}")
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    _write_images(tmp_path, count=1)
+    (tmp_path / "a" / "0.png").write_bytes(b"not a picture")
+    data = load(f"imagefolder:{tmp_path}")
+    with pytest.raises(DataError, match=r"0\.png' can't be read as an image"):
+        [*in_order(data.train, 2), *in_order(data.test, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digit", "did you mean digits"),
+        ("imagefolders:x", "did you mean imagefolder"),
+        ("mnist5000", "choose from digits, eggholder"),
+        ("cifar10", "write cifar10:DIR"),
+        ("cifar10:no/such/folder", "no folder 'no/such/folder'"),
+    ],
+)
+def test_unknown_data_is_refused_with_what_there_is(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(name)
+
+
+@pytest.mark.parametrize("source", ["cifar10", "imagefolder"])
+def test_an_empty_folder_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        load(f"{source}:{tmp_path}")
+
+
+def test_an_empty_set_is_refused() -> None:
+    some, none = (TensorDataset(torch.zeros(count, 2), torch.zeros(count, 1)) for count in (3, 0))
+    with pytest.raises(DataError, match="the test set of mine is empty"):
+        Data("mine", some, none, "regression", 1, (2,))
+
+
+def _order(seed: int, epoch: int, batch_size: int = 4) -> list[list[int]]:
+    numbers = torch.arange(11)
+    return [x.tolist() for x, _ in minibatches(TensorDataset(numbers, numbers), batch_size, seed, epoch)]
+
+
+def test_minibatches_depend_on_seed_and_epoch_alone() -> None:
+    torch.manual_seed(1)
+    once = _order(seed=0, epoch=3)
+    torch.manual_seed(2)
+    assert _order(seed=0, epoch=3) == once
+    assert _order(seed=0, epoch=4) != once and _order(seed=1, epoch=3) != once
+
+
+def test_an_epoch_leaves_out_an_incomplete_minibatch_but_never_all() -> None:
+    assert [len(batch) for batch in _order(0, 0)] == [4, 4]
+    assert len({number for batch in _order(0, 0) for number in batch}) == 8
+    assert [len(batch) for batch in _order(0, 0, batch_size=50)] == [11]
+    assert steps_per_epoch(TensorDataset(torch.zeros(11)), 4) == 2
+
+
+def test_any_dataset_gives_the_minibatches_that_tensors_give() -> None:
+    numbers = torch.arange(11)
+    tensors = TensorDataset(numbers, numbers)
+
+    class Plain(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 11
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return tensors[index]
+
+    assert [x.tolist() for x, _ in minibatches(Plain(), 4, 0, 0)] == _order(0, 0)
