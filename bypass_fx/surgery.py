@@ -17,6 +17,7 @@ from .passes.link import ExampleInputs, Linked
 from .passes.match import match
 from .passes.matrices import tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
+from .usual_inputs import usual_inputs
 
 Select = str | Sequence[str] | Callable[[Site], bool]
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,13 +72,13 @@ def plan(
     """
     model = _unwrapped(model)
     _refuse_extended(model)
-    return _plan(Linked(model, example_inputs), mode, select)
+    return _plan(Linked(model, example_inputs), mode, select, example_inputs)
 
 
-def _plan(linked: Linked, mode: Mode, select: Select | None) -> Plan:
+def _plan(linked: Linked, mode: Mode, select: Select | None, example_inputs: ExampleInputs | None) -> Plan:
     if mode not in MODES:
         raise PlanError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}")
-    found = match(linked, mode)
+    found = match(linked, mode, example_inputs or usual_inputs(linked.model))
     if select is None:
         return found
     chosen = _chosen(select)
@@ -123,7 +124,7 @@ def extend(
     inner = _unwrapped(model)
     _refuse_extended(inner)
     linked = Linked(inner, example_inputs)
-    plan = plan or _plan(linked, mode, select)
+    plan = plan or _plan(linked, mode, select, example_inputs)
     if not plan.sites:
         raise PlanError(_no_site(plan, select))
     for site in plan.sites:

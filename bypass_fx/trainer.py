@@ -201,6 +201,8 @@ class Trainer:
             unit="epoch" if settings.gamma_unit == "epoch" else "step",
             steps_per_epoch=self._epoch_steps,
             plan=self.plan,
+            mode=settings.mode,
+            select=settings.select,
         )
 
     def _score(self, arm: _Arm) -> Score:

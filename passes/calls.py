@@ -84,6 +84,22 @@ def call_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping
     return _call(signature, given, star, stars)
 
 
+def bound_to_placeholders(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments by the names of the placeholders that tracing makes for them."""
+    bound: dict[str, Any] = {}
+    for name, value in signature.bind(None, *args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is kind.VAR_POSITIONAL:
+            bound |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        elif kind is kind.VAR_KEYWORD:
+            bound |= {f"{name}_{key}": item for key, item in value.items()}
+        else:
+            bound[name] = value
+    return bound
+
+
 def _call(
     signature: inspect.Signature,
     given: Mapping[str, Argument],

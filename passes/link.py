@@ -16,7 +16,7 @@ import networkx as nx
 from torch import fx, nn
 
 from .activations import call_activation, elementwise_activation, module_activation
-from .calls import Call, call_of, leaves
+from .calls import Call, bound_to_placeholders, call_of, leaves
 from .errors import UntraceableError
 from .trace import OwnerGraph, Tracing
 
@@ -207,16 +207,7 @@ class Linked:
         """The callee's placeholders and what the caller passes for them."""
         signature = self.tracing.signature(unit.path)
         assert signature is not None
-        bound: dict[str, Any] = {}
-        for name, value in signature.bind(None, *caller.node.args, **caller.node.kwargs).arguments.items():
-            kind = signature.parameters[name].kind
-            if kind is kind.VAR_POSITIONAL:
-                bound |= {f"{name}_{i}": item for i, item in enumerate(value)}
-            elif kind is kind.VAR_KEYWORD:
-                bound |= {f"{name}_{key}": item for key, item in value.items()}
-            else:
-                bound[name] = value
-        return bound
+        return bound_to_placeholders(signature, caller.node.args, caller.node.kwargs)
 
     def uses(self, spot: Spot) -> Iterator[Spot | None]:
         """The spots that read the value, across owners; None stands for a use that can't be followed."""

@@ -17,9 +17,10 @@ from torch import fx
 from .activations import activation_input
 from .affine import Found, affine_at, norm_at
 from .channels import Channels, channels_for, channels_of
-from .link import Linked, Spot, Unit
+from .link import ExampleInputs, Linked, Spot, Unit
 from .plan import Affine, Constraint, Exact, Kind, Mode, Plan, Refusal, Site
 from .residual import residual_nodes, residual_units
+from .shapes import Run
 from .wires import Layout, still, through
 
 
@@ -46,9 +47,9 @@ class Reason:
 Rule = Callable[["Calls", Spot], Match | Reason]
 
 
-def match(linked: Linked, mode: Mode) -> Plan:
+def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = None) -> Plan:
     """All sites and refusals of a linked model, in the order in which the model defines its modules."""
-    calls = Calls(linked)
+    calls = Calls(linked, example_inputs)
     sites: list[Site] = []
     refusals: list[Refusal] = list(unseen_refusals(linked))
     for name, spot, activation in calls.all():
@@ -98,8 +99,8 @@ def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
 class Calls:
     """The activation calls of a linked model, with what the rules ask about them."""
 
-    def __init__(self, linked: Linked) -> None:
-        self.linked = linked
+    def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
+        self.linked, self.example_inputs = linked, example_inputs
 
     def all(self) -> Iterator[tuple[str, Spot, str]]:
         """(site name, spot, activation) of every call: in owners with a graph, and activation modules on their own."""
@@ -132,11 +133,32 @@ class Calls:
         graph = self.linked.graphs[spot.unit].graph
         return spot.unit in self.in_residual or spot.node in residual_nodes(self.linked, spot.unit, graph)
 
-    def channels(self, spot: Spot) -> Channels | None:
+    def provenance(self, spot: Spot) -> Channels | None:
+        """The channels of an activation's input by where it comes from, or by who reads the result."""
         z = activation_input(spot.node)
-        return (channels_of(self.linked, Spot(spot.unit, z)) if z is not None else None) or channels_for(
-            self.linked, spot
-        )
+        known = channels_of(self.linked, Spot(spot.unit, z)) if z is not None else None
+        return known or channels_for(self.linked, spot)
+
+    def channels(self, spot: Spot) -> Channels | Reason:
+        """The channels by provenance, else by a run on the example inputs."""
+        known = self.provenance(spot)
+        if known is None and self.run is not None:
+            known = self.run.channels.get(spot)
+        if known is not None and known.width:
+            return known
+        text = "the number of its channels is not known from its neighbours"
+        if self.run is None:
+            return Reason(text, "pass example_inputs")
+        why = f"the model does not run on them ({self.run.failure})" if self.run.failure else "they do not reach it"
+        return Reason(f"{text}, nor from the example inputs: {why}", "pass other example_inputs")
+
+    @cached_property
+    def run(self) -> Run | None:
+        """A run of the model on the example inputs, for the activations that provenance does not settle."""
+        if self.example_inputs is None:
+            return None
+        unsettled = [spot for _, spot, _ in self.all() if self.provenance(spot) is None]
+        return Run(self.linked, unsettled, self.example_inputs)
 
     def gates(self, spot: Spot) -> bool:
         """Whether the activation's result, through wires, multiplies a path that does not come from it."""
@@ -336,9 +358,7 @@ def residual(calls: Calls, spot: Spot) -> Match | Reason:
 def anywhere(calls: Calls, spot: Spot) -> Match | Reason:
     """Relaxed, wherever the channels are known."""
     channels = calls.channels(spot)
-    if channels is None:
-        return Reason("the number of its channels is not known from its neighbours", "pass example_inputs")
-    return Match("relaxed", "zero", channels)
+    return channels if isinstance(channels, Reason) else Match("relaxed", "zero", channels)
 
 
 RULES: dict[Mode, tuple[Rule, ...]] = {

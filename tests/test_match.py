@@ -269,3 +269,24 @@ def test_a_result_that_multiplies_itself_is_no_gate() -> None:
             return x + self.fc2(y + y * (y / y.norm(dim=1, keepdim=True)))
 
     assert only(Normed(), "relaxed").activation == "gelu"
+
+
+def test_example_inputs_settle_what_provenance_does_not() -> None:
+    class Dynamic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(4, 8), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return self.act(y) if y.shape[0] > 0 else y  # type: ignore[no-any-return]
+
+    net = nn.Sequential(Dynamic(), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    site = bypass_fx.plan(net, mode="all", example_inputs=(x,)).sites[0]
+    assert (site.name, site.width, site.channel_dim) == ("0.act", 8, -1)
+    before = net(x)
+    bypass_fx.extend(net, mode="all", example_inputs=(x,))
+    assert torch.equal(net(x), before) and net.training
+    plan = bypass_fx.plan(nn.Sequential(Dynamic()), mode="all", example_inputs=(torch.randn(3, 5),))
+    assert "does not run on them" in plan.refusals[0].reason

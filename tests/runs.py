@@ -1,0 +1,30 @@
+"""A short finished run, and settings for one that takes a second."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bypass_fx.data import Data, load
+from bypass_fx.models import Fit, build
+from bypass_fx.settings import Settings
+from bypass_fx.trainer import Trainer
+
+
+def digits() -> Data:
+    return load("digits", vectors=True)
+
+
+def mlp(data: Data, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build("mlp", Fit(data.shape, data.outputs))
+
+
+def short(**changes: Any) -> Settings:
+    """Two epochs of each phase."""
+    return Settings(**{"train1": 2, "opt1": 2, "opt2": 2, "train3": 2, "batch_size": 256, **changes})
+
+
+def trainer(**changes: Any) -> Trainer:
+    data = digits()
+    return Trainer(mlp(data), data, short(**changes))
