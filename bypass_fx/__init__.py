@@ -4,21 +4,39 @@
 and `contract` it: the original architecture again.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from .comeback import Comeback, Homotopy, Penalty, Proximal
 from .constraint import norms, penalty
+from .gamma import Linear, PiecewiseLinear
 from .passes.errors import BypassError, PlanError, SurgeryError
 from .passes.plan import Plan, Refusal, Site
+from .schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from .surgery import ContractionReport, contract, extend, plan, sites
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BypassError",
+    "BypassSchedule",
+    "Comeback",
     "ContractionReport",
+    "Homotopy",
+    "Linear",
+    "NonFiniteError",
+    "Penalty",
+    "PiecewiseLinear",
     "Plan",
     "PlanError",
+    "Proximal",
     "Refusal",
+    "ScheduleReport",
     "Site",
     "SurgeryError",
+    "Trainer",
     "contract",
     "extend",
     "norms",
@@ -26,3 +44,11 @@ __all__ = [
     "plan",
     "sites",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":  # it brings data loading along, which a loop of one's own does not need
+        from .trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

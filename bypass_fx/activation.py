@@ -20,6 +20,9 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor
         >>> psi(torch.relu(z), z, torch.tensor([0.5, 0.0]), -1)
         tensor([[-0.5000,  2.0000]])
     """
+    if activated.is_nested:  # torch's fused attention layers pass ragged batches; addcmul takes none
+        parts = zip(activated.unbind(), z.unbind(), strict=True)
+        return torch.nested.as_nested_tensor([psi(one, its_z, delta, channel_dim) for one, its_z in parts])
     behind = z.dim() - 1 - channel_dim if channel_dim >= 0 else -1 - channel_dim
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)

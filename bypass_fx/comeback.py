@@ -8,7 +8,6 @@ them out in `state_dict`. Enter it in `COMEBACKS`.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bypass_fx import constraint
+from bypass_fx.nearest import did_you_mean
 from bypass_fx.passes.errors import BypassError
 
 T = TypeVar("T")
@@ -154,6 +154,5 @@ def resolve(comeback: str | Comeback) -> Comeback:
 def _named(name: str, table: Mapping[str, T], what: str) -> T:
     if isinstance(name, str) and name in table:
         return table[name]
-    nearest = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise BypassError(f"unknown {what} {name!r}; {hint}choose from {', '.join(map(repr, table))}")
+    hint = did_you_mean(str(name), table, "give one of the known names")
+    raise BypassError(f"unknown {what} {name!r}; {hint} ({', '.join(table)})")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """"did you mean ...?" with up to three names near `name`, or `otherwise` where none is.
+    """ "did you mean ...?" with up to three names near `name`, or `otherwise` where none is.
 
     Example:
         >>> did_you_mean("adma", ["adam", "sgd"])

@@ -208,7 +208,7 @@ def _ratio(lr: float | None, example: Mapping[str, Any]) -> float:
 
 
 def _copy(value: Any, by: float) -> Any:
-    return value * by if by != 1 else value.clone() if isinstance(value, Tensor) else value
+    return value * by if by != 1 else value
 
 
 def _withdraw(optimizer: Optimizer, ids: set[int]) -> None:

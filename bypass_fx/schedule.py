@@ -191,7 +191,6 @@ class BypassSchedule:
             "phase": self.phase,
             "opt1_steps": self._opt1_steps,
             "opt2_steps": self._opt2_steps,
-            "gamma": self.gamma.clone(),
             "out": sorted(self.out),
             "norms": dict(self.norms),
             "arrivals": [asdict(arrival) for arrival in self._arrivals],
@@ -223,7 +222,8 @@ class BypassSchedule:
         self._comeback.load_state_dict(state["comeback_state"])
         if state["phase"] == "opt2" and self.phase == "opt1":
             self._turn_back()
-        self.gamma.copy_(state["gamma"])
+        elif self.phase == "opt2":
+            self._set_gamma()
         self.out = frozenset(state["out"])
         if state["phase"] == "done":
             self._contract(left_out)

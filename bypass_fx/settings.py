@@ -35,11 +35,11 @@ class Settings:
     lr: float = 4e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
-    batch_size: int = 128
-    train1: int = 400
-    opt1: int = 150
-    opt2: int = 250
-    train3: int = 200
+    batch_size: int = 256
+    train1: int = 600
+    opt1: int = 200
+    opt2: int = 400
+    train3: int = 300
     n: int | None = None
     comeback: str = "homotopy"
     return_lr: float | None = None

@@ -9,6 +9,7 @@ import copy
 import inspect
 import itertools
 import linecache
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,14 +32,17 @@ class Variant:
     in_eval: fx.Graph | None = None
 
 
-def generated_class(
-    original: type[nn.Module], signature: inspect.Signature, variants: list[Variant]
-) -> type[nn.Module]:
-    """A subclass whose forward has the original signature and runs the variant that fits the call."""
-    source, scope = _source(signature, variants)
+def generated_class(original: type[nn.Module], methods: Mapping[str, list[Variant]]) -> type[nn.Module]:
+    """A subclass whose methods have the original signatures and run the variant that fits the call."""
+    scope: dict[str, Any] = {}
+    sources = {
+        name: _source(name, inspect.signature(getattr(original, name)), variants, scope)
+        for name, variants in methods.items()
+    }
+    source = "\n\n".join(sources.values())
     key = (original, source, tuple(sorted((name, id(value)) for name, value in scope.items())))
     if key not in _classes:
-        _classes[key] = _new_class(original, source, scope)
+        _classes[key] = _new_class(original, list(methods), source, scope)
     return _classes[key]
 
 
@@ -57,15 +61,14 @@ def rewritten_code(module: nn.Module) -> str:
     return cast(str, type(module).__dict__["_bypass_source"])
 
 
-def _source(signature: inspect.Signature, variants: list[Variant]) -> tuple[str, dict[str, Any]]:
+def _source(method: str, signature: inspect.Signature, variants: list[Variant], scope: dict[str, Any]) -> str:
     """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
-    scope: dict[str, Any] = {}
     names = _Names(scope)
     guards = [names.guards(variant.call, variant.typed) for variant in variants]
     if len(variants) == 1 and not guards[0] and variants[0].in_eval is None:
-        return _function("forward", variants[0].graph, scope), scope
+        return _function(method, variants[0].graph, scope)
     functions: list[str] = []
-    lines = [f"def forward({names.parameters(signature)}):"]
+    lines = [f"def {method}({names.parameters(signature)}):"]
     for index, (variant, conditions) in enumerate(zip(variants, guards, strict=True)):
         arguments = ", ".join(["self", *_passed(variant.call)])
         pad = "    "
@@ -73,14 +76,14 @@ def _source(signature: inspect.Signature, variants: list[Variant]) -> tuple[str,
             lines.append(f"{pad}if {' and '.join(conditions)}:")
             pad += "    "
         if variant.in_eval is not None:
-            functions.append(_function(f"_eval_{index}", variant.in_eval, scope))
-            lines += [f"{pad}if not self.training:", f"{pad}    return _eval_{index}({arguments})"]
-        functions.append(_function(f"_forward_{index}", variant.graph, scope))
-        lines.append(f"{pad}return _forward_{index}({arguments})")
+            functions.append(_function(f"_{method}_in_eval_{index}", variant.in_eval, scope))
+            lines += [f"{pad}if not self.training:", f"{pad}    return _{method}_in_eval_{index}({arguments})"]
+        functions.append(_function(f"_{method}_{index}", variant.graph, scope))
+        lines.append(f"{pad}return _{method}_{index}({arguments})")
     if all(guards):
         scope["_unplanned_call"] = _unplanned_call
         lines.append("    _unplanned_call(self)")
-    return "\n\n".join([*functions, "\n".join(lines) + "\n"]), scope
+    return "\n\n".join([*functions, "\n".join(lines) + "\n"])
 
 
 def _function(name: str, graph: fx.Graph, scope: dict[str, Any]) -> str:
@@ -169,21 +172,21 @@ def _passed(call: Call) -> list[str]:
     return passed
 
 
-def _new_class(original: type[nn.Module], source: str, scope: dict[str, Any]) -> type[nn.Module]:
+def _new_class(original: type[nn.Module], methods: list[str], source: str, scope: dict[str, Any]) -> type[nn.Module]:
     filename = f"<bypass_fx {original.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(scope)
     exec(compile(source, filename, "exec"), namespace)
-    forward = namespace["forward"]
-    forward.__doc__ = original.forward.__doc__
     body = {
-        "forward": forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__getstate__": _refuse_pickling,
         "_bypass_original": original,
         "_bypass_source": source,
     }
+    for method in methods:
+        body[method] = namespace[method]
+        body[method].__doc__ = getattr(original, method).__doc__
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     return type(f"Bypass{original.__name__}", (original,), body)

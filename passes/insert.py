@@ -33,6 +33,7 @@ class Edit:
     owner: nn.Module
     extended: type[nn.Module]
     deltas: tuple[tuple[str, nn.Parameter], ...]
+    hooked: bool = False
 
 
 def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
@@ -47,18 +48,29 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
     edits: list[Edit] = []
     shared: dict[Hashable, type[nn.Module]] = {}
     for path, sites in owners.items():
-        units = linked.variants(path) if path in linked.modules else []
-        units = units or (linked.own_unit(path) if path in linked.modules else [])
-        if not units:
-            raise PlanError(
-                f"{sites[0].name}: the model has no module {path!r} with a forward that traces; plan this model anew"
-            )
+        units = [unit for site in sites for unit in _units(linked, site)]
+        units = list(dict.fromkeys(units))
         module = linked.modules[path]
         key = _same_code(linked, module, units, sites)
         if key not in shared:
             shared[key] = _extended_class(linked, module, units, sites, psi)
-        edits.append(Edit(module, shared[key], tuple((site.delta, _new_delta(linked, site)) for site in sites)))
+        deltas = tuple((site.delta, _new_delta(linked, site)) for site in sites)
+        edits.append(Edit(module, shared[key], deltas, hooked=any(site.method != "forward" for site in sites)))
     return edits
+
+
+def _units(linked: Linked, site: Site) -> list[Unit]:
+    """The units in which the site is written: all variants of its owner's forward, or a helper method."""
+    if site.owner in linked.modules:
+        if site.method != "forward":
+            units = [unit for unit in linked.methods(site.owner) if unit.method == site.method]
+        else:
+            units = linked.variants(site.owner) or linked.own_unit(site.owner)
+        if units:
+            return units
+    raise PlanError(
+        f"{site.name}: the model has no module {site.owner!r} with a {site.method} that traces; plan this model anew"
+    )
 
 
 def apply(edits: Iterable[Edit]) -> None:
@@ -66,12 +78,21 @@ def apply(edits: Iterable[Edit]) -> None:
     for edit in edits:
         for name, delta in edit.deltas:
             edit.owner.register_parameter(name, delta)
+        if edit.hooked:
+            edit.owner.register_forward_pre_hook(keep_off_fast_paths)
         edit.owner.__class__ = edit.extended
+
+
+def keep_off_fast_paths(module: nn.Module, args: object) -> None:
+    """A forward pre-hook that does nothing: torch's fused inference paths skip a module's methods unless it has hooks."""
 
 
 def restore(owner: nn.Module, deltas: Iterable[str]) -> None:
     """Give an owner its original class back and drop its δ."""
     owner.__class__ = original_class(owner)
+    for key, hook in list(owner._forward_pre_hooks.items()):
+        if hook is keep_off_fast_paths:
+            del owner._forward_pre_hooks[key]
     for name in deltas:
         owner._parameters.pop(name, None)
 
@@ -87,24 +108,26 @@ def _new_delta(linked: Linked, site: Site) -> nn.Parameter:
 
 def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list[Site]) -> Hashable:
     """What decides the code of an owner: owners of one model that agree in it share their class."""
-    graphs = tuple(linked.graphs[unit] for unit in units)
-    names = [(graph.names.get(site.call), unit) for graph, unit in zip(graphs, units, strict=True) for site in sites]
-    in_place = tuple(node is not None and works_in_place(node, linked.module(Spot(unit, node))) for node, unit in names)
-    return type(module), graphs, tuple((site.call, site.delta, site.channel_dim) for site in sites), in_place
+    in_place: list[bool] = []
+    for unit in units:
+        names = linked.graphs[unit].names
+        for node in (names.get(site.call) for site in sites if site.method == unit.method):
+            in_place.append(node is not None and works_in_place(node, linked.module(Spot(unit, node))))
+    calls = tuple((site.method, site.call, site.delta, site.channel_dim) for site in sites)
+    return type(module), tuple(linked.graphs[unit] for unit in units), calls, tuple(in_place)
 
 
 def _extended_class(
     linked: Linked, module: nn.Module, units: list[Unit], sites: list[Site], psi: Psi
 ) -> type[nn.Module]:
-    variants: list[Variant] = []
+    methods: dict[str, list[Variant]] = {}
     for unit in units:
+        here = [site for site in sites if site.method == unit.method]
         owned = linked.graphs[unit]
-        graph = _rewrite(linked, unit, owned, sites, psi)
-        in_eval = _rewrite(linked, unit, owned.in_eval, sites, psi) if owned.in_eval else None
-        variants.append(Variant(owned.call, owned.typed, graph, in_eval))
-    signature = linked.tracing.signature(units[0].path)
-    assert signature is not None, "a unit's forward has a signature"
-    return generated_class(type(module), signature, variants)
+        graph = _rewrite(linked, unit, owned, here, psi)
+        in_eval = _rewrite(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
+        methods.setdefault(unit.method, []).append(Variant(owned.call, owned.typed, graph, in_eval))
+    return generated_class(type(module), methods)
 
 
 def _rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: list[Site], psi: Psi) -> fx.Graph:

@@ -24,10 +24,13 @@ ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 
 
 class Unit(NamedTuple):
-    """One traced forward: the module's path and the number of the variant (a module may be called in several ways)."""
+    """One traced method: the module's path, the number of the variant (a module may be called in several ways), and the
+    method: `forward`, or a helper of a forward that does not trace itself.
+    """
 
     path: str
     variant: int = 0
+    method: str = "forward"
 
 
 class Spot(NamedTuple):
@@ -59,6 +62,7 @@ class Linked:
         self._callees: dict[Spot, Unit] = {}
         self._activations: dict[str, str | None] = {}
         self._variants: dict[str, list[Unit]] = {}
+        self._methods: dict[str, list[Unit]] = {}
         with self.tracing.session():
             self._enter("", _root_call(self.tracing, example_inputs))
             for path, module in self.modules.items():  # what no graph calls may be called from anywhere
@@ -73,15 +77,29 @@ class Linked:
         known = self._calls.get((path, call.key() if call else ""))
         if known is not None:
             return known
+        unit = Unit(path, len(self.variants(path)))
         try:
-            graph = self.tracing.trace(path, call)
+            self._add(unit, self.tracing.trace(path, call))
         except UntraceableError as error:
             self.failures[path] = error
+            self._enter_methods(path)
             return None
-        unit = Unit(path, len(self.variants(path)))
-        self._variants.setdefault(path, []).append(unit)
-        self.graphs[unit] = graph
         self._calls[path, call.key() if call else ""] = unit
+        return unit
+
+    def _enter_methods(self, path: str) -> None:
+        """A forward without a graph: the helper methods that it calls may have one, and are units of their own."""
+        for method in self.tracing.methods(path):
+            try:
+                graph = self.tracing.trace(path, method=method)
+            except UntraceableError:
+                continue
+            self._add(Unit(path, 0, method), graph)
+
+    def _add(self, unit: Unit, graph: OwnerGraph) -> None:
+        self.graphs[unit] = graph
+        units = self._variants if unit.method == "forward" else self._methods
+        units.setdefault(unit.path, []).append(unit)
         for version in filter(None, (graph, graph.in_eval)):
             for node in version.graph.nodes:
                 if node.op == "call_module":
@@ -91,11 +109,14 @@ class Linked:
                     callee = self._enter(child, self._call_of(child, node))
                     if callee is not None:
                         self._callees[spot] = callee
-        return unit
 
     def _call_of(self, path: str, node: fx.Node) -> Call | None:
         signature = self.tracing.signature(path)
         return call_of(signature, node.args, node.kwargs) if signature else None
+
+    def methods(self, path: str) -> list[Unit]:
+        """The traced helper methods of a module whose forward has no graph."""
+        return self._methods.get(path, [])
 
     def child(self, unit: Unit, node: fx.Node) -> str:
         """The path under which the model first names the module that the node calls."""
@@ -123,15 +144,17 @@ class Linked:
         except UntraceableError as error:
             self.failures[path] = error
             return []
-        unit = Unit(path)
-        self._variants[path] = [unit]
-        self.graphs[unit] = graph
-        return [unit]
+        self._add(Unit(path), graph)
+        return self.variants(path)
 
     def activation(self, spot: Spot) -> str | None:
         """The name of the element-wise activation that the spot calls; None where it calls none."""
         module = self.module(spot)
         return call_activation(spot.node) if module is None else self.activation_module(self.child(*spot))
+
+    def activations_in(self, unit: Unit) -> set[str]:
+        """The names of the activations that a unit calls."""
+        return {name for node in self.graphs[unit].graph.nodes if (name := self.activation(Spot(unit, node)))}
 
     def activation_module(self, path: str) -> str | None:
         """The name of the activation that a module is; None where it is none."""
@@ -195,7 +218,7 @@ class Linked:
 
     def _seen_callers(self, unit: Unit) -> list[Spot] | None:
         """The spots that call the unit; None where others may exist."""
-        if not unit.path or unit.path in self.unseen:
+        if not unit.path or unit.path in self.unseen or unit.method != "forward":
             return None
         spots = self.callers.get(unit.path, [])
         return [spot for spot in spots if self.callee(spot) == unit and self._in_first_version(spot)]
@@ -205,7 +228,7 @@ class Linked:
 
     def _bound(self, caller: Spot, unit: Unit) -> dict[str, Any]:
         """The callee's placeholders and what the caller passes for them."""
-        signature = self.tracing.signature(unit.path)
+        signature = self.tracing.signature(unit.path, unit.method)
         assert signature is not None
         return bound_to_placeholders(signature, caller.node.args, caller.node.kwargs)
 
@@ -262,9 +285,9 @@ class Linked:
         return found
 
     @cached_property
-    def digraph(self) -> nx.DiGraph[tuple[str, int, str]]:
-        """The whole model as one networkx.DiGraph: nodes are (path, variant, node name), edges carry values."""
-        graph: nx.DiGraph[tuple[str, int, str]] = nx.DiGraph()
+    def digraph(self) -> nx.DiGraph[tuple[str, int, str, str]]:
+        """The whole model as one networkx.DiGraph: nodes are (path, variant, method, node name), edges carry values."""
+        graph: nx.DiGraph[tuple[str, int, str, str]] = nx.DiGraph()
         for unit, owned in self.graphs.items():
             for node in owned.graph.nodes:
                 graph.add_node((*unit, node.name), op=node.op, target=str(node.target), owner=unit.path)

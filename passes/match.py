@@ -54,15 +54,15 @@ def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = Non
     refusals: list[Refusal] = list(unseen_refusals(linked))
     for name, spot, activation in calls.all():
         outcome = _decide(calls, spot, RULES[mode])
-        path, call = spot.unit.path, linked.graphs[spot.unit].name_of[spot.node]
+        unit = spot.unit
         if isinstance(outcome, Reason):
-            refusals.append(Refusal(name, path, activation, outcome.text, outcome.remedy))
+            refusals.append(Refusal(name, unit.path, activation, outcome.text, outcome.remedy))
             continue
-        found = outcome
+        call, found = linked.graphs[unit].name_of[spot.node], outcome
         sites.append(
             Site(
-                name, path, call, found.kind, found.constraint, activation, found.channels.width, found.channels.axis,
-                _parameter_name(linked, path, call), found.first, found.second, found.exact,
+                name, unit.path, unit.method, call, found.kind, found.constraint, activation, found.channels.width,
+                found.channels.axis, _parameter_name(linked, unit, call), found.first, found.second, found.exact,
             )
         )  # fmt: skip
     return Plan(tuple(sites), tuple(refusals), mode)
@@ -78,9 +78,10 @@ def _decide(calls: Calls, spot: Spot, rules: tuple[Rule, ...]) -> Match | Reason
     return outcome
 
 
-def _parameter_name(linked: Linked, path: str, call: str) -> str:
+def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
     """A name for δ on the owner that nothing else has."""
-    owner, name = linked.modules[path], "delta_" + call.replace(".", "_")
+    helper = "" if unit.method == "forward" else unit.method.strip("_") + "_"
+    owner, name = linked.modules[unit.path], f"delta_{helper}{call.replace('.', '_')}"
     while hasattr(owner, name):
         name += "_"
     return name
@@ -89,7 +90,8 @@ def _parameter_name(linked: Linked, path: str, call: str) -> str:
 def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
     """Activations called as functions in forwards that have no graph."""
     for path, error in linked.failures.items():
-        for activation in linked.tracing.mentions(path):
+        traced = {name for unit in linked.methods(path) for name in linked.activations_in(unit)}
+        for activation in [name for name in linked.tracing.mentions(path) if name not in traced]:
             reason = Reason(
                 str(error), "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
             )
@@ -105,15 +107,16 @@ class Calls:
     def all(self) -> Iterator[tuple[str, Spot, str]]:
         """(site name, spot, activation) of every call: in owners with a graph, and activation modules on their own."""
         for path in self.linked.modules:
-            units = self.linked.variants(path)
             if self.linked.activation_module(path):
                 yield from self._alone(path)
-            elif units:
-                graph = self.linked.graphs[units[0]]
+                continue
+            for unit in self.linked.variants(path)[:1] or self.linked.methods(path):
+                graph = self.linked.graphs[unit]
+                helper = "" if unit.method == "forward" else unit.method + "."
                 for node in graph.graph.nodes:
-                    activation = self.linked.activation(Spot(units[0], node))
+                    activation = self.linked.activation(Spot(unit, node))
                     if activation:
-                        yield f"{path}.{graph.name_of[node]}".lstrip("."), Spot(units[0], node), activation
+                        yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), Spot(unit, node), activation
 
     def _alone(self, path: str) -> Iterator[tuple[str, Spot, str]]:
         """An activation module that no graph calls: it is its own owner."""

@@ -45,7 +45,8 @@ class Affine:
 class Site:
     """One call of an element-wise activation σ that becomes ψ(z) = σ(z) + D z (eq. 7 of the paper).
 
-    `name` is the path of the call: the owner's path and the call's name in it. `constraint` says what must hold at
+    `name` is the path of the call: the owner's path and the call's name in its `method` (its forward, but for owners
+    whose forward has no graph). `constraint` says what must hold at
     contraction: "folded" (A D W = 0, with b_A + A D b_W folded in), "augmented" (A D [W b_W] = 0), or "zero" (D = 0).
     `width` is the number of coefficients δ and `channel_dim` the axis of z along which they lie. `exact` is "always",
     or "eval" where the fold is exact in eval mode only (a BatchNorm or an active dropout stands inside the pattern).
@@ -53,6 +54,7 @@ class Site:
 
     name: str
     owner: str
+    method: str
     call: str
     kind: Kind
     constraint: Constraint

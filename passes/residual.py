@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import operator
+import textwrap
+from collections.abc import Callable
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +24,7 @@ _found: WeakKeyDictionary[fx.Graph, frozenset[fx.Node]] = WeakKeyDictionary()
 def residual_units(linked: Linked) -> set[Unit]:
     """The units that are called from a branch of a residual block, at any depth."""
     inside: set[Unit] = set()
-    todo: list[Unit] = []
+    todo: list[Unit] = _units_added_in_source(linked, inside)
     for unit, owned in linked.graphs.items():
         if not unit.path:
             todo.append(unit)
@@ -31,6 +36,46 @@ def residual_units(linked: Linked) -> set[Unit]:
             for node in linked.graphs[unit].graph.nodes:
                 todo += _entered(linked, unit, node, inside)
     return inside
+
+
+def _units_added_in_source(linked: Linked, inside: set[Unit]) -> list[Unit]:
+    """For forwards without a graph, their source is read: `x + self.block(...)` shows that `block` is a branch."""
+    found: list[Unit] = []
+    for path in linked.failures:
+        cls = type(linked.modules[path])
+        added = {name for method in ("forward", *linked.tracing.methods(path)) for name in _added(getattr(cls, method))}
+        found += [unit for unit in linked.methods(path) if unit.method in added]
+        found += [unit for name in added for unit in linked.variants(f"{path}.{name}".lstrip("."))]
+    inside.update(found)
+    return found
+
+
+@cache
+def _added(function: Callable[..., object]) -> frozenset[str]:
+    """The names in `self.name(...)` that stand on one side of an addition only."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):  # no source: nothing is known of it
+        return frozenset()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            names |= _called(node.left) ^ _called(node.right)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
+            names |= _called(node.value)
+    return frozenset(names)
+
+
+def _called(tree: ast.AST) -> set[str]:
+    """The names in `self.name(...)` anywhere below."""
+    return {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+    }
 
 
 def _entered(linked: Linked, unit: Unit, node: fx.Node, inside: set[Unit]) -> list[Unit]:

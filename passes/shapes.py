@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from .activations import activation_input
@@ -33,6 +32,8 @@ class Run:
         wanted: dict[str, list[Spot]] = {}
         for spot in spots:
             wanted.setdefault(spot.unit.path, []).append(spot)
+        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         with _eval_mode(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
             hooks = [
@@ -55,7 +56,7 @@ class Run:
             if not missing:
                 return
             signature = linked.tracing.signature(missing[0].unit.path)
-            if signature is not None:
+            if signature is not None and missing[0].unit.method == "forward":
                 self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
                 self.channels |= _replay(linked, module, missing, signature, args, kwargs)
 

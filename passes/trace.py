@@ -123,29 +123,29 @@ class Tracing:
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names = ModelNames(model)
         self._recorder = Recorder()
-        self._graphs: dict[tuple[type, str], list[OwnerGraph]] = {}
-        self._failures: dict[tuple[type, str], list[tuple[tuple[Read, ...], str]]] = {}
+        self._graphs: dict[tuple[type, str, str], list[OwnerGraph]] = {}
+        self._failures: dict[tuple[type, str, str], list[tuple[tuple[Read, ...], str]]] = {}
 
     def session(self) -> AbstractContextManager[None]:
         """Keep the hooks that tracing needs in place: many traces in one session are faster."""
         return self._recorder.installed()
 
-    def signature(self, path: str) -> inspect.Signature | None:
-        """The signature of a module's forward, `self` included; None where it is not plain Python code."""
-        return _signature(type(self.modules[path]).forward)
+    def signature(self, path: str, method: str = "forward") -> inspect.Signature | None:
+        """The signature of a module's method, `self` included; None where it is not plain Python code."""
+        return _signature(getattr(type(self.modules[path]), method))
 
-    def trace(self, path: str, call: Call | None = None) -> OwnerGraph:
-        """The graph of the module at `path`, called as `call` says (as its defaults say, if None).
+    def trace(self, path: str, call: Call | None = None, method: str = "forward") -> OwnerGraph:
+        """The graph of a method of the module at `path`, called as `call` says (as its defaults say, if None).
 
         Raises:
-            UntraceableError: the forward can't be written down as a graph; the message says why.
+            UntraceableError: the method can't be written down as a graph; the message says why.
         """
-        module, signature = self.modules[path], self.signature(path)
+        module, signature = self.modules[path], self.signature(path, method)
         where = f"{path or 'the model'} ({type(module).__name__})"
-        if signature is None or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        if signature is None or method in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
-        key = (type(module), call.key())
+        key = (type(module), method, call.key())
         for known in self._graphs.get(key, ()):
             if self._read_same(module, known.reads) and self._resolves(path, known):
                 return known
@@ -154,12 +154,26 @@ class Tracing:
                 raise UntraceableError(f"{where}: {reason}")
         tracer = OwnerTracer(self.names, self._recorder, path, module)
         try:
-            traced = self._trace(tracer, signature, call)
+            traced = self._trace(tracer, getattr(type(module), method), signature, call)
         except UntraceableError as error:
             self._failures.setdefault(key, []).append((tuple(tracer.reads), str(error)))
             raise UntraceableError(f"{where}: {error}") from error
         self._graphs.setdefault(key, []).append(traced)
         return traced
+
+    def methods(self, path: str) -> list[str]:
+        """The methods that a module's forward calls, at any depth, of classes below torch.nn.Module."""
+        cls = type(self.modules[path])
+        found: dict[str, None] = {}
+        todo = ["forward"]
+        while todo:
+            for code in _codes(getattr(cls, todo.pop())):
+                for name in code.co_names:
+                    own = isinstance(getattr(cls, name, None), FunctionType) and not hasattr(nn.Module, name)
+                    if own and name not in found:
+                        found[name] = None
+                        todo.append(name)
+        return list(found)
 
     def mentions(self, path: str) -> list[str]:
         """The activations that the forward of an untraceable module names, as functions or tensor methods."""
@@ -168,9 +182,10 @@ class Tracing:
             found |= dict.fromkeys(name for name in map(NAMES.get, code.co_names) if name)
         return list(found)
 
-    def _trace(self, tracer: OwnerTracer, signature: inspect.Signature, call: Call) -> OwnerGraph:
+    def _trace(
+        self, tracer: OwnerTracer, forward: Callable[..., Any], signature: inspect.Signature, call: Call
+    ) -> OwnerGraph:
         module = tracer.root
-        forward = type(module).forward
         if any(map(_enters_a_context, _codes(forward))):
             raise UntraceableError("its forward enters a `with` block, which a graph can't hold")
         graph = tracer.run(forward, signature, call)

@@ -6,7 +6,7 @@ import inspect
 import operator
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
@@ -118,10 +118,10 @@ class OwnerTracer(fx.Tracer):
         Raises:
             UntraceableError: it can't be written down as a graph.
         """
-        args, kwargs = self.arguments(signature, call)
         dice = random.getstate()
         try:
-            with self.recorder.listening(self), _Factories(self):
+            with torch.enable_grad(), self.recorder.listening(self), _Factories(self):
+                args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
                 self.create_node("output", "output", (self.create_arg(result),), {})
         except UntraceableError:

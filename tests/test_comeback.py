@@ -99,9 +99,9 @@ def test_each_return_says_where_it_ends(come: type[Comeback]) -> None:
 
 
 def test_an_unknown_return_or_path_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(BypassError, match=r"did you mean 'homotopy'.*'penalty', 'proximal', 'homotopy'"):
+    with pytest.raises(BypassError, match=r"did you mean homotopy\? \(penalty, proximal, homotopy\)"):
         resolve("homotpy")
-    with pytest.raises(BypassError, match="choose from 'smooth', 'cosine', 'linear'"):
+    with pytest.raises(BypassError, match=r"give one of the known names \(smooth, cosine, linear\)"):
         Homotopy("spiral")
     with pytest.raises(BypassError, match="unknown comeback None"):
         resolve(None)  # type: ignore[arg-type]

@@ -17,7 +17,9 @@ def history() -> History:
 
 def test_the_losses_of_both_arms_start_at_one_point(history: History) -> None:
     lines = {line.get_label(): line.get_xydata() for line in figure(history).axes[0].get_lines()}
-    records = {phase: [r for r in history.records if (r.phase == "train1") == (phase == "train1")] for phase in ("train1", "")}
+    records = {
+        phase: [r for r in history.records if (r.phase == "train1") == (phase == "train1")] for phase in ("train1", "")
+    }
     assert lines["before θ*"].tolist() == [[record.epoch, record.loss] for record in records["train1"]]
     assert lines["bypass"][1:].tolist() == [[record.epoch, record.loss] for record in records[""]]
     assert lines["baseline"][1:].tolist() == [[record.epoch, record.baseline] for record in records[""]]

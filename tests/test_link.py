@@ -90,7 +90,7 @@ def test_children_of_a_forward_without_a_graph_have_unseen_callers() -> None:
 def test_the_whole_model_is_one_acyclic_networkx_graph() -> None:
     graph = Linked(Outer()).digraph
     assert nx.is_directed_acyclic_graph(graph)
-    assert nx.has_path(graph, ("", 0, "x"), ("inner", 0, "fc")) and nx.has_path(
-        graph, ("inner", 0, "fc"), ("", 0, "head")
+    assert nx.has_path(graph, ("", 0, "forward", "x"), ("inner", 0, "forward", "fc")) and nx.has_path(
+        graph, ("inner", 0, "forward", "fc"), ("", 0, "forward", "head")
     )
-    assert not nx.has_path(graph, ("", 0, "add"), ("inner", 0, "fc"))
+    assert not nx.has_path(graph, ("", 0, "forward", "add"), ("inner", 0, "forward", "fc"))

@@ -208,6 +208,17 @@ def test_ds_own_rate_and_weight_decay_are_taken() -> None:
     assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1]["weight_decay"]) == (0.5, 0.2)
 
 
+def test_an_optimiser_that_counts_steps_per_group_counts_ds_from_the_start() -> None:
+    params, d, fresh = parameters(), deltas(), deltas()
+    optimizer, own = OPTIMIZERS["timm lamb"](params), OPTIMIZERS["timm lamb"](fresh)
+    for _ in range(5):
+        step(optimizer, params)
+    param_group.add(optimizer, d, like=params)
+    step(optimizer, d)
+    step(own, fresh)
+    assert all(map(torch.equal, d, fresh))
+
+
 def test_a_tensor_learning_rate_is_not_shared_with_ds_group() -> None:
     params, d = parameters(), deltas()
     optimizer = torch.optim.Adam(params, torch.tensor(0.1))

@@ -112,7 +112,10 @@ def _prefixed(prefix: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (_net(5).state_dict(), r"has in another shape 0\.weight \[5, 2\] for \[4, 2\], 0\.bias \[5\] for \[4\] and 1 more"),
+        (
+            _net(5).state_dict(),
+            r"has in another shape 0\.weight \[5, 2\] for \[4, 2\], 0\.bias \[5\] for \[4\] and 1 more",
+        ),
         ({**_net().state_dict(), "2.scale": torch.zeros(1)}, r"has beside the model's 2\.scale; give the --model"),
         ({"0.weight": torch.zeros(4, 2)}, r"lacks 0\.bias, 2\.weight and 1 more"),
         (_prefixed("module."), "take DataParallel's prefix 'module.' off"),

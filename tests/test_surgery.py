@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -240,3 +241,39 @@ def test_meta_models_are_planned_extended_and_contracted_without_memory() -> Non
         net = torchvision.models.resnet18()
     bypass_fx.extend(net)
     assert bypass_fx.contract(net).residual == 0.0
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_torch_transformers_are_bypassed_in_their_helper_methods(batch_first: bool, train: bool) -> None:
+    """The encoder layer's forward does not trace, and its fused inference path would skip the rewritten method."""
+    layers = (nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first) for _ in range(4))
+    net = nn.Sequential(*layers).train(train)
+    x = torch.randn(3, 5, 16)
+    torch.manual_seed(0)
+    before = net(x)
+    bypass_fx.extend(net, mode="strict")
+    names = [site.name for site in bypass_fx.sites(net)]
+    assert names[0] == "0._ff_block.relu" and len(names) == 4
+    torch.manual_seed(0)
+    assert torch.equal(net(x), before)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert torch.allclose(net(x), before, atol=1e-5)
+        for site in bypass_fx.sites(net):
+            delta_of(net, site).fill_(0.5)
+        torch.manual_seed(0)
+        assert not torch.allclose(net(x), before, atol=1e-2)
+    bypass_fx.contract(net)
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert {site.kind for site in bypass_fx.plan(net)} == {"relaxed"}
+
+
+def test_ragged_batches_of_a_padded_transformer_keep_working() -> None:
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, mask = torch.randn(3, 5, 16), torch.tensor([[False] * 4 + [True]] * 3)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its nested tensors a prototype
+        before = net(x, src_key_padding_mask=mask)
+        bypass_fx.extend(net)
+        assert torch.allclose(net(x, src_key_padding_mask=mask), before, atol=1e-5)

@@ -1,0 +1,206 @@
+"""The command line from end to end: the main job on real formats, inspection, and bad input that ends in one line."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import bypass_fx
+from bypass_fx import cli, models, terminal
+from bypass_fx.run_folder import FILES
+from tests.cifar10 import write_cifar10
+
+SHORT = ["--train1", "2", "--opt1", "1", "--opt2", "1", "--train3", "1"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["bypass-fx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Result(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def _expect_refusal(result: Result, message: str, folder: Path) -> None:
+    """One line on standard error, exit code 2, and nothing written."""
+    assert result.code == 2
+    assert re.fullmatch(rf"Error: [^\n]*{message}[^\n]*\n", result.err), result.err
+    assert not (folder / "runs").exists() and not (folder / "out").exists()
+
+
+def test_the_main_job_trains_shows_and_leaves_a_run_folder(run: Run, tmp_path: Path) -> None:
+    result = run("train", *SHORT)
+    assert result.code == 0, result.err
+    assert "2 sites with 10 coefficients" in result.out
+    for row in ("θ*", "after opt1", "after proj", "end"):
+        assert re.search(rf"^{re.escape(row)} +\d+( +\d\.\d+){{2}}( +\d+\.\d%){{2}}", result.out, re.MULTILINE), row
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"the run is in runs/{folder.name}" in result.out
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    fresh = models.build("mlp", models.Fit((64,), 10))
+    fresh.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+
+
+def test_the_default_run_beats_the_baseline_after_opt1(run: Run, tmp_path: Path) -> None:
+    assert run("train", "--out", "out", "--opt2", "1", "--train3", "0").code == 0
+    after = json.loads((tmp_path / "out" / "summary.json").read_text())["moments"]["after opt1"]
+    assert after["bypass"]["train_loss"] < after["baseline"]["train_loss"]
+
+
+def test_a_run_is_the_same_again_under_one_seed(run: Run, tmp_path: Path) -> None:
+    for out in ("first", "second"):
+        assert run("train", *SHORT, "--out", out, "--seed", "3").code == 0
+    first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_2c2d_runs_on_cifar10_with_the_papers_1024_coefficients(run: Run, tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "cifar", per_batch=4)
+    result = run("train", "--model", "2c2d", "--data", "cifar10:cifar", *SHORT, "--lr", "1e-4", "--batch-size", "20")
+    assert result.code == 0, result.err
+    assert "1 sites with 1024 coefficients" in result.out
+
+
+def test_a_residual_net_runs_on_an_image_folder_and_goes_on_from_its_weights(run: Run, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (32, 32), (99 * number, 9 * index, 0)).save(tmp_path / "pictures" / name / f"{index}.png")
+    job = ["train", "--model", "timm:resnet10t", "--data", "imagefolder:pictures", "--image-size", "32", "--lr", "1e-4"]
+    assert run(*job, *SHORT, "--out", "first").code == 0
+    result = run(
+        *job, "--train1", "0", "--opt1", "1", "--opt2", "1", "--train3", "0", "--weights", "first/model.safetensors"
+    )
+    assert result.code == 0, result.err
+    before, after = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/**/summary.json")))
+    assert after["moments"]["θ*"]["bypass"] == pytest.approx(before["moments"]["end"]["bypass"])
+
+
+def test_eggholder_is_a_regression_without_accuracies(run: Run) -> None:
+    result = run("train", "--data", "eggholder", "--n", "3", *SHORT)
+    assert result.code == 0, result.err
+    assert "test loss" in result.out and "acc." not in result.out
+
+
+def test_a_warning_is_one_line(run: Run) -> None:
+    result = run("train", *SHORT, "--comeback", "penalty", "--gamma", "1e-9")
+    assert result.code == 0
+    assert re.fullmatch(r"Warning: opt2 ended [^\n]*\n", result.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "timm:resnet19"], "did you mean timm:resnet1"),
+        (["--model", "2c2"], "did you mean 2c2d"),
+        (["--data", "digit"], "did you mean digits"),
+        (["--data", "cifar10:nowhere"], "no folder 'nowhere'"),
+        (["--data", "imagefolder:empty"], "'empty' is empty"),
+        (["--model", "torchvision:resnet18", "--mode", "strict"], "no site"),
+        (["--select", "head*"], "names no site"),
+        (["--lr", "1e30", *SHORT], "train1, epoch 1, step 2; lower the learning rate"),
+        (["--epsilon", "0"], "epsilon is 0.0; give a number above 0"),
+        (["--weights", "nowhere.pt"], "no file 'nowhere.pt'"),
+        (["--weights", "other.safetensors"], "give the --model it was saved from"),
+        (["--optimizer", "adma"], "did you mean adam"),
+        (["--comeback", "homotpy"], "did you mean 'homotopy'"),
+        (["--device", "tpu9"], "can't be used here"),
+        (["--gamma", "quick"], "write a slope"),
+        (["--out", "empty/../other.safetensors"], "exists already"),
+    ],
+)
+def test_bad_input_ends_in_one_line(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
+    _expect_refusal(run("train", *arguments), message, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "other.safetensors"}
+
+
+def test_a_label_out_of_range_ends_in_one_line(run: Run, tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "cifar", per_batch=1, labels=[0, 1, 2, 3, 4, 99])
+    _expect_refusal(run("train", "--model", "2c2d", "--data", "cifar10:cifar"), "has the label 99", tmp_path)
+
+
+def test_a_model_without_an_activation_ends_in_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "flat_net.py").write_text(
+        "from torch import nn\n\ndef make(in_features, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_classes))\n"
+    )
+    _expect_refusal(run("train", "--model", "flat_net:make"), "nothing to bypass", tmp_path)
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal.LiveProgress, "__call__", interrupt)
+    result = run("train", *SHORT)
+    assert result.code == 130 and "nothing was written" in result.out and result.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_not_installed_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = run("inspect", "timm:resnet18")
+    assert result.code == 2 and "timm is not installed; run: pip install 'bypass_fx[train]'" in result.err
+
+
+def test_inspect_shows_sites_refusals_and_totals(run: Run) -> None:
+    result = run("inspect", "timm:resnet18")
+    assert result.code == 0, result.err
+    assert re.search(r"^layer1\.0\.act1 +relaxed +D = 0 +relu +64 ", result.out, re.MULTILINE)
+    assert "16 sites, 3840 coefficients beside 11689512 parameters; 1 activations refused" in result.out
+
+
+def test_inspect_shows_the_affine_maps_of_a_strict_site(run: Run) -> None:
+    result = run("inspect", "2c2d", "--select", "relu*")
+    assert result.code == 0
+    assert re.search(r"strict +A D W = 0 +relu +1024 +fc1 +fc2 +always", result.out)
+
+
+def test_inspect_writes_a_plan_that_can_be_read(run: Run) -> None:
+    result = run("inspect", "mlp", "--mode", "strict", "--json")
+    assert bypass_fx.Plan.from_json(result.out) == bypass_fx.plan(models.build("mlp"), mode="strict")
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "mlpp"], ["inspect", "mlp", "--mode", "strikt"]])
+def test_inspect_refuses_what_it_does_not_know(run: Run, tmp_path: Path, arguments: list[str]) -> None:
+    _expect_refusal(run(*arguments), "(did you mean|is none of)", tmp_path)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["inspect"]])
+def test_help_has_examples(run: Run, command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.code == 0
+    assert ("bypass-fx " + " ".join(command)).strip() in result.out
+
+
+def test_python_m_is_the_command(tmp_path: Path) -> None:
+    """A process of its own, so that the exit code and the error line are those that a shell sees."""
+    command = [sys.executable, "-m", "bypass_fx", "train", "--epsilon", "-1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: epsilon is -1.0; give a number above 0, such as 1e-4\n"
+    assert list(tmp_path.iterdir()) == []
