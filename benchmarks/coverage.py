@@ -93,11 +93,12 @@ def _row(name: str) -> dict[str, Any]:
 def summary(file: ResultsFile) -> str:
     """The table over all models, in Markdown."""
     rows = [row for row in file if "error" not in row]
-    failed = [row for row in file if "error" in row]
-    with_activation = [row for row in rows if row["activations"]]
+    changed = sum(not row["unchanged"] for row in rows)
+    active = [row for row in rows if row["activations"]]
+    with_site = sum(bool(row["sites"]["all"]) for row in active)
     lines = [
-        f"{len(file.rows)} models, {len(failed)} not examined, {sum(not row['unchanged'] for row in rows)} changed after contraction.",
-        f"{len(with_activation)} call an element-wise activation; {sum(1 for r in with_activation if r['sites']['all'])} of them have a site.",
+        f"{len(file.rows)} models, {len(file.rows) - len(rows)} not examined, {changed} changed after contraction.",
+        f"{len(active)} call an element-wise activation; {with_site} of them have a site.",
         "",
         "| mode | models with a site | sites | strict folded | strict augmented | relaxed | refusals |",
         "|---|---|---|---|---|---|---|",
@@ -108,13 +109,12 @@ def summary(file: ResultsFile) -> str:
             for kind, count in row["sites"][mode].items():
                 kinds[" ".join(kind.split()[:2])] += count
         refused = sum(sum(row["refusals"][mode].values()) for row in rows)
-        lines.append(
-            f"| {mode} | {sum(bool(row['sites'][mode]) for row in rows)} | {sum(kinds.values())} | {kinds['strict folded']} | "
-            f"{kinds['strict augmented']} | {kinds['relaxed zero']} | {refused} |"
-        )
-    totals = sorted(sum(row["seconds"].values()) for row in rows)
-    lines += ["", f"Seconds a model: median {totals[len(totals) // 2]:.2f}, highest {totals[-1]:.2f}."]
-    return "\n".join(lines)
+        models = sum(bool(row["sites"][mode]) for row in rows)
+        counts = [kinds["strict folded"], kinds["strict augmented"], kinds["relaxed zero"], refused]
+        lines.append(f"| {mode} | {models} | {sum(kinds.values())} | " + " | ".join(map(str, counts)) + " |")
+    seconds = sorted(sum(row["seconds"].values()) for row in rows)
+    lines += ["", f"Seconds a model: median {seconds[len(seconds) // 2]:.2f}, highest {seconds[-1]:.2f}."]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

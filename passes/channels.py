@@ -17,7 +17,7 @@ from .affine import affine_at
 from .link import Linked, Spot
 from .wires import Layout, through
 
-DEPTH = 60  # nodes looked at for one value before provenance gives up
+DEPTH = 150  # how many values deep provenance looks before it gives up
 
 
 class Channels(NamedTuple):
@@ -30,8 +30,8 @@ class Channels(NamedTuple):
 _KEEPS_SHAPE_FUNCTIONS = {
     F.dropout, torch.clone, F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm, F.pad, F.interpolate,
     F.normalize, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.softmax, torch.softmax, torch.clamp, torch.sqrt, torch.abs,
-    torch.neg,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.softmax, torch.softmax, torch.clamp,
+    torch.sqrt, torch.abs, torch.neg,
 }  # fmt: skip
 _KEEPS_SHAPE_METHODS = {
     "contiguous", "clone", "to", "float", "half", "type_as", "clamp", "softmax", "clamp_", "sqrt", "abs", "neg",
@@ -49,11 +49,6 @@ _POOLS = (
     nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d,
 )  # fmt: skip
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Softmax)
-
-
-def channels_of(linked: Linked, spot: Spot) -> Channels | None:
-    """The channels of the value at a spot, from where it comes; None where provenance does not settle it."""
-    return _Search(linked).value(spot)
 
 
 def channels_for(linked: Linked, spot: Spot) -> Channels | None:
@@ -76,32 +71,39 @@ def channels_for(linked: Linked, spot: Spot) -> Channels | None:
     return found.pop() if len(found) == 1 else None
 
 
-class _Search:
-    """One walk back; every node is visited once, so that loops through shared modules end."""
+class Provenance:
+    """The channels of a model's values, from where they come; what is found once is remembered."""
 
     def __init__(self, linked: Linked) -> None:
         self.linked = linked
-        self.seen: set[Spot] = set()
+        self.known: dict[Spot, Channels] = {}
+        self.asked: set[Spot] = set()  # values on the way back that is being walked: a loop ends here
 
     def value(self, spot: Spot | None) -> Channels | None:
-        if spot is None or len(self.seen) > DEPTH:
+        """The channels of the value at a spot; None where they are not settled by where it comes from."""
+        if spot is None or len(self.asked) > DEPTH:
             return None
-        declared = _declared(self.linked.module(spot))
-        if declared is not None:
-            return declared
-        spot = self.linked.source(spot)
-        if spot in self.seen:
+        spot = spot if _declared(self.linked.module(spot)) else self.linked.source(spot)
+        if spot in self.known:
+            return self.known[spot]
+        if spot in self.asked:
             return None
-        self.seen.add(spot)
+        self.asked.add(spot)
+        found = self.settle(spot)
+        self.asked.remove(spot)
+        if found is not None:
+            self.known[spot] = found
+        return found
+
+    def settle(self, spot: Spot) -> Channels | None:
+        """The channels by what the spot does: an affine map, a norm, or something that passes them on."""
         module = self.linked.module(spot)
-        made = affine_at(self.linked, spot) if module is None else None
-        if made is not None:
-            return Channels(made.outputs, made.axis)
+        if module is None:
+            made = affine_at(self.linked, spot)
+            return Channels(made.outputs, made.axis) if made is not None else self.call(spot)
         known = _declared(module) or _normalised(module)
         if known is not None:
             return known
-        if module is None:
-            return self.call(spot)
         return self.first(spot) if _keeps_shape(spot.node, module) else self.moved(spot, module)
 
     def first(self, spot: Spot) -> Channels | None:
@@ -131,14 +133,16 @@ class _Search:
         return found.pop() if len(found) == 1 else None
 
     def binary(self, spot: Spot) -> Channels | None:
-        values = [value for value in spot.node.args if isinstance(value, fx.Node)]
-        found = {
-            known
-            for known in (self.value(Spot(spot.unit, value)) for value in values if value.op != "get_attr")
-            if known
-        }
-        widest = {known for known in found if known.width > 1}
-        return widest.pop() if len(widest) == 1 else None
+        """Element-wise with broadcasting: the first operand that has more than one channel tells, the latest first.
+
+        The operand computed last is the nearer one: of a residual sum it is the branch, not the trunk.
+        """
+        values = [value for value in spot.node.all_input_nodes if value.op != "get_attr"]
+        for value in reversed(values):
+            found = self.value(Spot(spot.unit, value))
+            if found is not None and found.width > 1:
+                return found
+        return None
 
     def concatenated(self, spot: Spot) -> Channels | None:
         parts = spot.node.args[0] if spot.node.args else None

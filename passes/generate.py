@@ -177,7 +177,7 @@ def _new_class(original: type[nn.Module], methods: list[str], source: str, scope
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(scope)
     exec(compile(source, filename, "exec"), namespace)
-    body = {
+    body: dict[str, Any] = {
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__getstate__": _refuse_pickling,

@@ -111,8 +111,8 @@ def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list
     in_place: list[bool] = []
     for unit in units:
         names = linked.graphs[unit].names
-        for node in (names.get(site.call) for site in sites if site.method == unit.method):
-            in_place.append(node is not None and works_in_place(node, linked.module(Spot(unit, node))))
+        nodes = (names.get(site.call) for site in sites if site.method == unit.method)
+        in_place += [node is not None and works_in_place(node, linked.module(Spot(unit, node))) for node in nodes]
     calls = tuple((site.method, site.call, site.delta, site.channel_dim) for site in sites)
     return type(module), tuple(linked.graphs[unit] for unit in units), calls, tuple(in_place)
 

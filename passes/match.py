@@ -16,7 +16,7 @@ from torch import fx
 
 from .activations import activation_input
 from .affine import Found, affine_at, norm_at
-from .channels import Channels, channels_for, channels_of
+from .channels import Channels, Provenance, channels_for
 from .link import ExampleInputs, Linked, Spot, Unit
 from .plan import Affine, Constraint, Exact, Kind, Mode, Plan, Refusal, Site
 from .residual import residual_nodes, residual_units
@@ -103,6 +103,7 @@ class Calls:
 
     def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
         self.linked, self.example_inputs = linked, example_inputs
+        self.origins = Provenance(linked)
 
     def all(self) -> Iterator[tuple[str, Spot, str]]:
         """(site name, spot, activation) of every call: in owners with a graph, and activation modules on their own."""
@@ -139,7 +140,7 @@ class Calls:
     def provenance(self, spot: Spot) -> Channels | None:
         """The channels of an activation's input by where it comes from, or by who reads the result."""
         z = activation_input(spot.node)
-        known = channels_of(self.linked, Spot(spot.unit, z)) if z is not None else None
+        known = self.origins.value(Spot(spot.unit, z)) if z is not None else None
         return known or channels_for(self.linked, spot)
 
     def channels(self, spot: Spot) -> Channels | Reason:

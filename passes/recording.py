@@ -1,7 +1,7 @@
-"""While a forward is traced: what it reads from modules is reported, its module calls become nodes, its writes are refused.
+"""While a forward is traced: its reads from modules are reported, its module calls become nodes, its writes are refused.
 
-The hooks sit on torch.nn.Module itself, where setting an attribute is slow (every subclass's lookups are invalidated), so
-they are set once for all the forwards of a model.
+The hooks sit on torch.nn.Module itself, where setting an attribute is slow (every subclass's lookups are invalidated),
+so they are set once for all the forwards of a model.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
         listener = recorder.active()
         if listener is not None:
             raise UntraceableError("its forward switches autocast, which a graph can't hold")
-        return original_enter(context)
+        return original_enter(context)  # type: ignore[no-untyped-call]
 
     with _new_patcher() as patcher:
         patcher.patch_method(nn.Module, "__getattr__", reading_registered, deduplicate=False)

@@ -227,7 +227,7 @@ def test_a_plan_for_another_model_is_refused_by_name() -> None:
 
 def test_wrappers_and_scripts_are_refused_or_seen_through() -> None:
     assert is_extended(bypass_fx.extend(nn.DataParallel(mlp())))
-    with pytest.raises(bypass_fx.PlanError, match="torch.nn.Module"):
+    with pytest.raises(bypass_fx.PlanError, match=r"torch\.nn\.Module"):
         bypass_fx.extend(torch.relu)  # type: ignore[type-var]
 
 
