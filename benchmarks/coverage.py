@@ -8,13 +8,13 @@ import traceback
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import nn
 
 import bypass_fx
 from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
 from bypass_fx.passes.plan import MODES
+from bypass_fx.usual_inputs import usual_inputs
 
 from . import zoo
 from .results_file import ResultsFile
@@ -25,7 +25,7 @@ def examine(model: nn.Module) -> dict[str, Any]:
     before = _snapshot(model)
     start = time.perf_counter()
     linked = Linked(model)
-    plans = {mode: match(linked, mode) for mode in MODES}
+    plans = {mode: match(linked, mode, usual_inputs(model)) for mode in MODES}
     planned = time.perf_counter()
     everything = plans["all"]
     if everything.sites:
@@ -37,6 +37,7 @@ def examine(model: nn.Module) -> dict[str, Any]:
     finished = time.perf_counter()
     return {
         "modules": len(linked.modules),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "activations": len(everything.sites) + len(everything.refusals),
         "sites": {mode: dict(Counter(_kind(site) for site in plan.sites)) for mode, plan in plans.items()},
         "refusals": {mode: dict(Counter(_class(r.reason) for r in plan.refusals)) for mode, plan in plans.items()},
@@ -115,8 +116,3 @@ def summary(file: ResultsFile) -> str:
     seconds = sorted(sum(row["seconds"].values()) for row in rows)
     lines += ["", f"Seconds a model: median {seconds[len(seconds) // 2]:.2f}, highest {seconds[-1]:.2f}."]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(summary(run()))

@@ -72,6 +72,8 @@ def load(name: str, vectors: bool = False, image_size: int = 64) -> Data:
         ((64,), 10, 1437, 360)
     """
     source, _, folder = name.partition(":")
+    if image_size < 1:
+        raise DataError(f"image_size is {image_size}; give a number of pixels from 1 up")
     if name == "digits":
         return _digits(vectors)
     if name == "eggholder":

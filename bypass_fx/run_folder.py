@@ -56,6 +56,7 @@ def write(folder: Path, history: History, model: nn.Module, about: Mapping[str, 
     from bypass_fx import figure
 
     expect_writable(folder)
+    folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.{os.getpid()}"
     try:
         partial.mkdir(parents=True)

@@ -64,6 +64,8 @@ class Settings:
             value, least = getattr(self, name), 1 if name in ("batch_size", "opt2", "n") else 0
             if value is not None and value < least:
                 raise SettingsError(f"{name} is {value}; give a whole number from {least} up")
+        if self.seed >= 2**32:
+            raise SettingsError(f"seed is {self.seed}; give a whole number below 2**32")
         _expect_choice("mode", self.mode, MODES)
         _expect_choice("gamma_unit", self.gamma_unit, ("step", "epoch"))
         parse_gamma(self.gamma)

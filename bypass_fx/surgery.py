@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .activation import psi
 from .passes import fold, generate, insert, matrices
@@ -72,6 +73,7 @@ def plan(
     """
     model = _unwrapped(model)
     _refuse_extended(model)
+    _refuse_unready(model)
     return _plan(Linked(model, example_inputs), mode, select, example_inputs)
 
 
@@ -123,6 +125,7 @@ def extend(
     """
     inner = _unwrapped(model)
     _refuse_extended(inner)
+    _refuse_unready(inner)
     linked = Linked(inner, example_inputs)
     plan = plan or _plan(linked, mode, select, example_inputs)
     if not plan.sites:
@@ -259,6 +262,15 @@ def _number(value: Tensor | None) -> float:
 def _refuse_extended(model: nn.Module) -> None:
     if is_extended(model):
         raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    """Refuse weights that have no shape yet, or no real numbers for D to stand beside."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
+        if parameter.is_complex():
+            raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

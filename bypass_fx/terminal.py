@@ -38,6 +38,7 @@ def warnings_as_lines() -> Iterator[None]:
         console(stderr=True).print(f"[yellow]Warning: {escape(_one_line(str(message)))}[/]", soft_wrap=True)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
 
@@ -54,15 +55,16 @@ class LiveProgress:
         self._total = total_steps
         self._progress = Progress(
             TextColumn("[bold]{task.description:<6}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[where]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[steps]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("left  {task.fields[losses]}"),
+            TextColumn("left {task.fields[losses]}"),
             console=out,
             transient=True,
+            expand=True,
             disable=not out.is_terminal,
         )
-        self._task = self._progress.add_task("train1", total=self._work(total_steps), where="", losses="")
+        self._task = self._progress.add_task("train1", total=self._work(total_steps), steps="", losses="")
 
     def __enter__(self) -> LiveProgress:
         self._progress.start()
@@ -81,14 +83,14 @@ class LiveProgress:
     def _update(self, record: Record) -> None:
         losses = f"loss {number(record.loss)}"
         if record.baseline is not None:
-            losses += f"  baseline {number(record.baseline)}"
+            losses += f" baseline {number(record.baseline)}"
         if record.residual is not None:
-            losses += f"  residual {number(record.residual)}"
+            losses += f" residual {record.residual:.2g}"
         self._progress.update(
             self._task,
             completed=self._work(record.step),
             description=record.phase,
-            where=f"step {record.step} of {self._total}",
+            steps=f"{record.step}/{self._total}",
             losses=losses,
         )
 

@@ -14,26 +14,24 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from bypass_fx import constraint, surgery
-from bypass_fx.data import Data, Examples, Task, in_order, minibatches, prepare, size, steps_per_epoch
+from bypass_fx.data import Data, minibatches, prepare, steps_per_epoch
+from bypass_fx.evaluation import evaluate, expect_fit, loss_of
 from bypass_fx.history import Event, History, Moment, Phase, Record, Score
 from bypass_fx.nearest import did_you_mean
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule, NonFiniteError
 from bypass_fx.settings import Settings, SettingsError, parse_gamma
 
-EVAL_BATCH = 512
 RECORDS = 2000  # a run keeps about this many records, however many steps it has
 STEPS_PER_RECORD = 50  # within a long epoch, so that progress can be seen
 _ONE_THREAD = 1e7  # floating-point operations of a forward: a millisecond of one core
 
 
 class TrainingError(BypassError):
-    """The loss stopped being finite, or model and data don't fit each other."""
+    """The loss stopped being finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Trainer:
         self.model, self.data, self.on_event = model, data, on_event
         self._device = resolve_device(self.settings.device)
         self._epoch_steps = steps_per_epoch(data.train, self.settings.batch_size)
-        self._flops = _expect_fit(model.to(self._device), data, self._device) * self.settings.batch_size
+        self._flops = expect_fit(model.to(self._device), data, self._device) * self.settings.batch_size
         self.plan = surgery.plan(model, mode=self.settings.mode, select=self.settings.select)
         # Embeds and contracts once, which changes nothing at D = 0: what can't be done shows now and not after train1.
         self._embed(_Arm("bypass", model, make_optimizer(model, self.settings))).finish()
@@ -162,10 +160,10 @@ class Trainer:
     def _step(self, arm: _Arm, batch: _Batch, phase: Phase, schedule: BypassSchedule | None = None) -> float:
         """One step of an arm; its training loss before the step, without the penalty."""
         _seed(self._device, self.settings.seed + batch.step)  # dropout is the same in both arms
-        loss = _loss(self.data.task, arm.model(batch.x), batch.y)
+        loss = loss_of(self.data.task, arm.model(batch.x), batch.y)
         value = loss.item()
         where = f"{phase}, epoch {math.ceil(batch.epoch)}, step {batch.step}"
-        fix = "lower the learning rate (--lr, --return-lr) or look for broken values in the data"
+        fix = "lower the learning rate (lr, return_lr) or look for broken values in the data"
         if not math.isfinite(value):
             raise TrainingError(f"the loss of the {arm.name} became {value} in {where}; {fix}")
         if schedule:
@@ -266,24 +264,6 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
-def evaluate(model: nn.Module, data: Data, examples: Examples) -> tuple[float, float | None]:
-    """Mean loss and accuracy (None in a regression) over a set, in evaluation mode; the model's mode is kept."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    right = torch.zeros((), dtype=torch.long, device=device)
-    model.eval()
-    with torch.no_grad():
-        for x, y in in_order(examples, EVAL_BATCH):
-            output, target = model(prepare(x.to(device))), y.to(device)
-            loss += _loss(data.task, output, target).double() * len(target)
-            if data.task == "classification":
-                right += (output.argmax(1) == target).sum()
-    model.train(was_training)
-    accuracy = right.item() / size(examples) if data.task == "classification" else None
-    return loss.item() / size(examples), accuracy
-
-
 def resolve_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the accelerator where there is one, else the CPU.
 
@@ -320,37 +300,6 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         )
     except Exception as error:
         raise SettingsError(f"optimizer {name!r} can't be made: {type(error).__name__}: {error}; try adam") from error
-
-
-def _loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target) if task == "classification" else F.mse_loss(output, target)
-
-
-def _expect_fit(model: nn.Module, data: Data, device: torch.device) -> float:
-    """Model and data must agree on inputs and outputs; returns the floating-point operations that one example takes."""
-    x, y = next(in_order(data.train, 2))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            output = model(prepare(x.to(device)))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise TrainingError(
-            f"the model can't take inputs of shape {tuple(x.shape[1:])} as {data.name} has them ({reason}); "
-            "choose another model or other data"
-        ) from error
-    finally:
-        model.train(was_training)
-    if not isinstance(output, Tensor):
-        raise TrainingError(f"the model returns a {type(output).__name__}; a single tensor is needed")
-    wanted = (len(y), data.outputs) if data.task == "classification" else tuple(y.shape)
-    if tuple(output.shape) != wanted:
-        raise TrainingError(
-            f"the model returns shape {tuple(output.shape)} for {len(y)} examples, {data.name} needs {wanted}; "
-            f"give the model {data.outputs} outputs"
-        )
-    return float(counter.get_total_flops()) / len(y)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from .link import Linked, Spot
 from .matrices import tensor_named
@@ -64,6 +65,8 @@ def norm_at(linked: Linked, spot: Spot) -> str | None:
 
 def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
     value = _node(spot.node.args[0] if spot.node.args else spot.node.kwargs.get("input"))
+    if not ("weight" in module._parameters or is_parametrized(module, "weight")):
+        return None  # torch.nn.utils.weight_norm's old form makes the weight anew in every forward
     path = linked.child(*spot)
     bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import networkx as nx
+import torch
 from torch import fx, nn
 
 from .activations import call_activation, elementwise_activation, module_activation
@@ -72,7 +73,7 @@ class Linked:
 
     def _enter(self, path: str, call: Call | None) -> Unit | None:
         module = self.modules[path]
-        if (type(module).__module__.startswith("torch.nn.modules") and not module._modules) or path in self.failures:
+        if _is_leaf(module) or path in self.failures:
             return None
         known = self._calls.get((path, call.key() if call else ""))
         if known is not None:
@@ -328,6 +329,14 @@ def _item(whole: Any, index: tuple[Any, ...]) -> Any:
         except (TypeError, KeyError, IndexError):
             return None
     return whole
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether the module is known by its class: torch's own forward, and no children but its parametrisations."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    forward = getattr(type(module).forward, "__module__", "")
+    return str(forward).startswith("torch.nn.modules") and module._modules.keys() <= {"parametrizations"}
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -132,7 +132,8 @@ class Tracing:
 
     def signature(self, path: str, method: str = "forward") -> inspect.Signature | None:
         """The signature of a module's method, `self` included; None where it is not plain Python code."""
-        return _signature(getattr(type(self.modules[path]), method))
+        module = self.modules[path]
+        return None if isinstance(module, torch.jit.ScriptModule) else _signature(getattr(type(module), method))
 
     def trace(self, path: str, call: Call | None = None, method: str = "forward") -> OwnerGraph:
         """The graph of a method of the module at `path`, called as `call` says (as its defaults say, if None).
@@ -142,7 +143,7 @@ class Tracing:
         """
         module, signature = self.modules[path], self.signature(path, method)
         where = f"{path or 'the model'} ({type(module).__name__})"
-        if signature is None or method in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        if signature is None or method in module.__dict__:
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
         key = (type(module), method, call.key())

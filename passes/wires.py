@@ -160,6 +160,7 @@ _MODULES: dict[type[nn.Module], Wire] = {
     nn.AdaptiveAvgPool1d: _adaptive_pool(1), nn.AdaptiveAvgPool2d: _adaptive_pool(2),
     nn.AdaptiveAvgPool3d: _adaptive_pool(3),
     nn.Flatten: _flatten,
+    nn.Sequential: _same,  # an empty one: linking steps into the others
 }  # fmt: skip
 
 _FUNCTIONS: dict[Any, Wire] = {

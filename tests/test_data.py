@@ -102,7 +102,7 @@ def test_a_damaged_cifar10_folder_is_refused(tmp_path: Path, damage, message: st
 
 def test_a_label_out_of_range_is_refused_with_its_place(tmp_path: Path) -> None:
     write_cifar10(tmp_path, per_batch=1, labels=[0, 9, 10, 3, 4, 5])
-    with pytest.raises(DataError, match="training set.*has the label 10 at example 2; labels must lie in 0 to 9"):
+    with pytest.raises(DataError, match=r"training set.*has the label 10 at example 2; labels must lie in 0 to 9"):
         load(f"cifar10:{tmp_path}")
 
 

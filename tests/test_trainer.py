@@ -9,11 +9,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from bypass_fx.data import Data, in_order, load
+from bypass_fx.evaluation import evaluate
 from bypass_fx.history import Moment, Record
-from bypass_fx.models import Fit, build
+from bypass_fx.models import Fit, ModelError, build
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.settings import Settings, SettingsError
-from bypass_fx.trainer import Trainer, TrainingError, evaluate, make_optimizer, resolve_device
+from bypass_fx.trainer import Trainer, TrainingError, make_optimizer, resolve_device
 from tests.runs import digits, mlp, short, trainer
 
 EPOCH = 5  # 1,437 digits in minibatches of 256
@@ -198,7 +199,7 @@ def _with_outputs(count: int) -> nn.Module:
         (_with_outputs(3), {}, "give the model 10 outputs"),
         (nn.Linear(5, 10), {}, r"can't take inputs of shape \(64,\)"),
         (_with_outputs(10), {"optimizer": "adma"}, "did you mean adam"),
-        (_with_outputs(10), {"comeback": "homotpy"}, "did you mean 'homotopy'"),
+        (_with_outputs(10), {"comeback": "homotpy"}, "did you mean .?homotopy"),
         (_with_outputs(10), {"device": "tpu9"}, "device 'tpu9' can't be used"),
         (_with_outputs(10), {"device": "cuda:77"}, "can't be used"),
     ],
@@ -215,7 +216,7 @@ def test_targets_and_outputs_of_a_regression_must_have_one_shape() -> None:
     x, y = torch.randn(8, 4), torch.randn(8)
     data = Data("flat", TensorDataset(x, y), TensorDataset(x, y), "regression", 1, (4,))
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
-    with pytest.raises(TrainingError, match=r"returns shape \(2, 1\).*needs \(2,\)"):
+    with pytest.raises(ModelError, match=r"returns shape \(2, 1\).*needs \(2,\)"):
         Trainer(model, data, short())
 
 

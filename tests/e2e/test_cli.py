@@ -118,23 +118,25 @@ def test_a_warning_is_one_line(run: Run) -> None:
         (["--data", "digit"], "did you mean digits"),
         (["--data", "cifar10:nowhere"], "no folder 'nowhere'"),
         (["--data", "imagefolder:empty"], "'empty' is empty"),
-        (["--model", "torchvision:resnet18", "--mode", "strict"], "no site"),
+        (["--mode", "relaxed"], "finds no site"),
         (["--select", "head*"], "names no site"),
-        (["--lr", "1e30", *SHORT], "train1, epoch 1, step 2; lower the learning rate"),
+        (["--lr", "1e30"], "train1, epoch 1, step 2; lower the learning rate"),
         (["--epsilon", "0"], "epsilon is 0.0; give a number above 0"),
         (["--weights", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["--weights", "other.safetensors"], "give the --model it was saved from"),
         (["--optimizer", "adma"], "did you mean adam"),
-        (["--comeback", "homotpy"], "did you mean 'homotopy'"),
+        (["--comeback", "homotpy"], "did you mean .?homotopy"),
         (["--device", "tpu9"], "can't be used here"),
         (["--gamma", "quick"], "write a slope"),
+        (["--image-size", "0"], "image_size is 0"),
+        (["--seed", "99999999999"], "seed is 99999999999"),
         (["--out", "empty/../other.safetensors"], "exists already"),
     ],
 )
 def test_bad_input_ends_in_one_line(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
-    _expect_refusal(run("train", *arguments), message, tmp_path)
+    _expect_refusal(run("train", *SHORT, *arguments), message, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "other.safetensors"}
 
 
@@ -195,6 +197,15 @@ def test_help_has_examples(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.code == 0
     assert ("bypass-fx " + " ".join(command)).strip() in result.out
+
+
+def test_importing_the_library_brings_none_of_the_heavy_parts() -> None:
+    heavy = "{'timm', 'torchvision', 'sklearn', 'matplotlib', 'typer', 'rich', 'bypass_fx.trainer'}"
+    code = (
+        f"import torch, sys; before = set(sys.modules); import bypass_fx; print((set(sys.modules) - before) & {heavy})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_python_m_is_the_command(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""What users bring: each works, or gets one clear refusal that leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import bypass_fx
+from bypass_fx.surgery import delta_of, is_extended
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def works(net: nn.Module, x: Tensor) -> None:
+    """Extend leaves the output, every δ gets a gradient, and contract restores the state dict."""
+    keys = list(net.state_dict())
+    before = net(x)
+    bypass_fx.extend(net, mode="all")
+    assert torch.equal(net(x), before)
+    net(x).square().sum().backward()
+    assert all(delta_of(net, site).grad is not None for site in bypass_fx.sites(net))
+    bypass_fx.penalty(net).backward()
+    bypass_fx.contract(net)
+    assert list(net.state_dict()) == keys and torch.equal(net(x), before)
+
+
+class Dynamic(nn.Module):
+    """Control flow on a value: no graph holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.act = mlp(), nn.Linear(4, 2), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.body(x)
+            if float(x.detach().abs().mean()) > 10:
+                break
+        return self.head(self.act(x))  # type: ignore[no-any-return]
+
+
+def test_dynamic_control_flow_keeps_the_sites_of_its_children() -> None:
+    net = Dynamic()
+    plan = bypass_fx.plan(net, mode="all", example_inputs=(torch.randn(2, 4),))
+    assert [site.name for site in plan.sites if site.kind == "strict"] == ["body.1"]
+    works(net, torch.randn(2, 4))
+
+
+def test_a_module_called_twice_has_one_coefficient_per_site() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))  # type: ignore[no-any-return]
+
+    net = Twice()
+    assert [site.name for site in bypass_fx.plan(net)] == ["block.1"]
+    works(net, torch.randn(2, 4))
+
+
+def test_tied_weights_stay_tied() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[4].weight = net[0].weight
+    works(net, torch.randn(2, 4))
+    assert net[4].weight is net[0].weight
+
+
+@pytest.mark.parametrize("which", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrised_weights_are_read_as_they_are_used(which: str) -> None:
+    net = mlp().double()
+    for linear in (net[0], net[2]):
+        getattr(parametrizations, which)(linear)
+    net.eval()
+    bypass_fx.extend(net)
+    site = bypass_fx.sites(net)[0]
+    with torch.no_grad():
+        delta_of(net, site).fill_(0.5)
+    expected = torch.linalg.matrix_norm(net[2].weight @ (0.5 * net[0].weight))
+    assert torch.allclose(bypass_fx.norms(net)["1"], expected.detach())
+    bypass_fx.contract(net)
+    assert hasattr(net[0], "parametrizations")
+
+
+def test_a_frozen_backbone_keeps_its_values() -> None:
+    net = nn.Sequential(mlp(), nn.ReLU(), mlp())
+    net[0].requires_grad_(False)
+    before = copy.deepcopy(net[0].state_dict())
+    bypass_fx.extend(net, mode="all")
+    with torch.no_grad():
+        for site in bypass_fx.sites(net):
+            delta_of(net, site).fill_(0.5)
+    bypass_fx.contract(net)
+    assert all(torch.equal(value, before[name]) for name, value in net[0].state_dict().items())
+
+
+def script(net: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that scripting will go
+        return torch.jit.trace(net, torch.randn(2, 4), check_trace=False)  # type: ignore[no-any-return]
+
+
+def test_a_scripted_module_is_refused() -> None:
+    scripted = script(mlp())
+    with pytest.raises(bypass_fx.BypassError, match="scripted"):
+        bypass_fx.extend(scripted)
+
+
+def test_a_scripted_child_is_left_alone() -> None:
+    net = nn.Sequential(mlp(), script(mlp()), mlp())
+    works(net, torch.randn(2, 4))
+
+
+def test_a_wrapped_ddp_model_is_refused_and_one_extended_before_works(tmp_path: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = mlp()
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(bypass_fx.SurgeryError, match="extend the model, then wrap it"):
+            bypass_fx.extend(wrapped)
+        assert not is_extended(net)
+        wrapped = nn.parallel.DistributedDataParallel(bypass_fx.extend(mlp()))
+        wrapped(torch.randn(2, 4)).sum().backward()
+        assert list(bypass_fx.norms(wrapped)) == ["1"]
+        bypass_fx.contract(wrapped)
+        assert not is_extended(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_lazy_module_is_refused_until_it_has_run() -> None:
+    net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(bypass_fx.PlanError, match="run it once"):
+        bypass_fx.extend(net)
+    net(torch.randn(2, 4))
+    works(net, torch.randn(2, 4))
+
+
+def test_complex_weights_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 8, dtype=torch.complex64), nn.Tanh(), nn.Linear(8, 2, dtype=torch.complex64))
+    with pytest.raises(bypass_fx.PlanError, match="complex"):
+        bypass_fx.extend(net)
+
+
+def test_integer_weights_of_a_quantised_model_are_no_affine_maps() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that this will move to torchao
+        quantised = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}, dtype=torch.qint8)
+    plan = bypass_fx.plan(quantised, mode="strict")
+    assert not plan.sites and "no affine map" in plan.refusals[0].reason
+
+
+def test_optional_outputs_dicts_and_several_inputs_work() -> None:
+    class Multi(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = mlp(), mlp()
+
+        def forward(self, batch: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+            left = self.left(batch["a"])
+            return {"sum": left + self.right(batch["b"]) * scale, "left": left}
+
+    net, batch = Multi(), {"a": torch.randn(2, 4), "b": torch.randn(2, 4)}
+    before = net(batch)
+    bypass_fx.extend(net)
+    after = net(batch, scale=1.0)
+    assert all(torch.equal(before[key], after[key]) for key in before) and len(bypass_fx.sites(net)) == 2
+    net(batch, scale=0.5)
+
+
+def test_the_hook_form_of_weight_norm_is_no_affine_map() -> None:
+    net = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that the hook form will go
+        nn.utils.weight_norm(net[0])
+    assert not bypass_fx.plan(net, mode="strict").sites
+    assert bypass_fx.plan(net, mode="all").sites[0].kind == "relaxed"
