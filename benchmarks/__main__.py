@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import coverage, exactness
+from . import coverage, digits, exactness, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -30,6 +30,18 @@ def run_coverage(only: Pattern = "") -> None:
 def run_exactness(only: Pattern = "") -> None:
     """Real forwards of the smallest model of every family: nothing missed, outputs equal, gradients, restoration."""
     _write("exactness.md", exactness.summary(exactness.run(only)))
+
+
+@app.command("planning")
+def run_planning(only: Pattern = "") -> None:
+    """Time plan + extend beside Torch-Pruning's dependency graph, and as a model grows deeper."""
+    _write("planning.md", planning.summary(planning.run(only)))
+
+
+@app.command("digits")
+def run_digits(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10) -> None:
+    """The main job with its default settings, over seeds."""
+    _write("digits.md", digits.summary(digits.run(seeds)))
 
 
 def _write(name: str, text: str) -> None:

@@ -19,20 +19,26 @@ def names() -> Iterator[str]:
 
 
 def build(name: str, device: str = "meta") -> nn.Module:
-    """The model, without pretrained weights, in eval mode."""
+    """The model, without pretrained weights, in eval mode; on the CPU where its library can't build it on meta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device(device):
+                return _make(name).eval()
+        except NotImplementedError:  # an initialisation that reads back what it made
+            return _make(name).eval()
+
+
+def _make(name: str) -> nn.Module:
     import timm
     import torchvision
 
     library, _, model = name.partition(":")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.device(device):
-            if library == "timm":
-                built: nn.Module = timm.create_model(model)
-            else:
-                takes_backbone = ".detection" in torchvision.models.get_model_builder(model).__module__ or (
-                    ".segmentation" in torchvision.models.get_model_builder(model).__module__
-                )
-                options = {"weights_backbone": None} if takes_backbone else {}
-                built = torchvision.models.get_model(model, weights=None, **options)
-    return built.eval()
+    if library == "timm":
+        made: nn.Module = timm.create_model(model)
+        return made
+    task = torchvision.models.get_model_builder(model).__module__
+    has_backbone = ".detection" in task or ".segmentation" in task
+    options = {"weights_backbone": None} if has_backbone else {}
+    found: nn.Module = torchvision.models.get_model(model, weights=None, **options)
+    return found

@@ -121,7 +121,7 @@ def extend(
         >>> extend(net) is net
         True
         >>> [name for name, _ in net.named_parameters()]
-        ['0.weight', '0.bias', '2.weight', '2.bias', 'delta_1']
+        ['delta_1', '0.weight', '0.bias', '2.weight', '2.bias']
     """
     inner = _unwrapped(model)
     _refuse_extended(inner)
