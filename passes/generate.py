@@ -9,7 +9,7 @@ import copy
 import inspect
 import itertools
 import linecache
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from .calls import Argument, Call, Constant, Items
 from .errors import SurgeryError
+from .tracer import fingerprint
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 _serial = itertools.count()
@@ -32,17 +33,22 @@ class Variant:
     in_eval: fx.Graph | None = None
 
 
-def generated_class(original: type[nn.Module], methods: Mapping[str, list[Variant]]) -> type[nn.Module]:
-    """A subclass whose methods have the original signatures and run the variant that fits the call."""
+def generated_class(
+    original: type[nn.Module], methods: Mapping[str, list[Variant]], flags: Mapping[str, object]
+) -> type[nn.Module]:
+    """A subclass whose methods have the original signatures and run the variant that fits the call.
+
+    `flags` are the attributes that the code was made for, with their fingerprints: the subclass lets no other value in.
+    """
     scope: dict[str, Any] = {}
-    sources = {
-        name: _source(name, inspect.signature(getattr(original, name)), variants, scope)
-        for name, variants in methods.items()
-    }
-    source = "\n\n".join(sources.values())
-    key = (original, source, tuple(sorted((name, id(value)) for name, value in scope.items())))
+    sources = [
+        _source(name, inspect.signature(getattr(original, name)), variants, scope) for name, variants in methods.items()
+    ]
+    source = "\n\n".join(sources)
+    objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
+    key = (original, source, objects, tuple(sorted(flags.items(), key=str)))
     if key not in _classes:
-        _classes[key] = _new_class(original, list(methods), source, scope)
+        _classes[key] = _new_class(original, list(methods), source, scope, flags)
     return _classes[key]
 
 
@@ -172,7 +178,9 @@ def _passed(call: Call) -> list[str]:
     return passed
 
 
-def _new_class(original: type[nn.Module], methods: list[str], source: str, scope: dict[str, Any]) -> type[nn.Module]:
+def _new_class(
+    original: type[nn.Module], methods: list[str], source: str, scope: dict[str, Any], flags: Mapping[str, object]
+) -> type[nn.Module]:
     filename = f"<bypass_fx {original.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(scope)
@@ -187,9 +195,25 @@ def _new_class(original: type[nn.Module], methods: list[str], source: str, scope
     for method in methods:
         body[method] = namespace[method]
         body[method].__doc__ = getattr(original, method).__doc__
+    if flags:
+        body["__setattr__"] = _guarding(original, flags)
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     return type(f"Bypass{original.__name__}", (original,), body)
+
+
+def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callable[[nn.Module, str, Any], None]:
+    """A `__setattr__` that refuses what the generated code would not follow."""
+
+    def guarded(self: nn.Module, name: str, value: Any) -> None:
+        if name in flags and fingerprint(value) != flags[name]:
+            raise SurgeryError(
+                f"the forward of this {original.__name__} was rewritten for the present value of `{name}`: "
+                "contract the model, set it, and extend again"
+            )
+        original.__setattr__(self, name, value)
+
+    return guarded
 
 
 def _refuse_pickling(module: nn.Module) -> None:

@@ -127,7 +127,18 @@ def _extended_class(
         graph = _rewrite(linked, unit, owned, here, psi)
         in_eval = _rewrite(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
         methods.setdefault(unit.method, []).append(Variant(owned.call, owned.typed, graph, in_eval))
-    return generated_class(type(module), methods)
+    return generated_class(type(module), methods, _flags(linked.graphs[unit] for unit in units))
+
+
+def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
+    """The plain attributes of the owner that its code was traced for, with their fingerprints."""
+    reads = [read for graph in graphs for read in graph.reads]
+    own = set(torch.nn.Module().__dict__)
+    return {
+        name: value
+        for where, name, value in reads
+        if not where and name not in own and value[:1] not in (("tensor",), ("module",))
+    }
 
 
 def _rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: list[Site], psi: Psi) -> fx.Graph:

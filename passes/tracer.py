@@ -259,14 +259,14 @@ def _factories() -> frozenset[Any]:
     return frozenset(getattr(torch, name) for name in names.split())
 
 
-def fingerprint(value: Any) -> Any:
+def fingerprint(value: Any) -> tuple[Any, ...]:
     """What of a read decides the graph; equal fingerprints, equal graphs."""
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape))
     if isinstance(value, nn.Module):
         return ("module", type(value))
     if isinstance(value, PLAIN):
-        return (type(value), value) if not isinstance(value, bool) else value
+        return (type(value), value)
     if isinstance(value, list | tuple):
         return (type(value), tuple(fingerprint(item) for item in value))
     if isinstance(value, dict):

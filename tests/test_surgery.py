@@ -277,3 +277,21 @@ def test_ragged_batches_of_a_padded_transformer_keep_working() -> None:
         before = net(x, src_key_padding_mask=mask)
         bypass_fx.extend(net)
         assert torch.allclose(net(x, src_key_padding_mask=mask), before, atol=1e-5)
+
+
+def test_a_flag_that_the_rewritten_forward_would_not_follow_can_not_be_set() -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.scale, self.note = nn.Linear(4, 8), nn.Linear(8, 4), 2.0, ""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(torch.relu(self.fc1(x) * self.scale))  # type: ignore[no-any-return]
+
+    net = bypass_fx.extend(Flagged(), mode="all")
+    net.scale, net.note = 2.0, "seen"
+    with pytest.raises(bypass_fx.SurgeryError, match="contract the model, set it"):
+        net.scale = 3.0
+    assert net.eval().scale == 2.0
+    bypass_fx.contract(net)
+    net.scale = 3.0
