@@ -46,8 +46,10 @@ def expect_fit(model: nn.Module, data: Data, device: torch.device) -> float:
     was_training = model.training
     model.eval()
     try:
+        # The counter hooks every module, and a compiled one would compile for it: count in the module inside.
+        inner = getattr(model, "_orig_mod", model)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            output = model(prepare(x.to(device)))
+            output = inner(prepare(x.to(device)))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(

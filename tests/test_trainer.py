@@ -1,7 +1,7 @@
 """The trainer: two arms that differ in the bypass alone, the phases in order, and clear ends to bad runs."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -151,6 +151,13 @@ def test_a_convolutional_model_of_residual_blocks_trains_with_relaxed_sites() ->
     run = Trainer(model, data, Settings(train1=1, opt1=1, opt2=1, train3=1, batch_size=8, lr=1e-3))
     assert len(run.plan) == 16 and run.plan.coefficients == 3840
     assert run.fit().moments[-1].bypass.train_loss > 0
+
+
+def test_a_compiled_model_trains_as_the_plain_one_does() -> None:
+    data = digits()
+    compiled = torch.compile(mlp(data), backend="eager")
+    moments = Trainer(cast(nn.Module, compiled), data, short()).fit().moments
+    assert moments == trainer().fit().moments
 
 
 def test_evaluation_is_the_mean_over_all_examples_and_keeps_the_mode() -> None:
