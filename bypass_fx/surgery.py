@@ -127,7 +127,8 @@ def extend(
     _refuse_extended(inner)
     _refuse_unready(inner)
     linked = Linked(inner, example_inputs)
-    plan = plan or _plan(linked, mode, select, example_inputs)
+    if plan is None:
+        plan = _plan(linked, mode, select, example_inputs)
     if not plan.sites:
         raise PlanError(_no_site(plan, select))
     for site in plan.sites:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import networkx as nx
 import torch
 from torch import fx, nn
 
@@ -20,6 +19,9 @@ from .activations import call_activation, elementwise_activation, module_activat
 from .calls import Call, bound_to_placeholders, call_of, leaves
 from .errors import UntraceableError
 from .trace import OwnerGraph, Tracing
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -288,6 +290,8 @@ class Linked:
     @cached_property
     def digraph(self) -> nx.DiGraph[tuple[str, int, str, str]]:
         """The whole model as one networkx.DiGraph: nodes are (path, variant, method, node name), edges carry values."""
+        import networkx as nx  # slow to import, and planning does without
+
         graph: nx.DiGraph[tuple[str, int, str, str]] = nx.DiGraph()
         for unit, owned in self.graphs.items():
             for node in owned.graph.nodes:

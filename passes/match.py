@@ -19,7 +19,7 @@ from .affine import Found, affine_at, norm_at
 from .channels import Channels, Provenance, channels_for
 from .link import ExampleInputs, Linked, Spot, Unit
 from .plan import Affine, Constraint, Exact, Kind, Mode, Plan, Refusal, Site
-from .residual import residual_nodes, residual_units
+from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
 from .wires import Layout, still, through
 
@@ -130,12 +130,12 @@ class Calls:
                     yield path or graph.name_of[node], Spot(unit, node), self.linked.activation_module(path) or ""
 
     @cached_property
-    def in_residual(self) -> set[Unit]:
-        return residual_units(self.linked)
+    def in_residual(self) -> Inside:
+        return inside_residuals(self.linked)
 
     def residual(self, spot: Spot) -> bool:
         graph = self.linked.graphs[spot.unit].graph
-        return spot.unit in self.in_residual or spot.node in residual_nodes(self.linked, spot.unit, graph)
+        return self.in_residual.holds(spot.unit) or spot.node in residual_nodes(self.linked, spot.unit, graph)
 
     def provenance(self, spot: Spot) -> Channels | None:
         """The channels of an activation's input by where it comes from, or by who reads the result."""

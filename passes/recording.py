@@ -6,13 +6,15 @@ so they are set once for all the forwards of a model.
 
 from __future__ import annotations
 
+import builtins
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 
 from .errors import UntraceableError
@@ -23,6 +25,9 @@ class Listener(Protocol):
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """The forward read an attribute; the answer is what it sees."""
+
+    def is_instance(self, value: Any, classes: Any) -> bool | None:
+        """The forward asked isinstance(); None leaves the answer to Python."""
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward called a module; the answer is the result that it sees."""
@@ -68,6 +73,7 @@ class Recorder:
 def _hooks(recorder: Recorder) -> Iterator[None]:
     original_getattr, original_setattr = nn.Module.__getattr__, nn.Module.__setattr__
     original_call, original_enter = nn.Module.__call__, torch.autocast.__enter__
+    original_isinstance = builtins.isinstance
 
     def reading(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -97,6 +103,14 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
             raise UntraceableError("its forward switches autocast, which a graph can't hold")
         return original_enter(context)  # type: ignore[no-untyped-call]
 
+    def asking(value: Any, classes: Any) -> bool:
+        listener = recorder.active()
+        if listener is not None and original_isinstance(value, fx.Proxy) and _asked_by_a_forward():
+            answer = listener.is_instance(value, classes)
+            if answer is not None:
+                return answer
+        return original_isinstance(value, classes)
+
     with _new_patcher() as patcher:
         patcher.patch_method(nn.Module, "__getattr__", reading_registered, deduplicate=False)
         patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
@@ -104,7 +118,17 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
         patcher.patch_method(torch.autocast, "__enter__", entering, deduplicate=False)
         _patch_wrapped_functions(patcher)
         nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
+        builtins.isinstance = asking
         try:
             yield
         finally:
+            builtins.isinstance = original_isinstance
             del nn.Module.__getattribute__
+
+
+def _asked_by_a_forward() -> bool:
+    """Whether the isinstance() that is being answered stands in the user's code, and not in torch's or this compiler's.
+
+    `torch.is_tensor`, in the package's own file, asks on behalf of the user.
+    """
+    return not str(sys._getframe(2).f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))

@@ -7,6 +7,7 @@ import inspect
 import operator
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -21,32 +22,47 @@ _ADD_METHODS = {"add", "add_"}
 _found: WeakKeyDictionary[fx.Graph, frozenset[fx.Node]] = WeakKeyDictionary()
 
 
-def residual_units(linked: Linked) -> set[Unit]:
-    """The units that are called from a branch of a residual block, at any depth."""
-    inside: set[Unit] = set()
-    todo: list[Unit] = _units_added_in_source(linked, inside)
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What is called from a branch of a residual block, at any depth: units, and paths of modules without a graph."""
+
+    units: set[Unit] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether the unit stands inside."""
+        return unit in self.units or any(_is_below(unit.path, path) for path in self.opaque)
+
+
+def _is_below(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent + ".")
+
+
+def inside_residuals(linked: Linked) -> Inside:
+    """Everything that is called from a branch of a residual block."""
+    inside = Inside()
+    todo = _added_in_source(linked, inside)
     for unit, owned in linked.graphs.items():
-        if not unit.path:
-            todo.append(unit)
         for node in residual_nodes(linked, unit, owned.graph):
             todo += _entered(linked, unit, node, inside)
     while todo:
         unit = todo.pop()
-        if unit in inside:
-            for node in linked.graphs[unit].graph.nodes:
-                todo += _entered(linked, unit, node, inside)
+        for node in linked.graphs[unit].graph.nodes:
+            todo += _entered(linked, unit, node, inside)
     return inside
 
 
-def _units_added_in_source(linked: Linked, inside: set[Unit]) -> list[Unit]:
+def _added_in_source(linked: Linked, inside: Inside) -> list[Unit]:
     """For forwards without a graph, their source is read: `x + self.block(...)` shows that `block` is a branch."""
     found: list[Unit] = []
     for path in linked.failures:
         cls = type(linked.modules[path])
         added = {name for method in ("forward", *linked.tracing.methods(path)) for name in _added(getattr(cls, method))}
         found += [unit for unit in linked.methods(path) if unit.method in added]
-        found += [unit for name in added for unit in linked.variants(f"{path}.{name}".lstrip("."))]
-    inside.update(found)
+        children = {f"{path}.{name}".lstrip(".") for name in added}
+        found += [unit for child in children for unit in linked.variants(child)]
+        inside.opaque.update(child for child in children if child in linked.failures)
+    inside.units.update(found)
     return found
 
 
@@ -78,13 +94,18 @@ def _called(tree: ast.AST) -> set[str]:
     }
 
 
-def _entered(linked: Linked, unit: Unit, node: fx.Node, inside: set[Unit]) -> list[Unit]:
+def _entered(linked: Linked, unit: Unit, node: fx.Node, inside: Inside) -> list[Unit]:
+    """The unit that a node of a branch calls, where it was not known to be inside yet."""
     if node.op != "call_module":
         return []
     callee = linked.callee(Spot(unit, node))
-    if callee is None or callee in inside:
+    if callee is None:
+        path = linked.child(unit, node)
+        inside.opaque.update([path] if path in linked.failures else [])
         return []
-    inside.add(callee)
+    if callee in inside.units:
+        return []
+    inside.units.add(callee)
     return [callee]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -32,17 +31,8 @@ class Names(Protocol):
         """The path of a parameter or buffer."""
 
 
-def _asked_from_inside() -> bool:
-    """Whether the isinstance() that is being answered stands in torch or here, and not in the user's forward."""
-    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(("torch.", __package__ or ""))
-
-
 class TracedValue(fx.Proxy):
-    """A traced value; where the forward asks for its Python type, the answer is what the caller passes."""
-
-    @property  # type: ignore[misc]  # isinstance() asks for it
-    def __class__(self) -> type:
-        return type(self) if _asked_from_inside() else self.tracer.asked_type(self.node)  # type: ignore[attr-defined]
+    """A traced value."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -68,10 +58,6 @@ class StoredTensor(fx.Proxy):
     def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
         self.stored = tensor
-
-    @property  # type: ignore[misc]  # isinstance() asks for it
-    def __class__(self) -> type:
-        return type(self) if _asked_from_inside() else type(self.stored)
 
     @property
     def shape(self) -> torch.Size:
@@ -175,12 +161,16 @@ class OwnerTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return TracedValue(node, self)
 
-    def asked_type(self, node: fx.Node) -> type:
-        """The Python type of a value, for a method that asks isinstance()."""
-        if node not in self.containers:
+    def is_instance(self, value: Any, classes: Any) -> bool | None:
+        """What isinstance() answers to the method: for a traced argument, by what the caller passes."""
+        if type(value) is StoredTensor:
+            return isinstance(value.stored, classes)
+        if type(value) is not TracedValue:
+            return None
+        if value.node not in self.containers:
             raise UntraceableError("its forward asks for the Python type of a computed value")
-        self.typed.add(str(node.target))
-        return self.containers[node]
+        self.typed.add(str(value.node.target))
+        return issubclass(self.containers[value.node], classes)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):

@@ -166,7 +166,7 @@ def test_what_a_graph_can_not_hold_is_refused_and_nothing_is_changed(cls: type[O
     with pytest.raises(UntraceableError, match=why):
         Tracing(net).trace("")
     assert net.__dict__ == before and net.training
-    assert "__getattribute__" not in nn.Module.__dict__
+    assert "__getattribute__" not in nn.Module.__dict__ and isinstance.__module__ == "builtins"
 
 
 def test_the_type_of_an_argument_is_what_the_caller_passes() -> None:
@@ -209,3 +209,12 @@ def test_a_cache_of_values_from_parameters_is_computed_anew() -> None:
 
     net = Caches()
     assert "t" in targets(net) and net.cache == {}
+
+
+def test_is_tensor_is_answered_for_arguments_and_c_functions_get_no_false_tensors() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x) if torch.is_tensor(x) else x
+            return torch.tanh(0.5 * (y + 0.044715 * torch.pow(y, 3.0)))
+
+    assert "pow" in targets(Net())
