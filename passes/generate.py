@@ -9,7 +9,7 @@ import copy
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,12 +33,16 @@ class Variant:
     in_eval: fx.Graph | None = None
 
 
+Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
+
+
 def generated_class(
-    original: type[nn.Module], methods: Mapping[str, list[Variant]], flags: Mapping[str, object]
+    original: type[nn.Module], methods: Mapping[str, Sequence[Variant]], flags: Mapping[str, object], rewriter: Rewriter
 ) -> type[nn.Module]:
     """A subclass whose methods have the original signatures and run the variant that fits the call.
 
     `flags` are the attributes that the code was made for, with their fingerprints: the subclass lets no other value in.
+    `rewriter` is asked to give a module a class that knows one more way of calling a method.
     """
     scope: dict[str, Any] = {}
     sources = [
@@ -48,7 +52,7 @@ def generated_class(
     objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
     key = (original, source, objects, tuple(sorted(flags.items(), key=str)))
     if key not in _classes:
-        _classes[key] = _new_class(original, list(methods), source, scope, flags)
+        _classes[key] = _new_class(original, list(methods), source, scope, flags, rewriter)
     return _classes[key]
 
 
@@ -67,7 +71,7 @@ def rewritten_code(module: nn.Module) -> str:
     return cast(str, type(module).__dict__["_bypass_source"])
 
 
-def _source(method: str, signature: inspect.Signature, variants: list[Variant], scope: dict[str, Any]) -> str:
+def _source(method: str, signature: inspect.Signature, variants: Sequence[Variant], scope: dict[str, Any]) -> str:
     """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
     names = _Names(scope)
     guards = [names.guards(variant.call, variant.typed) for variant in variants]
@@ -87,9 +91,26 @@ def _source(method: str, signature: inspect.Signature, variants: list[Variant], 
         functions.append(_function(f"_{method}_{index}", variant.graph, scope))
         lines.append(f"{pad}return _{method}_{index}({arguments})")
     if all(guards):
-        scope["_unplanned_call"] = _unplanned_call
-        lines.append("    _unplanned_call(self)")
+        scope["_call_in_another_way"] = _call_in_another_way
+        args, kwargs = _forwarded(signature)
+        lines.append(f"    return _call_in_another_way(self, {method!r}, {args}, {kwargs})")
     return "\n\n".join([*functions, "\n".join(lines) + "\n"])
+
+
+def _forwarded(signature: inspect.Signature) -> tuple[str, str]:
+    """Source of the tuple and the dict that hand a method's arguments on."""
+    args: list[str] = []
+    kwargs: list[str] = []
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            args.append(f"*{parameter.name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            kwargs.append(f"**{parameter.name}")
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs.append(f"{parameter.name!r}: {parameter.name}")
+        else:
+            args.append(parameter.name)
+    return "(" + "".join(f"{name}, " for name in args) + ")", "{" + ", ".join(kwargs) + "}"
 
 
 def _function(name: str, graph: fx.Graph, scope: dict[str, Any]) -> str:
@@ -98,11 +119,10 @@ def _function(name: str, graph: fx.Graph, scope: dict[str, Any]) -> str:
     return code.src.replace("def forward(self", f"def {name}(self", 1).strip("\n") + "\n"
 
 
-def _unplanned_call(module: nn.Module) -> None:
-    raise SurgeryError(
-        f"{original_class(module).__name__}.forward is called with other optional arguments than when the model was "
-        "extended: contract the model, and pass example_inputs that call it this way to extend"
-    )
+def _call_in_another_way(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Have the method rewritten for a call with other optional arguments than seen before, and call it."""
+    type(module).__dict__["_bypass_rewriter"](module, method, args, kwargs)
+    return getattr(module, method)(*args, **kwargs)
 
 
 class _Names:
@@ -179,7 +199,12 @@ def _passed(call: Call) -> list[str]:
 
 
 def _new_class(
-    original: type[nn.Module], methods: list[str], source: str, scope: dict[str, Any], flags: Mapping[str, object]
+    original: type[nn.Module],
+    methods: list[str],
+    source: str,
+    scope: dict[str, Any],
+    flags: Mapping[str, object],
+    rewriter: Rewriter,
 ) -> type[nn.Module]:
     filename = f"<bypass_fx {original.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -191,6 +216,7 @@ def _new_class(
         "__getstate__": _refuse_pickling,
         "_bypass_original": original,
         "_bypass_source": source,
+        "_bypass_rewriter": staticmethod(rewriter),
     }
     for method in methods:
         body[method] = namespace[method]

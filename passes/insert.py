@@ -6,24 +6,20 @@ Nothing of a model is touched before the code of every owner is generated.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from operator import is_not
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .activations import activation_input, works_in_place
+from .activations import works_in_place
 from .errors import PlanError
-from .generate import Variant, generated_class, original_class
+from .extended import extended_class, made_of, written
+from .generate import original_class
 from .link import Linked, Spot, Unit
-from .lint import check_rewritten
 from .matrices import tensor_named
 from .plan import Plan, Site
-from .trace import OwnerGraph
-
-Psi = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+from .rewrite import Psi
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +49,8 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
         module = linked.modules[path]
         key = _same_code(linked, module, units, sites)
         if key not in shared:
-            shared[key] = _extended_class(linked, module, units, sites, psi)
+            made = made_of(linked, units, sites, psi)
+            shared[key] = extended_class(type(module), made)
         deltas = tuple((site.delta, _new_delta(linked, site)) for site in sites)
         edits.append(Edit(module, shared[key], deltas, hooked=any(site.method != "forward" for site in sites)))
     return edits
@@ -113,73 +110,5 @@ def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list
         names = linked.graphs[unit].names
         nodes = (names.get(site.call) for site in sites if site.method == unit.method)
         in_place += [node is not None and works_in_place(node, linked.module(Spot(unit, node))) for node in nodes]
-    calls = tuple((site.method, site.call, site.delta, site.channel_dim) for site in sites)
-    return type(module), tuple(linked.graphs[unit] for unit in units), calls, tuple(in_place)
-
-
-def _extended_class(
-    linked: Linked, module: nn.Module, units: list[Unit], sites: list[Site], psi: Psi
-) -> type[nn.Module]:
-    methods: dict[str, list[Variant]] = {}
-    for unit in units:
-        here = [site for site in sites if site.method == unit.method]
-        owned = linked.graphs[unit]
-        graph = _rewrite(linked, unit, owned, here, psi)
-        in_eval = _rewrite(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
-        methods.setdefault(unit.method, []).append(Variant(owned.call, owned.typed, graph, in_eval))
-    return generated_class(type(module), methods, _flags(linked.graphs[unit] for unit in units))
-
-
-def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
-    """The plain attributes of the owner that its code was traced for, with their fingerprints."""
-    reads = [read for graph in graphs for read in graph.reads]
-    own = set(torch.nn.Module().__dict__)
-    return {
-        name: value
-        for where, name, value in reads
-        if not where and name not in own and value[:1] not in (("tensor",), ("module",))
-    }
-
-
-def _rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: list[Site], psi: Psi) -> fx.Graph:
-    """A copy of the graph with ψ(z) = σ(z) + D z in the place of every site's σ(z)."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(owned.graph, copies))
-    for site in sites:
-        node = owned.names.get(site.call)
-        if node is None or linked.activation(Spot(unit, node)) is None:
-            raise PlanError(
-                f"{site.name}: {site.owner or 'the model'} calls no activation {site.call!r}; plan this model anew"
-            )
-        sigma = copies[node]
-        kept = activation_input(sigma)
-        if kept is None:
-            raise PlanError(f"{site.name}: the activation's input is no value of {site.owner or 'the model'}")
-        if works_in_place(node, linked.module(Spot(unit, node))) or _overwritten_later(sigma, kept):
-            with graph.inserting_before(sigma):
-                kept = graph.call_function(torch.clone, (kept,))
-        with graph.inserting_after(sigma):
-            delta = graph.get_attr(site.delta)
-        with graph.inserting_after(delta):
-            bypassed = graph.call_function(psi, (sigma, kept, delta, site.channel_dim))
-        sigma.replace_all_uses_with(bypassed, delete_user_cb=partial(is_not, bypassed))
-    check_rewritten(owned.graph, graph, {copies[owned.names[site.call]] for site in sites}, psi)
-    return graph
-
-
-def _overwritten_later(node: fx.Node, z: fx.Node) -> bool:
-    """Whether something else overwrites z, which ψ's backward still needs."""
-    for user in z.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        changes = (
-            (name.endswith("_") and not name.endswith("__"))
-            or name in _IN_PLACE_OPERATORS
-            or bool(user.kwargs.get("inplace"))
-        )
-        if user is not node and user.args and user.args[0] is z and changes and user.op != "call_module":
-            return True
-    return False
-
-
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ipow", "setitem"}
+    graphs = tuple(linked.graphs[unit] for unit in units)
+    return type(module), graphs, tuple(map(written, sites)), tuple(in_place)

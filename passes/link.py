@@ -23,6 +23,14 @@ from .trace import OwnerGraph, Tracing
 if TYPE_CHECKING:
     import networkx as nx
 
+
+class Arguments(NamedTuple):
+    """Positional and keyword arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -351,6 +359,8 @@ def _root_call(tracing: Tracing, example_inputs: ExampleInputs | None) -> Call |
     signature = tracing.signature("")
     if example_inputs is None or signature is None:
         return None
+    if isinstance(example_inputs, Arguments):
+        return call_of(signature, example_inputs.args, example_inputs.kwargs)
     if isinstance(example_inputs, Mapping):
         return call_of(signature, (), example_inputs)
     return call_of(signature, tuple(example_inputs), {})

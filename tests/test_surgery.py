@@ -191,8 +191,31 @@ def test_optional_arguments_keep_working() -> None:
     before = net(x, mask)
     bypass_fx.extend(net, example_inputs=(x, mask))
     assert torch.equal(net(x, mask=mask), before)
-    with pytest.raises(bypass_fx.SurgeryError, match="example_inputs"):
-        net(x)
+    with torch.no_grad():
+        delta_of(net, bypass_fx.sites(net)[0]).fill_(0.5)
+    masked = net(x, mask)
+    assert torch.equal(net(x), masked) and torch.equal(net(x, 2 * mask), 2 * masked)
+    bypass_fx.contract(net)
+    assert type(net) is Net
+
+
+def test_a_call_in_which_a_strict_site_is_none_is_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, both: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+            y = torch.relu(self.fc1(x))
+            return (self.fc2(y), y) if both else self.fc2(y)
+
+    net, x = bypass_fx.extend(Net()), torch.randn(2, 4)
+    with pytest.raises(bypass_fx.SurgeryError, match="no strict site"):
+        net(x, both=True)
+    assert net(x).shape == (2, 4)
+    bypass_fx.contract(net)
+    bypass_fx.extend(net, example_inputs={"x": x, "both": True}, mode="all")
+    assert len(net(x, both=True)) == 2
 
 
 def test_extending_twice_and_contracting_a_plain_model_are_refused() -> None:
