@@ -72,6 +72,11 @@ def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         affine = Affine(path, "linear", f"{path}.weight", bias)
         return Found(affine, -1, module.in_features, module.out_features, False, value)
+    stored = linked.look_alike(path)
+    if stored is not None:
+        shape = tensor_named(linked.model, f"{path}.weight").shape
+        outputs, inputs = shape if stored == "out_in" else shape[::-1]
+        return Found(Affine(path, "linear", f"{path}.weight", bias, stored=stored), -1, inputs, outputs, False, value)
     if not isinstance(module, _ConvNd):
         return None
     taps, groups = math.prod(module.kernel_size), module.groups

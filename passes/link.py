@@ -18,6 +18,7 @@ from torch import fx, nn
 from .activations import call_activation, elementwise_activation, module_activation
 from .calls import Call, bound_to_placeholders, call_of, leaves
 from .errors import UntraceableError
+from .look_alike import Stored, linear_look_alike
 from .trace import OwnerGraph, Tracing
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Linked:
         self._calls: dict[tuple[str, str], Unit] = {}
         self._callees: dict[Spot, Unit] = {}
         self._activations: dict[str, str | None] = {}
+        self._look_alikes: dict[str, Stored | None] = {}
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
         with self.tracing.session():
@@ -144,9 +146,11 @@ class Linked:
         return self.modules[self.child(*spot)] if spot.node.op == "call_module" else None
 
     def callee(self, spot: Spot) -> Unit | None:
-        """The unit that the spot calls; None where it is an activation or another leaf, or has no graph."""
+        """The unit that the spot calls; None where it is an activation, an affine map or another leaf, or has no graph."""
         unit = self._callees.get(spot)
-        return None if unit is None or self.activation_module(unit.path) else unit
+        if unit is None or self.activation_module(unit.path) or self.look_alike(unit.path):
+            return None
+        return unit
 
     def own_unit(self, path: str) -> list[Unit]:
         """The unit of a leaf module's own forward, traced now; empty where it has no graph."""
@@ -162,6 +166,12 @@ class Linked:
         """The name of the element-wise activation that the spot calls; None where it calls none."""
         module = self.module(spot)
         return call_activation(spot.node) if module is None else self.activation_module(self.child(*spot))
+
+    def look_alike(self, path: str) -> Stored | None:
+        """How the weight of a module that acts like a Linear is stored; None for other modules."""
+        if path not in self._look_alikes:
+            self._look_alikes[path] = linear_look_alike(self.modules[path])
+        return self._look_alikes[path]
 
     def activations_in(self, unit: Unit) -> set[str]:
         """The names of the activations that a unit calls."""
