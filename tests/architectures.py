@@ -112,26 +112,67 @@ class GeneratedBlock(nn.Module):
         return y
 
 
-class GeneratedNet(nn.Module):
-    """Blocks in a row, then a head; one ReLU module is shared by all blocks that ask for it."""
+class SelfAttention(nn.Module):
+    """One head over the tokens of the input, with a residual sum: something between the blocks that mixes positions."""
 
-    def __init__(self, blocks: tuple[Block, ...], channels: int = 4) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.unsqueeze(0)
+        q, k, v = self.qkv(tokens).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return (tokens + self.out(mixed)).squeeze(0)  # type: ignore[no-any-return]
+
+
+class GeneratedNet(nn.Module):
+    """Blocks in a row, then a head; one ReLU module is shared by all blocks that ask for it.
+
+    `form` is how the net talks to its caller: "plain" (one tensor in, one out), "pair" (two in, two out), "dict" (a dict
+    in and out), or "repeat" (the blocks are called twice).
+    """
+
+    def __init__(
+        self, blocks: tuple[Block, ...], channels: int = 4, form: str = "plain", attention: bool = False
+    ) -> None:
         super().__init__()
         self.shared = nn.ReLU(inplace=True)
         self.blocks = nn.Sequential(*(GeneratedBlock(spec, channels, self.shared) for spec in blocks))
-        self.convolutional = blocks[0].kind != "linear"
+        self.convolutional, self.form = blocks[0].kind != "linear", form
+        if attention and not self.convolutional:
+            self.blocks.append(SelfAttention(channels))
         self.fc1 = nn.Linear(channels, 6)
         self.fc2 = nn.Linear(6, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)
+    def forward(self, x: Any, y: Tensor | None = None) -> Any:
+        if self.form == "dict":
+            return {"logits": self.head(self.blocks(x["input"])), "given": x["input"] * 2}
+        z = self.blocks(x)
+        if self.form == "pair" and y is not None:
+            return self.head(z + y), z
+        if self.form == "repeat" and z.dim is not None:
+            z = self.blocks(z)
+        return self.head(z)
+
+    def head(self, x: Tensor) -> Tensor:
         if self.convolutional:
             x = x.mean((2, 3))
         return self.fc2(torch.tanh(self.fc1(x)))  # type: ignore[no-any-return]
 
     def example(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        shape = (3, 4, 9, 9) if self.convolutional else (5, 4)
+        shape = (3, 4, 15, 15) if self.convolutional else (5, 4)
         return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """The arguments of the forward that carry x."""
+        if self.form == "dict":
+            return ({"input": x.clone()},)
+        return (
+            (x.clone(), x[:, :, :1, :1].clone() if self.convolutional else x.clone())
+            if self.form == "pair"
+            else (x.clone(),)
+        )
 
 
 @st.composite
@@ -168,7 +209,8 @@ def nets(draw: st.DrawFn) -> GeneratedNet:
     kind = draw(st.sampled_from(["linear", "conv", "depthwise"]))
     specs = tuple(draw(st.lists(blocks(kind), min_size=1, max_size=3)))
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    net = GeneratedNet(specs)
+    form = draw(st.sampled_from(["plain", "pair", "dict", "repeat"]))
+    net = GeneratedNet(specs, form=form, attention=draw(st.booleans()))
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):  # statistics as after some training
             nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
@@ -177,8 +219,8 @@ def nets(draw: st.DrawFn) -> GeneratedNet:
     return net
 
 
-def run(net: nn.Module, x: Tensor, train: bool) -> Tensor:
-    """The net's output under a fixed seed; its buffers stay as they were."""
+def run(net: GeneratedNet, x: Tensor, train: bool) -> Tensor:
+    """The net's first output under a fixed seed; its buffers stay as they were."""
     net.train(train)
     kept = [
         (module, name, buffer.clone())
@@ -187,7 +229,8 @@ def run(net: nn.Module, x: Tensor, train: bool) -> Tensor:
         if buffer is not None
     ]
     torch.manual_seed(11)
-    result = net(x.clone())
+    result = net(*net.arguments(x))
     for module, name, buffer in kept:  # a new tensor: the old one may be held for backward
         module._buffers[name] = buffer
-    return result  # type: ignore[no-any-return]
+    result = result["logits"] if isinstance(result, dict) else result
+    return result[0] if isinstance(result, tuple) else result
