@@ -114,12 +114,18 @@ def on_the_variety(net: nn.Module, site: Site) -> bool:
         for j in range(i + 1, site.width)
         if i * of_w // site.width == j * of_w // site.width and i * of_a // site.width == j * of_a // site.width
     ]
-    if not same_group or site.first.norm is not None:
+    if not same_group:
         return False
     i, j = same_group[0]
     first, second = (net.get_parameter(name) for name in (site.first.weight, site.second.weight))
     with torch.no_grad():
         first[j] = first[i]
+        if site.first.norm is not None:
+            norm = net.get_submodule(site.first.norm)
+            shared = ["weight", "running_var"] + (["bias", "running_mean"] if site.constraint == "augmented" else [])
+            for name in shared:
+                values = getattr(norm, name)
+                values[j] = values[i]
         if site.constraint == "augmented" and site.first.bias is not None:
             bias = net.get_parameter(site.first.bias)
             bias[j] = bias[i]
