@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .extension import delta_of, root_of, sites
 from .passes.matrices import columns, offset, rows
 from .passes.plan import Site
-from .surgery import delta_of, root_of, sites
 
 
 def residual(model: nn.Module, site: Site) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .activation import psi
+from .constraint import residual
+from .extension import delta_of, is_extended, mark, root_of, sites, unmark
 from .passes import fold, generate, insert, matrices
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import ExampleInputs, Linked
@@ -20,10 +22,21 @@ from .passes.matrices import tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
 from .usual_inputs import usual_inputs
 
+__all__ = [
+    "ContractionReport",
+    "SiteContraction",
+    "contract",
+    "delta_of",
+    "extend",
+    "is_extended",
+    "plan",
+    "project",
+    "root_of",
+    "sites",
+]
+
 Select = str | Sequence[str] | Callable[[Site], bool]
 Model = TypeVar("Model", bound=nn.Module)
-
-_MARK = "_bypass_plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +148,7 @@ def extend(
         _check_fit(inner, site)
     edits = insert.prepare(linked, plan, psi)
     insert.apply(edits)
-    inner.__dict__[_MARK] = plan
+    mark(inner, plan)
     return model
 
 
@@ -164,38 +177,6 @@ def _check_fit(model: nn.Module, site: Site) -> None:
             raise PlanError(
                 f"{site.name}: {site.first} makes {made} channels, the plan has {site.width}; plan this model anew"
             )
-
-
-def is_extended(model: nn.Module) -> bool:
-    """Whether the model, or the model inside a wrapper, is extended."""
-    return any(_MARK in module.__dict__ for module in model.modules())
-
-
-def root_of(model: nn.Module) -> nn.Module:
-    """The module that `extend` was called on: the model itself, or the one inside a wrapper.
-
-    Raises:
-        SurgeryError: the model is not extended.
-    """
-    for module in model.modules():
-        if _MARK in module.__dict__:
-            return module
-    raise SurgeryError("this model is not extended: call bypass_fx.extend(model) first")
-
-
-def sites(model: nn.Module) -> list[Site]:
-    """The sites of an extended model, in order.
-
-    Raises:
-        SurgeryError: the model is not extended.
-    """
-    found: Plan = root_of(model).__dict__[_MARK]
-    return list(found.sites)
-
-
-def delta_of(model: nn.Module, site: Site) -> nn.Parameter:
-    """The coefficients δ of a site, shape (width,)."""
-    return root_of(model).get_parameter(site.parameter)
 
 
 @torch.no_grad()
@@ -234,8 +215,6 @@ def contract(model: nn.Module) -> ContractionReport:
         >>> sorted(net.state_dict())
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
-    from .constraint import residual  # the constraint is stated on extended models, and so imports this module
-
     root = root_of(model)
     taken = sites(root)
     residuals = [residual(root, site) for site in taken]
@@ -250,7 +229,7 @@ def contract(model: nn.Module) -> ContractionReport:
         owner = root.get_submodule(site.owner)
         if generate.is_extended_owner(owner):
             insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
-    del root.__dict__[_MARK]
+    unmark(root)
     return report
 
 

@@ -119,6 +119,7 @@ def test_a_scripted_module_is_refused() -> None:
 
 def test_a_scripted_child_is_left_alone() -> None:
     net = nn.Sequential(mlp(), script(mlp()), mlp())
+    assert {site.owner for site in bypass_fx.plan(net, mode="all")} == {"0", "2"}
     works(net, torch.randn(2, 4))
 
 
