@@ -218,7 +218,7 @@ def contract(model: nn.Module) -> ContractionReport:
     root = root_of(model)
     taken = sites(root)
     residuals = [residual(root, site) for site in taken]
-    shifts = {site.name: fold.fold(root, site, delta_of(root, site)) for site in fold.in_fold_order(taken)}
+    shifts = _fold_all(root, taken)
     report = ContractionReport(
         tuple(
             SiteContraction(site.name, site.constraint, _number(value), _number(shifts[site.name]))
@@ -231,6 +231,18 @@ def contract(model: nn.Module) -> ContractionReport:
             insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
     unmark(root)
     return report
+
+
+def _fold_all(root: nn.Module, taken: list[Site]) -> dict[str, Tensor | None]:
+    """Fold every site; where one fails, the biases are as they were."""
+    names = {site.second.bias for site in taken if site.constraint == "folded" and site.second and site.second.bias}
+    kept = {name: root.get_parameter(name).clone() for name in names}
+    try:
+        return {site.name: fold.fold(root, site, delta_of(root, site)) for site in fold.in_fold_order(taken)}
+    except Exception:
+        for name, value in kept.items():
+            root.get_parameter(name).copy_(value)
+        raise
 
 
 def _number(value: Tensor | None) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .activations import works_in_place
 from .errors import PlanError
 from .extended import extended_class, made_of, written
-from .generate import original_class
+from .generate import is_extended_owner, original_class
 from .link import Linked, Spot, Unit
 from .matrices import tensor_named
 from .plan import Plan, Site
@@ -71,13 +71,35 @@ def _units(linked: Linked, site: Site) -> list[Unit]:
 
 
 def apply(edits: Iterable[Edit]) -> None:
-    """Swap the classes and register the parameters."""
-    for edit in edits:
-        for name, delta in edit.deltas:
+    """Swap the classes and register the parameters; where one edit fails, those before it are undone."""
+    done: list[Edit] = []
+    try:
+        for edit in edits:
+            done.append(edit)
+            _apply(edit)
+    except Exception:
+        for edit in done:
+            if is_extended_owner(edit.owner):
+                restore(edit.owner, [])
+            _drop(edit.owner, [(name, delta) for name, delta in edit.deltas])
+        raise
+
+
+def _apply(edit: Edit) -> None:
+    for name, delta in edit.deltas:
+        try:
             edit.owner.register_parameter(name, delta)
-        if edit.hooked:
-            edit.owner.register_forward_pre_hook(keep_off_fast_paths)
-        edit.owner.__class__ = edit.extended
+        except KeyError as error:
+            raise PlanError(f"{type(edit.owner).__name__} has a {name} already; plan this model anew") from error
+    edit.owner.__class__ = edit.extended
+    if edit.hooked:
+        edit.owner.register_forward_pre_hook(keep_off_fast_paths)
+
+
+def _drop(owner: nn.Module, deltas: Iterable[tuple[str, nn.Parameter]]) -> None:
+    for name, delta in deltas:
+        if owner._parameters.get(name) is delta:
+            del owner._parameters[name]
 
 
 def keep_off_fast_paths(module: nn.Module, args: object) -> None:

@@ -246,4 +246,4 @@ def _codes(forward: Callable[..., Any]) -> list[CodeType]:
 
 @cache
 def _enters_a_context(code: CodeType) -> bool:
-    return any(instruction.opname in ("BEFORE_WITH", "SETUP_WITH") for instruction in dis.get_instructions(code))
+    return any(instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL") for instruction in dis.get_instructions(code))

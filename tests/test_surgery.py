@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bypass_fx
 from bypass_fx.models import Fit, TwoConvTwoDense
+from bypass_fx.passes import fold
 from bypass_fx.surgery import delta_of, is_extended, project
 
 
@@ -318,3 +319,29 @@ def test_a_flag_that_the_rewritten_forward_would_not_follow_can_not_be_set() -> 
     assert net.eval().scale == 2.0
     bypass_fx.contract(net)
     net.scale = 3.0
+
+
+def test_extend_and_contract_undo_what_they_began_where_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(mlp(), mlp())
+    plan = bypass_fx.plan(nn.Sequential(mlp(), mlp()), mode="strict")
+    net[1].register_buffer("delta_1", torch.zeros(1))
+    with pytest.raises(bypass_fx.PlanError, match="delta_1 already"):
+        bypass_fx.extend(net, plan)
+    assert type(net[0]) is nn.Sequential and not any("delta" in name for name, _ in net.named_parameters())
+
+    net = bypass_fx.extend(mlp())
+    first, second = bypass_fx.sites(net)
+    with torch.no_grad():
+        delta_of(net, first).fill_(0.5)
+    bias = net[2].bias.detach().clone()
+    whole = fold.fold
+
+    def failing(model: nn.Module, site: bypass_fx.Site, delta: Tensor) -> Tensor | None:
+        if site == second:
+            raise RuntimeError("no memory")
+        return whole(model, site, delta)
+
+    monkeypatch.setattr(fold, "fold", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        bypass_fx.contract(net)
+    assert torch.equal(net[2].bias, bias) and is_extended(net)
