@@ -106,6 +106,7 @@ def add(
     named = "param_names" in example and names is not None
     group["params"] = list(zip(names, deltas, strict=True)) if named and names else list(deltas)
     optimizer.add_param_group(group)
+    _begin_state(plain, optimizer.param_groups[-1])
     _edit_schedulers(optimizer, len(optimizer.param_groups) - 1, lambda old, by: [*old, _copy(old[index], by)], ratio)
 
 
@@ -209,6 +210,16 @@ def _ratio(lr: float | None, example: Mapping[str, Any]) -> float:
 
 def _copy(value: Any, by: float) -> Any:
     return value * by if by != 1 else value
+
+
+def _begin_state(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """The state that an optimiser gives its parameters when it is made, as some do (Adagrad before torch 2.12)."""
+    try:
+        made = type(optimizer)([nn.Parameter(torch.zeros_like(p)) for p in group["params"]], **optimizer.defaults)
+    except Exception:  # made from other arguments than its defaults: then nothing tells that it begins with a state
+        return
+    for delta, stand_in in zip(group["params"], list(made.state), strict=False):
+        optimizer.state[delta] = made.state[stand_in]
 
 
 def _withdraw(optimizer: Optimizer, ids: set[int]) -> None:

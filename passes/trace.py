@@ -71,7 +71,7 @@ class OwnerGraph:
     @cached_property
     def output(self) -> Any:
         """What the forward returns, as fx arguments."""
-        return next(reversed(self.graph.nodes)).args[0]
+        return next(iter(reversed(self.graph.nodes))).args[0]
 
     @cached_property
     def children(self) -> tuple[str, ...]:
