@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .passes.errors import BypassError
+
 
 def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor:
     """ψ(z) = σ(z) + D z with D = diag(δ), one coefficient per channel (eq. 7 and 8 of the paper).
@@ -15,6 +17,9 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor
         delta: δ, shape (channels,).
         channel_dim: the axis of z along which the channels lie.
 
+    Raises:
+        BypassError: z has another number of channels than δ.
+
     Example:
         >>> z = torch.tensor([[-1.0, 2.0]])
         >>> psi(torch.relu(z), z, torch.tensor([0.5, 0.0]), -1)
@@ -23,6 +28,11 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor
     if activated.is_nested:  # torch's fused attention layers pass ragged batches; addcmul takes none
         parts = zip(activated.unbind(), z.unbind(), strict=True)
         return torch.nested.as_nested_tensor([psi(one, its_z, delta, channel_dim) for one, its_z in parts])
+    if z.shape[channel_dim] != len(delta):
+        raise BypassError(
+            f"a D-activation with {len(delta)} coefficients met {z.shape[channel_dim]} channels on axis {channel_dim}: "
+            "contract the model, and extend it with example_inputs, or with select to leave this site out"
+        )
     behind = z.dim() - 1 - channel_dim if channel_dim >= 0 else -1 - channel_dim
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)

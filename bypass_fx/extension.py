@@ -31,9 +31,11 @@ def root_of(model: nn.Module) -> nn.Module:
     Raises:
         SurgeryError: the model is not extended.
     """
-    for module in model.modules():
-        if _MARK in module.__dict__:
-            return module
+    marked = [module for module in model.modules() if _MARK in module.__dict__]
+    if len(marked) > 1:
+        raise SurgeryError(f"{len(marked)} parts of this model were extended one by one: call this on each of them")
+    if marked:
+        return marked[0]
     raise SurgeryError("this model is not extended: call bypass_fx.extend(model) first")
 
 

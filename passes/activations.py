@@ -48,10 +48,16 @@ METHODS: dict[str, str] = {method: name for name, (_, _, methods) in _TABLE.item
 NAMES: dict[str, str] = {getattr(fn, "__name__", ""): name for fn, name in FUNCTIONS.items()} | METHODS
 
 
+def acts_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call of the module is the forward of torch's class and nothing else: not overridden, no hooks."""
+    plain = type(module).forward is cls.forward and "forward" not in module.__dict__
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def module_activation(module: nn.Module) -> str | None:
     """The activation's name where the module is one of torch's own and its forward is not overridden."""
     for cls, name in MODULES.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward:
+        if isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in module.__dict__:
             return name
     return None
 

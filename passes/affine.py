@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from .activations import acts_as
 from .link import Linked, Spot
 from .matrices import tensor_named
 from .plan import Affine
@@ -55,12 +56,25 @@ def norm_at(linked: Linked, spot: Spot) -> str | None:
     """The path of the BatchNorm with running statistics that the spot applies; None where it applies none."""
     module = linked.module(spot)
     path = None
-    if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
+    if isinstance(module, _BatchNorm) and acts_as(module, _BatchNorm):
         path = linked.child(*spot)
-    elif spot.node.target is F.batch_norm:
+    elif spot.node.target is F.batch_norm and _normalises_by_its_own(linked, spot):
         path = spot.unit.path
     norm = linked.modules[path] if path is not None else None
     return path if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
+
+
+def _normalises_by_its_own(linked: Linked, spot: Spot) -> bool:
+    """Whether F.batch_norm, in eval mode, takes the statistics and parameters of the module that calls it."""
+    owned = linked.graphs[spot.unit]
+    version = owned.in_eval or owned
+    twin = next((node for node in version.graph.nodes if node.name == spot.node.name), None)
+    if twin is None or twin.target is not F.batch_norm:
+        return False
+    given = _named(twin, "input", "running_mean", "running_var", "weight", "bias", "training")
+    own = ("running_mean", "running_var", "weight", "bias")
+    same = all(isinstance(given.get(name), fx.Node) and given[name].target == name for name in own)
+    return same and given.get("training", False) is False
 
 
 def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
@@ -69,7 +83,7 @@ def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
         return None  # torch.nn.utils.weight_norm's old form makes the weight anew in every forward
     path = linked.child(*spot)
     bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and acts_as(module, nn.Linear):
         affine = Affine(path, "linear", f"{path}.weight", bias)
         return Found(affine, -1, module.in_features, module.out_features, False, value)
     stored = linked.look_alike(path)
@@ -81,12 +95,13 @@ def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
         return None
     taps, groups = math.prod(module.kernel_size), module.groups
     for cls, dims in _CONVS.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward:
+        plain = isinstance(module, cls) and acts_as(module, cls)
+        if plain and type(module)._conv_forward is cls._conv_forward:
             affine = Affine(path, "conv", f"{path}.weight", bias, groups=groups, taps=taps)
             pads = _pads(module.padding, module.kernel_size, module.padding_mode)
             return Found(affine, -dims - 1, module.in_channels, module.out_channels, pads, value)
     for cls, dims in _TRANSPOSED.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward:
+        if isinstance(module, cls) and acts_as(module, cls):
             affine = Affine(path, "conv_transpose", f"{path}.weight", bias, stored="in_out", groups=groups, taps=taps)
             return Found(affine, -dims - 1, module.in_channels, module.out_channels, True, value)
     return None

@@ -127,6 +127,9 @@ def argument_of(value: Any) -> Argument:
     if isinstance(value, list | tuple | dict):
         if not any(isinstance(leaf, fx.Node | Tensor) for leaf in leaves(value)):
             return Constant(value)
+        items = value.values() if isinstance(value, dict) else value
+        if not all(isinstance(item, fx.Node | Tensor) for item in items):
+            return Value(_plain_type(value))  # some items are constants that the forward may branch on
         keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
         return Items(_plain_type(value), keys)
     plain = value is None or isinstance(value, bool | int | float | str) or type(value).__module__ == "torch"

@@ -28,7 +28,7 @@ class Channels(NamedTuple):
 
 
 _KEEPS_SHAPE_FUNCTIONS = {
-    F.dropout, torch.clone, F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm, F.pad, F.interpolate,
+    F.dropout, torch.clone, F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm, F.interpolate,
     F.normalize, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.softmax, torch.softmax, torch.clamp,
     torch.sqrt, torch.abs, torch.neg,
@@ -104,7 +104,12 @@ class Provenance:
         known = _declared(module) or _normalised(module)
         if known is not None:
             return known
-        return self.first(spot) if _keeps_shape(spot.node, module) else self.moved(spot, module)
+        if not _keeps_shape(spot.node, module):
+            return self.moved(spot, module)
+        before = self.first(spot)
+        if before is not None and isinstance(module, _POOLS) and -_pooled_axes(module) <= before.axis < 0:
+            return None  # it pools over the channels themselves
+        return before
 
     def first(self, spot: Spot) -> Channels | None:
         inputs = spot.node.all_input_nodes
@@ -189,8 +194,15 @@ class Provenance:
         before = self.first(spot)
         if before is None or before.axis >= 0:
             return None
-        after = through(Layout(before.axis), spot.node, module)
+        rank = 1 - before.axis if before.axis < -1 else None
+        after = through(Layout(before.axis, rank), spot.node, module)
         return None if after is None or after.flat else Channels(before.width, after.axis)
+
+
+def _pooled_axes(module: nn.Module) -> int:
+    """Over how many of the last axes a pooling or padding module works, by its name: MaxPool2d over two."""
+    digits = [int(letter) for letter in type(module).__name__ if letter.isdigit()]
+    return digits[-1] if digits else 2
 
 
 def _declared(module: nn.Module | None) -> Channels | None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from .calls import Argument, Call, Constant, Items
-from .errors import SurgeryError
+from .errors import PlanError, SurgeryError
 from .tracer import fingerprint
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -74,7 +74,9 @@ def rewritten_code(module: nn.Module) -> str:
 def _source(method: str, signature: inspect.Signature, variants: Sequence[Variant], scope: dict[str, Any]) -> str:
     """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
     names = _Names(scope)
-    guards = [names.guards(variant.call, variant.typed) for variant in variants]
+    first = list(signature.parameters.values())[1:2]
+    required = first[0].name if first and first[0].default is inspect.Parameter.empty else ""
+    guards = [names.guards(variant.call, variant.typed, required) for variant in variants]
     if len(variants) == 1 and not guards[0] and variants[0].in_eval is None:
         return _function(method, variants[0].graph, scope)
     functions: list[str] = []
@@ -150,10 +152,10 @@ class _Names:
             signature.replace(parameters=[plain[0].replace(name="self"), *plain[1:]], return_annotation=signature.empty)
         )[1:-1]
 
-    def guards(self, call: Call, typed: frozenset[str]) -> list[str]:
-        found = [guard for name, argument in call.arguments[1:] for guard in self.guard(name, argument, typed)]
-        found += [
-            guard for name, argument in call.arguments[:1] for guard in self.guard(name, argument, typed, first=True)
+    def guards(self, call: Call, typed: frozenset[str], required: str) -> list[str]:
+        """Conditions under which a call is this one; the `required` first argument is taken to be there."""
+        found = [
+            guard for name, argument in call.arguments for guard in self.guard(name, argument, typed, name == required)
         ]
         if call.star is not None:
             found.append(f"len({call.star[0]}) == {len(call.star[1])}")
@@ -165,17 +167,20 @@ class _Names:
             )
         return found
 
-    def guard(self, name: str, argument: Argument, typed: frozenset[str], first: bool = False) -> list[str]:
+    def guard(self, name: str, argument: Argument, typed: frozenset[str], required: bool) -> list[str]:
         if isinstance(argument, Constant):
-            by_identity = argument.value is None or isinstance(argument.value, bool)
-            return [f"{name} {'is' if by_identity else '=='} {self.name(argument.value)}"]
+            if argument.value is None or isinstance(argument.value, bool):
+                return [f"{name} is {self.name(argument.value)}"]
+            return [f"type({name}) is {self.name(type(argument.value))}", f"{name} == {self.name(argument.value)}"]
         if isinstance(argument, Items):
             is_dict = argument.container is dict
             same = f"list({name}) == {list(argument.keys)!r}" if is_dict else f"len({name}) == {len(argument.keys)}"
-            return [f"isinstance({name}, {self.name(argument.container)})", same]
+            items = f"{name}.values()" if is_dict else name
+            full = f"all(item is not None for item in {items})"
+            return [f"isinstance({name}, {self.name(argument.container)})", same, full]
         if name in typed:
             return [f"isinstance({name}, {self.name(argument.container)})"]
-        return [] if first else [f"{name} is not None"]
+        return [] if required else [f"{name} is not None"]
 
 
 class _Text:
@@ -225,7 +230,12 @@ def _new_class(
         body["__setattr__"] = _guarding(original, flags)
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
-    return type(f"Bypass{original.__name__}", (original,), body)
+    try:
+        return type(f"Bypass{original.__name__}", (original,), body)
+    except TypeError as error:
+        raise PlanError(
+            f"{original.__name__} can't be subclassed without arguments ({error}); leave it out with select"
+        ) from error
 
 
 def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callable[[nn.Module, str, Any], None]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from .activations import call_activation, elementwise_activation, module_activation
+from .activations import acts_as, call_activation, elementwise_activation, module_activation
 from .calls import Call, bound_to_placeholders, call_of, leaves
 from .errors import UntraceableError
 from .look_alike import Stored, linear_look_alike
@@ -82,6 +82,7 @@ class Linked:
                 if path and path not in self.callers and not _is_container(module):
                     self.unseen.add(path)
                     self._enter(path, None)
+            self.unseen |= self._mentioned_in_untraced_code()
 
     def _enter(self, path: str, call: Call | None) -> Unit | None:
         module = self.modules[path]
@@ -122,6 +123,18 @@ class Linked:
                     callee = self._enter(child, self._call_of(child, node))
                     if callee is not None:
                         self._callees[spot] = callee
+
+    def _mentioned_in_untraced_code(self) -> set[str]:
+        """Modules that a forward without a graph may call too: it mentions every attribute on the way to them."""
+        found: set[str] = set()
+        for path in self.failures:
+            names = self.tracing.attribute_names(path, {unit.method for unit in self.methods(path)})
+            prefix = f"{path}." if path else ""
+            for below in self.modules:
+                steps = below.removeprefix(prefix).split(".") if below != path and below.startswith(prefix) else []
+                if steps and all(step in names or step.isdigit() for step in steps):
+                    found.add(below)
+        return found
 
     def _call_of(self, path: str, node: fx.Node) -> Call | None:
         signature = self.tracing.signature(path)
@@ -170,7 +183,9 @@ class Linked:
     def look_alike(self, path: str) -> Stored | None:
         """How the weight of a module that acts like a Linear is stored; None for other modules."""
         if path not in self._look_alikes:
-            self._look_alikes[path] = linear_look_alike(self.modules[path])
+            module = self.modules[path]
+            plain = acts_as(module, type(module))
+            self._look_alikes[path] = linear_look_alike(module) if plain else None
         return self._look_alikes[path]
 
     def activations_in(self, unit: Unit) -> set[str]:
@@ -198,6 +213,21 @@ class Linked:
     def called_once(self, path: str) -> bool:
         """Whether exactly one call in the model's code reaches the module, and that call can be seen."""
         return path not in self.unseen and sum(map(self._in_first_version, self.callers.get(path, ()))) == 1
+
+    def readers(self, bias: str | None) -> int:
+        """How many places read a bias: calls of the module that holds it, and uses of it by name in any graph."""
+        if bias is None:
+            return 0
+        holder = bias.rpartition(".")[0]
+        if holder in self.unseen:
+            return 2
+        found = sum(map(self._in_first_version, self.callers.get(holder, ()))) if holder not in self._variants else 0
+        for unit, owned in self.graphs.items():
+            prefix = f"{unit.path}." if unit.path else ""
+            for node in owned.graph.nodes:
+                if node.op == "get_attr" and self.tracing.names.same_tensor(f"{prefix}{node.target}", bias):
+                    found += len(node.users)
+        return found
 
     def arguments(self, spot: Spot) -> list[Spot | None]:
         """What each caller passes for a placeholder; None where a caller passes no traced value."""

@@ -38,7 +38,7 @@ def _computes(module: nn.Module, stored: Stored) -> bool:
     probe = module.__new__(type(module))
     probe.__dict__ = dict(module.__dict__)
     drawn = {
-        name: nn.Parameter(torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu"))
+        name: nn.Parameter(torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu"))
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
@@ -48,7 +48,7 @@ def _computes(module: nn.Module, stored: Stored) -> bool:
         for training in (True, False):
             probe.__dict__["training"] = training
             for lead in ((3,), (2, 3)):
-                x = torch.rand((*lead, matrix.shape[1]), generator=generator, dtype=torch.float64, device="cpu")
+                x = 3 * torch.randn((*lead, matrix.shape[1]), generator=generator, dtype=torch.float64, device="cpu")
                 expected = nn.functional.linear(x, matrix, drawn.get("bias"))
                 try:
                     found = type(module).forward(probe, x)

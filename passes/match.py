@@ -6,6 +6,7 @@ table: the rules to try, in order. Adding a pattern is adding a rule and naming 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from .link import ExampleInputs, Linked, Spot, Unit
 from .plan import Affine, Constraint, Exact, Kind, Mode, Plan, Refusal, Site
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
-from .wires import Layout, still, through
+from .wires import Layout, modes_agree, still, through
+from .writes import overwritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,15 @@ def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = Non
 
 def _decide(calls: Calls, spot: Spot, rules: tuple[Rule, ...]) -> Match | Reason:
     """The first match; where there is none, the last rule's reason (the most permissive rule comes last)."""
-    outcome: Match | Reason = Reason("no rule of this mode looks at it")
+    if not calls.same_activations_in_both_modes(spot.unit):
+        return Reason("its owner calls other activations in eval mode than in training", "make it a module of its own")
+    reasons: list[Reason] = []
     for rule in rules:
         outcome = rule(calls, spot)
         if isinstance(outcome, Match):
             return outcome
-    return outcome
+        reasons.append(outcome)
+    return IN_EVAL_ONLY if reasons == [IN_EVAL_ONLY, NOT_RESIDUAL] else reasons[-1]
 
 
 def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
@@ -132,6 +137,17 @@ class Calls:
     @cached_property
     def in_residual(self) -> Inside:
         return inside_residuals(self.linked)
+
+    def same_activations_in_both_modes(self, unit: Unit) -> bool:
+        """Whether the calls of the training graph and of the eval graph are the same ones, one by one."""
+        owned = self.linked.graphs[unit]
+        if owned.in_eval is None:
+            return True
+        found = [
+            [version.name_of[node] for node in version.graph.nodes if self.linked.activation(Spot(unit, node))]
+            for version in (owned, owned.in_eval)
+        ]
+        return found[0] == found[1]
 
     def residual(self, spot: Spot) -> bool:
         graph = self.linked.graphs[spot.unit].graph
@@ -219,6 +235,8 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
     linked = calls.linked
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
+    if not spot.node.users:
+        return Reason("its result is not used")
     first = _first(linked, spot)
     if isinstance(first, Reason):
         return first
@@ -232,8 +250,7 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
     offset = w.affine.bias is not None or w.affine.norm is not None
     carried = not after.cut and not a.pads and alone and _bias_is_free(linked, a.affine)
     constraint: Constraint = "folded" if carried or not offset else "augmented"
-    noisy = after.noisy and offset and constraint == "folded"
-    exact: Exact = "eval" if w.affine.norm is not None or noisy else "always"
+    exact: Exact = "eval" if w.affine.norm is not None or after.noisy else "always"
     return Match("strict", constraint, Channels(w.outputs, before.axis), w.affine, a.affine, exact)
 
 
@@ -241,12 +258,22 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
     """W, found by walking back from σ through wires and at most one BatchNorm."""
     node, unit, norm = activation_input(spot.node), spot.unit, None
     passed = Layout(axis=0)
+    path: list[Spot] = []
     while node is not None:
+        path.append(Spot(unit, node))
         here = linked.source(Spot(unit, node))
+        path.append(here)
+        if not modes_agree(linked.graphs[here.unit]):
+            return Reason("a forward in front of it differs between training and eval mode")
+        if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
+            return Reason("a value between W and it is overwritten in place")
         found = affine_at(linked, here)
         if found is not None:
             affine = replace(found.affine, norm=norm)
-            return replace(found, affine=affine), replace(passed, axis=found.axis)
+            if norm is not None and linked.modules[norm].num_features != found.outputs:
+                return Reason(f"the BatchNorm {norm} normalises another axis than W's outputs")
+            rank = 1 - found.axis if found.axis < -1 else None  # a batch axis, the channels, the positions
+            return replace(found, affine=affine), replace(passed, axis=found.axis, rank=rank)
         batchnorm = norm_at(linked, here)
         wire = still(passed, here.node, linked.module(here))
         if batchnorm is not None and norm is None:
@@ -269,6 +296,8 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     ends: dict[str, tuple[Found, Layout, Spot]] = {}
     while todo:
         here, layout = todo.pop()
+        if not modes_agree(linked.graphs[here.unit]):
+            return Reason("its forward differs between training and eval mode in more than dropout and normalisation")
         for use in linked.uses(here):
             if use is None:
                 return Reason("its result leaves the code that can be seen")
@@ -285,8 +314,11 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     if len(ends) != 1:
         return Reason("its result goes into several maps" if ends else "its result is not used")
     found, layout, use = next(iter(ends.values()))
-    called_once = use.node.op != "call_module" or linked.called_once(found.affine.name)
-    alone = called_once and found.value is not None and _leads_back(linked, Spot(use.unit, found.value), spot)
+    alone = (
+        linked.readers(found.affine.bias) == 1
+        and found.value is not None
+        and _leads_back(linked, Spot(use.unit, found.value), spot)
+    )
     return found, layout, alone
 
 
@@ -340,14 +372,17 @@ def _label(linked: Linked, spot: Spot) -> str:
     return str(getattr(spot.node.target, "__name__", spot.node.target))
 
 
+IN_EVAL_ONLY = Reason(
+    "it stands in no residual block, and its fold is exact in eval mode only (a BatchNorm or a dropout stands inside)",
+    "mode='strict' takes it; mode='all' takes it relaxed",
+)
+NOT_RESIDUAL = Reason("it stands in no residual block", "mode='all' takes it")
+
+
 def strict_in_training(calls: Calls, spot: Spot) -> Match | Reason:
     """Strict, where the fold is exact in training mode too."""
     found = strict(calls, spot)
-    if isinstance(found, Match) and found.exact != "always":
-        return Reason(
-            "its fold is exact in eval mode only (a BatchNorm or a dropout stands inside)", "mode='strict' takes it"
-        )
-    return found
+    return IN_EVAL_ONLY if isinstance(found, Match) and found.exact != "always" else found
 
 
 def residual(calls: Calls, spot: Spot) -> Match | Reason:
@@ -355,12 +390,17 @@ def residual(calls: Calls, spot: Spot) -> Match | Reason:
     if calls.gates(spot):
         return Reason("a gate: its result multiplies another path", "mode='all' takes it")
     if not calls.residual(spot):
-        return Reason("it stands in no residual block", "mode='all' takes it")
+        return NOT_RESIDUAL
     return anywhere(calls, spot)
 
 
 def anywhere(calls: Calls, spot: Spot) -> Match | Reason:
     """Relaxed, wherever the channels are known."""
+    if not spot.node.users:
+        return Reason("its result is not read: it only overwrites its input", "use the result of the call")
+    z = activation_input(spot.node)
+    if z is not None and any(isinstance(value, float) and math.isinf(value) for value in (*z.args, *z.kwargs.values())):
+        return Reason("its input is masked with infinities, and 0 · ∞ is no number")
     channels = calls.channels(spot)
     return channels if isinstance(channels, Reason) else Match("relaxed", "zero", channels)
 

@@ -11,9 +11,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 
@@ -25,6 +26,12 @@ class Listener(Protocol):
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """The forward read an attribute; the answer is what it sees."""
+
+    def read_inherited(self, module: nn.Module, name: str, value: Any) -> None:
+        """The forward read an attribute that the module has from its class."""
+
+    def read_missing(self, module: nn.Module, name: str) -> None:
+        """The forward looked for an attribute that the module does not have."""
 
     def is_instance(self, value: Any, classes: Any) -> bool | None:
         """The forward asked isinstance(); None leaves the answer to Python."""
@@ -69,23 +76,56 @@ class Recorder:
                 self.listener = None
 
 
+_OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
+
+
 @contextmanager
 def _hooks(recorder: Recorder) -> Iterator[None]:
     original_getattr, original_setattr = nn.Module.__getattr__, nn.Module.__setattr__
     original_call, original_enter = nn.Module.__call__, torch.autocast.__enter__
     original_isinstance = builtins.isinstance
+    original_apply = torch.autograd.Function.__dict__["apply"]
+    original_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
 
     def reading(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
         listener = recorder.active()
-        if listener is None or name not in object.__getattribute__(module, "__dict__"):
+        if listener is None or name in _OF_EVERY_MODULE:
+            return value
+        if name not in object.__getattribute__(module, "__dict__"):
+            listener.read_inherited(module, name, value)
             return value
         return listener.read(module, name, value)
 
     def reading_registered(module: nn.Module, name: str) -> Any:
-        value = original_getattr(module, name)
         listener = recorder.active()
+        try:
+            value = original_getattr(module, name)
+        except AttributeError:
+            if listener is not None:
+                listener.read_missing(module, name)
+            raise
         return value if listener is None else listener.read(module, name, value)
+
+    def applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.active() is not None:
+            raise UntraceableError(
+                f"its forward applies the autograd function {cls.__name__}, which a graph can't hold"
+            )
+        return original_apply.__func__(cls, *args, **kwargs)
+
+    def checkpointing(*args: Any, **kwargs: Any) -> Any:
+        if recorder.active() is not None:
+            raise UntraceableError("its forward uses activation checkpointing, which a graph can't hold")
+        return original_checkpoint(*args, **kwargs)
+
+    def asking_state(original: Any) -> Any:
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            if recorder.active() is not None and _asked_by_a_forward():
+                raise UntraceableError(f"its forward asks torch.{original.__name__}, which can change between calls")
+            return original(*args, **kwargs)
+
+        return asked
 
     def calling(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = recorder.active()
@@ -116,14 +156,27 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
         patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
         patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
         patcher.patch_method(torch.autocast, "__enter__", entering, deduplicate=False)
+        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+            patcher.patch_method(_as_class(torch), name, asking_state(getattr(torch, name)), deduplicate=False)
+        checkpoint = torch.utils.checkpoint
+        patcher.patch_method(
+            _as_class(checkpoint), "_checkpoint_without_reentrant_generator", checkpointing, deduplicate=False
+        )
         _patch_wrapped_functions(patcher)
         nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
         builtins.isinstance = asking
+        torch.autograd.Function.apply = classmethod(applying)
         try:
             yield
         finally:
+            torch.autograd.Function.apply = original_apply
             builtins.isinstance = original_isinstance
             del nn.Module.__getattribute__
+
+
+def _as_class(module: Any) -> type:
+    """A Python module as what fx's patcher says that it takes; it sets attributes on anything."""
+    return cast(type, module)
 
 
 def _asked_by_a_forward() -> bool:

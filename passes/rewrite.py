@@ -15,6 +15,7 @@ from .link import Linked, Spot, Unit
 from .lint import check_rewritten
 from .plan import Site
 from .trace import OwnerGraph
+from .writes import overwritten
 
 Psi = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -39,7 +40,9 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
         kept = activation_input(sigma)
         if kept is None:
             raise PlanError(f"{site.name}: the activation's input is no value of {site.owner or 'the model'}")
-        if works_in_place(node, linked.module(Spot(unit, node))) or _overwritten_later(sigma, kept):
+        z = activation_input(node)
+        written = z is not None and overwritten(linked, Spot(unit, z), node)
+        if written or works_in_place(node, linked.module(Spot(unit, node))):
             with graph.inserting_before(sigma):
                 kept = graph.call_function(torch.clone, (kept,))
         with graph.inserting_after(sigma):
@@ -49,20 +52,3 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
         sigma.replace_all_uses_with(bypassed, delete_user_cb=partial(is_not, bypassed))
     check_rewritten(owned.graph, graph, {copies[owned.names[site.call]] for site in sites}, psi)
     return graph
-
-
-def _overwritten_later(node: fx.Node, z: fx.Node) -> bool:
-    """Whether something else overwrites z, which ψ's backward still needs."""
-    for user in z.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        changes = (
-            (name.endswith("_") and not name.endswith("__"))
-            or name in _IN_PLACE_OPERATORS
-            or bool(user.kwargs.get("inplace"))
-        )
-        if user is not node and user.args and user.args[0] is z and changes and user.op != "call_module":
-            return True
-    return False
-
-
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ipow", "setitem"}

@@ -22,7 +22,7 @@ from .activations import NAMES
 from .calls import Call, default_call
 from .errors import UntraceableError
 from .recording import Recorder
-from .tracer import OwnerTracer, Read, fingerprint
+from .tracer import MISSING, OwnerTracer, Read, fingerprint, inherited
 
 
 class OwnerGraph:
@@ -90,6 +90,7 @@ class ModelNames:
         for named in (model.named_parameters, model.named_buffers):
             for path, tensor in named(remove_duplicate=False):
                 self.tensors.setdefault(id(tensor), []).append(path)
+        self._named = {path: paths[0] for paths in self.tensors.values() for path in paths}
 
     def module(self, owner: str, module: nn.Module) -> str | None:
         """The first path of a module below the owner ("" for the owner itself); None where it stands elsewhere."""
@@ -98,6 +99,10 @@ class ModelNames:
     def tensor(self, owner: str, tensor: Tensor) -> str | None:
         """The first path of a parameter or buffer below the owner; None where it stands elsewhere."""
         return _below(owner, self.tensors.get(id(tensor), []))
+
+    def same_tensor(self, one: str, other: str) -> bool:
+        """Whether two names are names of one tensor."""
+        return one == other or self._named.get(one, one) == self._named.get(other, other)
 
     def holders(self, tensor: Tensor) -> int:
         """Under how many names the model holds the tensor."""
@@ -176,6 +181,13 @@ class Tracing:
                         todo.append(name)
         return list(found)
 
+    def attribute_names(self, path: str, traced: set[str]) -> set[str]:
+        """The names that a module's forward and those of its helper methods that are not `traced` mention."""
+        cls = type(self.modules[path])
+        untraced = [name for name in ("forward", *self.methods(path)) if name not in traced]
+        codes = [code for name in untraced for code in _codes(getattr(cls, name))]
+        return {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+
     def mentions(self, path: str) -> list[str]:
         """The activations that the forward of an untraceable module names, as functions or tensor methods."""
         found: dict[str, None] = {}
@@ -190,16 +202,22 @@ class Tracing:
         if any(map(_enters_a_context, _codes(forward))):
             raise UntraceableError("its forward enters a `with` block, which a graph can't hold")
         graph = tracer.run(forward, signature, call)
-        now = module.training
-        if ("", "training", fingerprint(now)) not in tracer.reads:
+        asked = {where for where, name, _ in tracer.reads if name == "training"}
+        if not asked:
             return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
+        now = module.training
+        modules = [_at(module, where) for where in asked]
+        if any(other.training != now for other in modules):
+            raise UntraceableError("it is in another mode (training or eval) than a child whose mode its forward reads")
         again = OwnerTracer(self.names, self._recorder, tracer.path, module)
-        module.__dict__["training"] = not now
+        for each in modules:
+            each.__dict__["training"] = not now
         try:
             other = again.run(forward, signature, call)
         finally:
-            module.__dict__["training"] = now
-        reads = tuple(read for read in {**tracer.reads, **again.reads} if read[:2] != ("", "training"))
+            for each in modules:
+                each.__dict__["training"] = now
+        reads = tuple(read for read in {**tracer.reads, **again.reads} if read[1] != "training")
         typed = frozenset(tracer.typed | again.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
         if _text(in_training) == _text(in_eval):
@@ -208,7 +226,7 @@ class Tracing:
 
     def _read_same(self, module: nn.Module, reads: tuple[Read, ...]) -> bool:
         try:
-            return all(fingerprint(getattr(_at(module, where), name)) == value for where, name, value in reads)
+            return all(_look(_at(module, where), name) == value for where, name, value in reads)
         except AttributeError:
             return False
 
@@ -223,6 +241,16 @@ class Tracing:
 
 def _at(module: nn.Module, path: str) -> nn.Module:
     return module.get_submodule(path) if path else module
+
+
+def _look(module: nn.Module, name: str) -> tuple[Any, ...]:
+    """The fingerprint that a read of the attribute would leave now."""
+    registered = (module._parameters, module._buffers, module._modules)
+    if name in module.__dict__ or any(name in names for names in registered):
+        return fingerprint(getattr(module, name))
+    if hasattr(type(module), name):
+        return inherited(getattr(type(module), name))
+    return MISSING
 
 
 def _text(graph: fx.Graph) -> str:
@@ -246,4 +274,7 @@ def _codes(forward: Callable[..., Any]) -> list[CodeType]:
 
 @cache
 def _enters_a_context(code: CodeType) -> bool:
-    return any(instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL") for instruction in dis.get_instructions(code))
+    return any(
+        instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
+        for instruction in dis.get_instructions(code)
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 import random
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -34,6 +36,12 @@ class Names(Protocol):
 class TracedValue(fx.Proxy):
     """A traced value."""
 
+    def __getattr__(self, k: str) -> Any:
+        tracer: Any = self.tracer
+        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
+            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        return super().__getattr__(k)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -46,10 +54,6 @@ def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
     return assign
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(TracedValue, f"__{_name}__", _augmented(_name))
 
 
 class StoredTensor(fx.Proxy):
@@ -80,6 +84,11 @@ class StoredTensor(fx.Proxy):
         return len(self.stored)
 
 
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    for _class in (TracedValue, StoredTensor):
+        setattr(_class, f"__{_name}__", _augmented(_name))
+
+
 class OwnerTracer(fx.Tracer):
     """Runs one method of a module on traced values; children are leaves.
 
@@ -95,6 +104,7 @@ class OwnerTracer(fx.Tracer):
         self.stored: dict[str, StoredTensor] = {}
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
+        self.branched = False
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.graph = fx.Graph()
 
@@ -104,7 +114,7 @@ class OwnerTracer(fx.Tracer):
         Raises:
             UntraceableError: it can't be written down as a graph.
         """
-        dice = random.getstate()
+        dice = _dice()
         try:
             with torch.enable_grad(), self.recorder.listening(self), _Factories(self):
                 args, kwargs = self.arguments(signature, call)
@@ -115,13 +125,16 @@ class OwnerTracer(fx.Tracer):
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
             text = str(error).strip().split("\n")[0]
             raise UntraceableError(f"its forward does not trace ({type(error).__name__}: {text})") from error
+        if self.branched:
+            raise UntraceableError("its forward branches on a traced value, and goes on where that fails")
         if any(len(items) != length for items, length in self.given):
             raise UntraceableError("its forward changes a list that it is given")
         for held, copied in self.handed.values():
             self.check_unchanged(held, copied)
-        if random.getstate() != dice:
-            random.setstate(dice)
-            raise UntraceableError("its forward draws from Python's random module")
+        if _dice() != dice:
+            raise UntraceableError(
+                "its forward draws random numbers that a graph can't hold (Python's, NumPy's or torch's)"
+            )
         return self.graph
 
     def arguments(self, signature: inspect.Signature, call: Call) -> tuple[list[Any], dict[str, Any]]:
@@ -146,7 +159,11 @@ class OwnerTracer(fx.Tracer):
     def argument(self, name: str, argument: Argument) -> Any:
         """What the method gets for one argument."""
         if isinstance(argument, Constant):
-            return argument.value
+            if type(argument.value) not in (list, dict, set):
+                return argument.value
+            own = type(argument.value)(argument.value)  # a default list belongs to the user: it must stay as it is
+            self.given.append((own, len(own)))
+            return own
         proxy = self.create_proxy("placeholder", name, (), {})
         if isinstance(argument, Value):
             self.containers[proxy.node] = argument.container
@@ -175,6 +192,8 @@ class OwnerTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             return self.tensor(a).node
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         if isinstance(a, nn.Module):
             raise UntraceableError("its forward passes a module as an argument")
         return super().create_arg(a)
@@ -212,6 +231,22 @@ class OwnerTracer(fx.Tracer):
             return self.handed.setdefault(id(value), (value, type(value)(value)))[1]
         return value
 
+    def read_inherited(self, module: nn.Module, name: str, value: Any) -> None:
+        """Note a read of a class's attribute: plain data by its value, the rest as long as no instance overrides it."""
+        where = self.names.module(self.path, module)
+        if where is not None:
+            self.reads[where, name, inherited(value)] = None
+
+    def read_missing(self, module: nn.Module, name: str) -> None:
+        """Note that there was nothing to read."""
+        where = self.names.module(self.path, module)
+        if where is not None:
+            self.reads[where, name, MISSING] = None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.branched = True  # the user's code may catch the error that this raises
+        return super().to_bool(obj)
+
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""
         if isinstance(held, dict):
@@ -221,6 +256,13 @@ class OwnerTracer(fx.Tracer):
             kept, new = len(held) == len(copied) and all(map(operator.is_, held, copied)), []
         if not kept or not all(type(item) is TracedValue and _from_parameters(item.node) for item in new):
             raise UntraceableError("its forward changes a list or dict that its module holds")
+
+
+def _dice() -> Any:
+    """The state of every generator that a forward may draw from."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else ()
+    return random.getstate(), tuple(map(str, state)), torch.get_rng_state().numpy().tobytes()
 
 
 def _from_parameters(node: fx.Node) -> bool:
@@ -247,6 +289,14 @@ def _factories() -> frozenset[Any]:
         "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
     )
     return frozenset(getattr(torch, name) for name in names.split())
+
+
+MISSING = ("missing",)
+
+
+def inherited(value: Any) -> tuple[Any, ...]:
+    """The fingerprint of what a module has from its class."""
+    return fingerprint(value) if isinstance(value, PLAIN) else ("inherited",)
 
 
 def fingerprint(value: Any) -> tuple[Any, ...]:

@@ -14,19 +14,47 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .activations import acts_as
+from .trace import OwnerGraph
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where the channels of a value lie and what the wires passed so far did to it.
 
-    `axis` counts from the end. `flat` says that each channel spans a run of neighbouring positions. `noisy` says that
-    a dropout is active in training mode, `cut` that a constant does not stay constant.
+    `axis` counts from the end; `rank` is the number of axes where it is known. `flat` says that each channel spans a
+    run of neighbouring positions. `noisy` says that a dropout is active in training mode, `cut` that a constant does
+    not stay constant.
     """
 
     axis: int
+    rank: int | None = None
     flat: bool = False
     noisy: bool = False
     cut: bool = False
+
+
+_SWITCHED = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.batch_norm}
+
+
+def modes_agree(owned: OwnerGraph) -> bool:
+    """Whether eval mode runs the same graph as training mode, but for the flags of dropout and normalisation."""
+    if owned.in_eval is None:
+        return not any(map(_always_drops, owned.graph.nodes))
+    pairs = list(zip(owned.graph.nodes, owned.in_eval.graph.nodes, strict=False))
+    if len(owned.graph.nodes) != len(owned.in_eval.graph.nodes) or any(map(_always_drops, owned.in_eval.graph.nodes)):
+        return False
+    return all(
+        (one.op, one.target, one.name) == (two.op, two.target, two.name)
+        and (one.target in _SWITCHED or (str(one.args), str(one.kwargs)) == (str(two.args), str(two.kwargs)))
+        for one, two in pairs
+    )
+
+
+def _always_drops(node: fx.Node) -> bool:
+    """Whether a dropout stays on in the eval graph."""
+    drops = node.op == "call_function" and node.target in _SWITCHED - {F.batch_norm}
+    return drops and _argument(node, 2, "training", True) is not False and _argument(node, 1, "p", 0.5) != 0
 
 
 Wire = Callable[[Layout, fx.Node, nn.Module | None], Layout | None]
@@ -40,7 +68,7 @@ def through(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout |
 
 def still(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
     """What a wire that leaves the axes alone adds to `noisy` and `cut`; None for all other nodes."""
-    for axis in (-1, -9):  # a wire that keeps the last axis and one far in front keeps them all
+    for axis in (-1, -2, -3, -4, -5, -9):  # a wire that keeps each of these keeps them all
         probe = Layout(axis)
         passed = through(probe, node, module)
         if passed is None or passed.axis != axis or passed.flat:
@@ -50,7 +78,7 @@ def still(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
 
 def _wire(node: fx.Node, module: nn.Module | None) -> Wire | None:
     if node.op == "call_module" and module is not None:
-        return next((wire for cls, wire in _MODULES.items() if type(module).forward is cls.forward), None)
+        return next((wire for cls, wire in _MODULES.items() if acts_as(module, cls)), None)
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target)
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
@@ -78,6 +106,11 @@ def _pool(dims: int) -> Wire:
         if layout.axis >= -dims or layout.flat:
             return None
         padding = module.padding if module is not None else _argument(node, 3, "padding", 0)
+        divides = (
+            getattr(module, "divisor_override", None) if module is not None else _argument(node, 6, "divisor_override")
+        )
+        if divides is not None:
+            return None  # the mean of a constant is another constant then
         counts = module.count_include_pad if module is not None else _argument(node, 5, "count_include_pad", True)
         pads = any(padding) if isinstance(padding, tuple | list) else bool(padding)
         return replace(layout, cut=layout.cut or (pads and bool(counts)))
@@ -95,12 +128,14 @@ def _adaptive_pool(dims: int) -> Wire:
 def _flatten(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
     start = module.start_dim if module is not None else _argument(node, 1, "start_dim", 0)
     end = module.end_dim if module is not None else _argument(node, 2, "end_dim", -1)
-    return _merged(layout) if end == -1 and start in (1, layout.axis) else None
+    second = layout.rank is not None and layout.axis == 1 - layout.rank
+    return _merged(layout) if end == -1 and (start == layout.axis or (start == 1 and second)) else None
 
 
 def _merged(layout: Layout) -> Layout | None:
     """Channels in front and positions behind become one axis; a batch axis alone stands before them."""
-    return replace(layout, axis=-1, flat=layout.flat or layout.axis < -1)
+    rank = None if layout.rank is None else layout.rank + layout.axis + 1
+    return replace(layout, axis=-1, rank=rank, flat=layout.flat or layout.axis < -1)
 
 
 def _view(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
@@ -108,7 +143,8 @@ def _view(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
     shape = node.args[1:] if len(node.args) > 2 else _argument(node, 1, "shape")
     if not isinstance(shape, tuple | list) or len(shape) != 2 or shape[1] != -1:
         return None
-    return _merged(layout) if _is_batch_size(shape[0], node.args[0]) else None
+    second = layout.rank is not None and layout.axis == 1 - layout.rank
+    return _merged(layout) if second and _is_batch_size(shape[0], node.args[0]) else None
 
 
 def _is_batch_size(size: Any, value: Any) -> bool:
@@ -129,7 +165,9 @@ def _permute(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout 
         return None
     rank = len(dims)
     places = [d % rank for d in dims]
-    return replace(layout, axis=places.index(layout.axis % rank) - rank) if layout.axis >= -rank else None
+    if layout.axis < -rank or layout.rank not in (None, rank):
+        return None
+    return replace(layout, axis=places.index(layout.axis % rank) - rank, rank=rank)
 
 
 def _transpose(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
@@ -144,13 +182,16 @@ def _mean(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
     dims = _argument(node, 1, "dim")
     keepdim = bool(_argument(node, 2, "keepdim", False))
     dims = (dims,) if isinstance(dims, int) else dims
-    if layout.flat or not isinstance(dims, tuple | list) or layout.axis == -1:
+    if layout.flat or not isinstance(dims, tuple | list) or layout.rank is None:
         return None
-    rank = -layout.axis + 1  # a batch axis, the channels, the positions
-    behind = sorted({d % rank for d in dims if isinstance(d, int)})
-    if behind != list(range(2, rank)):
+    rank, channel = layout.rank, layout.axis % layout.rank
+    gone = {d % rank for d in dims if isinstance(d, int)}
+    if channel in gone or 0 in gone or len(gone) != len(dims):
         return None
-    return layout if keepdim else replace(layout, axis=-1)
+    if keepdim:
+        return layout
+    left = [axis for axis in range(rank) if axis not in gone]
+    return replace(layout, axis=left.index(channel) - len(left), rank=len(left))
 
 
 _MODULES: dict[type[nn.Module], Wire] = {

@@ -154,7 +154,7 @@ class Foreign(Owner):
     [
         (Branches, "control flow"),
         (Writes, "sets the attribute `last`"),
-        (Dice, "random module"),
+        (Dice, "draws random numbers"),
         (NoGrad, "`with` block"),
         (TypeOfResult, "Python type"),
         (Foreign, "not its child"),

@@ -1,0 +1,53 @@
+"""Writes in place: which values of a graph something overwrites."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .link import Linked, Spot
+
+_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.setitem,
+}  # fmt: skip
+_VIEWS: set[Any] = {
+    "view", "view_as", "reshape", "flatten", "transpose", "permute", "t", "squeeze", "unsqueeze", "expand", "expand_as",
+    "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "unflatten", "movedim", "swapaxes",
+    operator.getitem, torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
+    torch.chunk, torch.split, torch.unbind, getattr,
+}  # fmt: skip
+
+
+def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
+    """Whether something but the node `except_by` writes into the value, or into a view of it."""
+    todo, seen = [value.node], {value.node}
+    while todo:
+        here = todo.pop()
+        for user in here.users:
+            if user is except_by or user in seen:
+                continue
+            if _writes(linked, Spot(value.unit, user), here):
+                return True
+            if user.target in _VIEWS:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _writes(linked: Linked, spot: Spot, value: fx.Node) -> bool:
+    node = spot.node
+    if node.kwargs.get("out") is value:
+        return True
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if first is not value:
+        return False
+    module = linked.module(spot)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    trailing = name.endswith("_") and not name.endswith("__")
+    return trailing or node.target in _OPERATORS or bool(node.kwargs.get("inplace"))
