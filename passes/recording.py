@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
-import torch.utils.checkpoint
 from torch import fx, nn
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 
@@ -85,7 +84,8 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
     original_call, original_enter = nn.Module.__call__, torch.autocast.__enter__
     original_isinstance = builtins.isinstance
     original_apply = torch.autograd.Function.__dict__["apply"]
-    original_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    saved_tensors = torch.autograd.graph.saved_tensors_hooks  # what checkpoints are made with
+    original_saving = saved_tensors.__enter__
 
     def reading(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -114,10 +114,10 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
             )
         return original_apply.__func__(cls, *args, **kwargs)
 
-    def checkpointing(*args: Any, **kwargs: Any) -> Any:
+    def saving(hooks: Any) -> Any:
         if recorder.active() is not None:
             raise UntraceableError("its forward uses activation checkpointing, which a graph can't hold")
-        return original_checkpoint(*args, **kwargs)
+        return original_saving(hooks)
 
     def asking_state(original: Any) -> Any:
         def asked(*args: Any, **kwargs: Any) -> Any:
@@ -158,10 +158,7 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
         patcher.patch_method(torch.autocast, "__enter__", entering, deduplicate=False)
         for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
             patcher.patch_method(_as_class(torch), name, asking_state(getattr(torch, name)), deduplicate=False)
-        checkpoint = torch.utils.checkpoint
-        patcher.patch_method(
-            _as_class(checkpoint), "_checkpoint_without_reentrant_generator", checkpointing, deduplicate=False
-        )
+        patcher.patch_method(saved_tensors, "__enter__", saving, deduplicate=False)
         _patch_wrapped_functions(patcher)
         nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
         builtins.isinstance = asking
