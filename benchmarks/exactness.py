@@ -179,7 +179,8 @@ def models() -> list[str]:
     """The smallest model of every model file of timm, by the coverage results, and a choice of torchvision's."""
     from timm.models._registry import _module_to_models
 
-    rows = [json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()[1:]]
+    covered = RESULTS / "coverage.jsonl"
+    rows = [json.loads(line) for line in covered.read_text().splitlines()[1:]] if covered.exists() else []
     size = {row["model"]: row["parameters"] for row in rows if "parameters" in row}
     smallest = [
         min((f"timm:{name}" for name in names if f"timm:{name}" in size), key=size.__getitem__, default="")

@@ -8,6 +8,7 @@ worst: a module that is called from code without a graph has unknown callers, an
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -221,13 +222,19 @@ class Linked:
         holder = bias.rpartition(".")[0]
         if holder in self.unseen:
             return 2
-        found = sum(map(self._in_first_version, self.callers.get(holder, ()))) if holder not in self._variants else 0
+        calls = 0 if holder in self._variants else sum(map(self._in_first_version, self.callers.get(holder, ())))
+        return calls + self._uses_by_name[self.tracing.names.first_name(bias)]
+
+    @cached_property
+    def _uses_by_name(self) -> Counter[str]:
+        """How often graphs use a parameter or buffer by its name."""
+        uses: Counter[str] = Counter()
         for unit, owned in self.graphs.items():
             prefix = f"{unit.path}." if unit.path else ""
             for node in owned.graph.nodes:
-                if node.op == "get_attr" and self.tracing.names.same_tensor(f"{prefix}{node.target}", bias):
-                    found += len(node.users)
-        return found
+                if node.op == "get_attr":
+                    uses[self.tracing.names.first_name(f"{prefix}{node.target}")] += len(node.users)
+        return uses
 
     def arguments(self, spot: Spot) -> list[Spot | None]:
         """What each caller passes for a placeholder; None where a caller passes no traced value."""

@@ -100,9 +100,9 @@ class ModelNames:
         """The first path of a parameter or buffer below the owner; None where it stands elsewhere."""
         return _below(owner, self.tensors.get(id(tensor), []))
 
-    def same_tensor(self, one: str, other: str) -> bool:
-        """Whether two names are names of one tensor."""
-        return one == other or self._named.get(one, one) == self._named.get(other, other)
+    def first_name(self, name: str) -> str:
+        """The first of a tensor's names."""
+        return self._named.get(name, name)
 
     def holders(self, tensor: Tensor) -> int:
         """Under how many names the model holds the tensor."""

@@ -261,8 +261,8 @@ class OwnerTracer(fx.Tracer):
 def _dice() -> Any:
     """The state of every generator that a forward may draw from."""
     numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else ()
-    return random.getstate(), tuple(map(str, state)), torch.get_rng_state().numpy().tobytes()
+    _, keys, position, *_ = numpy.random.get_state() if numpy is not None else ("", b"", 0)
+    return random.getstate(), bytes(keys), position, torch.get_rng_state().numpy().tobytes()
 
 
 def _from_parameters(node: fx.Node) -> bool:
