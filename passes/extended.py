@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activation_calls import Calls
 from .errors import SurgeryError
 from .generate import Variant, generated_class, original_class
 from .link import Arguments, Linked, Spot, Unit
-from .match import Calls, Match, strict
+from .match import strict
+from .outcome import Match
 from .plan import Site
 from .rewrite import Psi, rewrite
 from .trace import OwnerGraph

@@ -1,0 +1,145 @@
+"""The activation calls of a linked model, and what the rules ask about them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from .activations import activation_input
+from .channels import Channels, Provenance, channels_for
+from .link import ExampleInputs, Linked, Spot, Unit
+from .outcome import Reason
+from .residual import Inside, inside_residuals, residual_nodes
+from .shapes import Run
+from .wires import Layout, through
+
+
+class Calls:
+    """The activation calls of a linked model, with what the rules ask about them."""
+
+    def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
+        self.linked, self.example_inputs = linked, example_inputs
+        self.origins = Provenance(linked)
+
+    def all(self) -> Iterator[tuple[str, Spot, str]]:
+        """(site name, spot, activation) of every call: in owners with a graph, and activation modules on their own."""
+        for path in self.linked.modules:
+            if self.linked.activation_module(path):
+                yield from self._alone(path)
+                continue
+            for unit in self.linked.variants(path)[:1] or self.linked.methods(path):
+                graph = self.linked.graphs[unit]
+                helper = "" if unit.method == "forward" else unit.method + "."
+                for node in graph.graph.nodes:
+                    activation = self.linked.activation(Spot(unit, node))
+                    if activation:
+                        yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), Spot(unit, node), activation
+
+    def _alone(self, path: str) -> Iterator[tuple[str, Spot, str]]:
+        """An activation module that no graph calls: it is its own owner."""
+        if path not in self.linked.unseen and path:
+            return
+        for unit in self.linked.variants(path) or self.linked.own_unit(path):
+            graph = self.linked.graphs[unit]
+            for node in graph.graph.nodes:
+                if node in graph.name_of and self.linked.activation(Spot(unit, node)):
+                    yield path or graph.name_of[node], Spot(unit, node), self.linked.activation_module(path) or ""
+
+    @cached_property
+    def in_residual(self) -> Inside:
+        return inside_residuals(self.linked)
+
+    def same_activations_in_both_modes(self, unit: Unit) -> bool:
+        """Whether the calls of the training graph and of the eval graph are the same ones, one by one."""
+        owned = self.linked.graphs[unit]
+        if owned.in_eval is None:
+            return True
+        found = [
+            [version.name_of[node] for node in version.graph.nodes if self.linked.activation(Spot(unit, node))]
+            for version in (owned, owned.in_eval)
+        ]
+        return found[0] == found[1]
+
+    def residual(self, spot: Spot) -> bool:
+        graph = self.linked.graphs[spot.unit].graph
+        return self.in_residual.holds(spot.unit) or spot.node in residual_nodes(self.linked, spot.unit, graph)
+
+    def provenance(self, spot: Spot) -> Channels | None:
+        """The channels of an activation's input by where it comes from, or by who reads the result."""
+        z = activation_input(spot.node)
+        known = self.origins.value(Spot(spot.unit, z)) if z is not None else None
+        return known or channels_for(self.linked, spot)
+
+    def channels(self, spot: Spot) -> Channels | Reason:
+        """The channels by provenance, else by a run on the example inputs."""
+        known = self.provenance(spot)
+        if known is None and self.run is not None:
+            known = self.run.channels.get(spot)
+        if known is not None and known.width:
+            return known
+        text = "the number of its channels is not known from its neighbours"
+        if self.run is None:
+            return Reason(text, "pass example_inputs")
+        why = f"the model does not run on them ({self.run.failure})" if self.run.failure else "they do not reach it"
+        return Reason(f"{text}, nor from the example inputs: {why}", "pass other example_inputs")
+
+    @cached_property
+    def run(self) -> Run | None:
+        """A run of the model on the example inputs, for the activations that provenance does not settle."""
+        if self.example_inputs is None:
+            return None
+        unsettled = [spot for _, spot, _ in self.all() if self.provenance(spot) is None]
+        return Run(self.linked, unsettled, self.example_inputs)
+
+    def gates(self, spot: Spot) -> bool:
+        """Whether the activation's result, through wires, multiplies a path that does not come from it."""
+        todo, carriers = [spot], {spot}
+        while todo:
+            here = todo.pop()
+            for use in self.linked.uses(here):
+                if use is None or use in carriers:
+                    continue
+                carriers.add(use)
+                if use.node.target in _PRODUCTS and _another_path(self.linked, use, carriers):
+                    return True
+                if through(Layout(-3), use.node, self.linked.module(use)) or use.node.target in _SPREADS:
+                    todo.append(use)
+        return False
+
+
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_SPREADS = {
+    "expand",
+    "expand_as",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "to",
+    torch.unsqueeze,
+    "type_as",
+    "view_as",
+}
+
+
+def _another_path(linked: Linked, product: Spot, carriers: set[Spot]) -> bool:
+    """Whether a factor comes from an input of the forward without passing the activation's result."""
+    return any(_free_of(linked, product.unit, value, carriers) for value in product.node.all_input_nodes)
+
+
+def _free_of(linked: Linked, unit: Unit, value: fx.Node, carriers: set[Spot]) -> bool:
+    todo, seen, has_input = [value], {value}, False
+    while todo:
+        node = todo.pop()
+        spot = Spot(unit, node)
+        if spot in carriers or (node.op == "placeholder" and linked.source(spot) in carriers):
+            return False
+        has_input = has_input or node.op in ("placeholder", "call_module")
+        new = [before for before in node.all_input_nodes if before not in seen]
+        seen.update(new)
+        todo += new
+    return has_input

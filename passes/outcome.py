@@ -1,0 +1,28 @@
+"""What a rule answers about an activation call: a match, or the reason why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .channels import Channels
+from .plan import Affine, Constraint, Exact, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a rule found for a call."""
+
+    kind: Kind
+    constraint: Constraint
+    channels: Channels
+    first: Affine | None = None
+    second: Affine | None = None
+    exact: Exact = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a rule does not take a call, and what the user can do about it."""
+
+    text: str
+    remedy: str = ""
