@@ -66,11 +66,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], type(module).__dict__["_bypass_original"])
 
 
-def rewritten_code(module: nn.Module) -> str:
-    """The source of an extended owner's forward, as it was generated."""
-    return cast(str, type(module).__dict__["_bypass_source"])
-
-
 def _source(method: str, signature: inspect.Signature, variants: Sequence[Variant], scope: dict[str, Any]) -> str:
     """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
     names = _Names(scope)
@@ -220,7 +215,6 @@ def _new_class(
         "__doc__": original.__doc__,
         "__getstate__": _refuse_pickling,
         "_bypass_original": original,
-        "_bypass_source": source,
         "_bypass_rewriter": staticmethod(rewriter),
     }
     for method in methods:

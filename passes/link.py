@@ -211,10 +211,6 @@ class Linked:
         """Every unit of a module."""
         return self._variants.get(path, [])
 
-    def called_once(self, path: str) -> bool:
-        """Whether exactly one call in the model's code reaches the module, and that call can be seen."""
-        return path not in self.unseen and sum(map(self._in_first_version, self.callers.get(path, ()))) == 1
-
     def readers(self, bias: str | None) -> int:
         """How many places read a bias: calls of the module that holds it, and uses of it by name in any graph."""
         if bias is None:
