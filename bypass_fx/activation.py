@@ -8,17 +8,19 @@ from torch import Tensor
 from .passes.errors import BypassError
 
 
-def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor:
+def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, ...]) -> Tensor:
     """ψ(z) = σ(z) + D z with D = diag(δ), one coefficient per channel (eq. 7 and 8 of the paper).
 
     Args:
         activated: σ(z), any shape and dtype; the result has its shape, dtype and memory format.
         z: the activation's input, of the same shape.
         delta: δ, shape (channels,).
-        channel_dim: the axis of z along which the channels lie.
+        channels: the axis of z along which the channels lie; or the shape of δ against the last axes of z, where they
+            lie along several: (heads, 1, head channels) for the values of attention, with shape
+            (batch, heads, tokens, head channels) or (batch · heads, tokens, head channels).
 
     Raises:
-        BypassError: z has another number of channels than δ.
+        BypassError: z has another number of channels than δ, or another shape than σ(z).
 
     Example:
         >>> z = torch.tensor([[-1.0, 2.0]])
@@ -27,13 +29,29 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor
     """
     if activated.is_nested:  # torch's fused attention layers pass ragged batches; addcmul takes none
         parts = zip(activated.unbind(), z.unbind(), strict=True)
-        return torch.nested.as_nested_tensor([psi(one, its_z, delta, channel_dim) for one, its_z in parts])
-    if z.shape[channel_dim] != len(delta):
-        raise BypassError(
-            f"a D-activation with {len(delta)} coefficients met {z.shape[channel_dim]} channels on axis {channel_dim}: "
-            "contract the model, and extend it with example_inputs, or with select to leave this site out"
-        )
-    behind = z.dim() - 1 - channel_dim if channel_dim >= 0 else -1 - channel_dim
+        return torch.nested.as_nested_tensor([psi(one, its_z, delta, channels) for one, its_z in parts])
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)
-    return torch.addcmul(activated, z.to(activated.dtype), d.view(-1, *[1] * behind) if behind else d)
+    d = _along(d, z, channels) if isinstance(channels, int) else _by_heads(d, activated, z, channels)
+    return torch.addcmul(activated, z.to(activated.dtype), d)
+
+
+def _along(delta: Tensor, z: Tensor, axis: int) -> Tensor:
+    if z.shape[axis] != len(delta):
+        raise BypassError(
+            f"a D-activation with {len(delta)} coefficients met {z.shape[axis]} channels on axis {axis}: "
+            "contract the model, and extend it with example_inputs, or with select to leave this site out"
+        )
+    behind = z.dim() - 1 - axis if axis >= 0 else -1 - axis
+    return delta.view(-1, *[1] * behind) if behind else delta
+
+
+def _by_heads(delta: Tensor, activated: Tensor, z: Tensor, view: tuple[int, ...]) -> Tensor:
+    if activated.shape != z.shape:
+        raise BypassError(
+            f"attention with a D-activation met values of shape {tuple(z.shape)} and a result of {tuple(activated.shape)}: "
+            "it must have as many queries as values; contract the model, and leave this site out with select"
+        )
+    d = delta.view(view)
+    merged = z.dim() == d.dim() and view[0] > 1  # batch and heads lie along one axis
+    return d.repeat(z.shape[0] // view[0], *[1] * (d.dim() - 1)) if merged else d

@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from .activations import activation_input
+from .activations import MIXES, activation_input
 from .channels import Channels, Provenance, channels_for
 from .link import ExampleInputs, Linked, Spot, Unit
+from .mixing import is_attention
 from .outcome import Reason
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
@@ -26,18 +27,21 @@ class Calls:
         self.origins = Provenance(linked)
 
     def all(self) -> Iterator[tuple[str, Spot, str]]:
-        """(site name, spot, activation) of every call: in owners with a graph, and activation modules on their own."""
-        for path in self.linked.modules:
-            if self.linked.activation_module(path):
-                yield from self._alone(path)
-                continue
-            for unit in self.linked.variants(path)[:1] or self.linked.methods(path):
-                graph = self.linked.graphs[unit]
-                helper = "" if unit.method == "forward" else unit.method + "."
-                for node in graph.graph.nodes:
-                    activation = self.linked.activation(Spot(unit, node))
-                    if activation:
-                        yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), Spot(unit, node), activation
+        """(site name, spot, activation) of every call, in the order in which the model defines its modules."""
+        return (call for path in self.linked.modules for call in self.of(path))
+
+    def of(self, path: str) -> Iterator[tuple[str, Spot, str]]:
+        """The calls of one module: in its graphs, or the module's own where it is an activation that no graph calls."""
+        if self.linked.activation_module(path):
+            yield from self._alone(path)
+            return
+        for unit in self.linked.variants(path)[:1] or self.linked.methods(path):
+            graph = self.linked.graphs[unit]
+            helper = "" if unit.method == "forward" else unit.method + "."
+            for node in graph.graph.nodes:
+                activation = self.linked.activation(Spot(unit, node)) or self.attention(Spot(unit, node))
+                if activation:
+                    yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), Spot(unit, node), activation
 
     def _alone(self, path: str) -> Iterator[tuple[str, Spot, str]]:
         """An activation module that no graph calls: it is its own owner."""
@@ -49,6 +53,10 @@ class Calls:
                 if node in graph.name_of and self.linked.activation(Spot(unit, node)):
                     yield path or graph.name_of[node], Spot(unit, node), self.linked.activation_module(path) or ""
 
+    def attention(self, spot: Spot) -> str | None:
+        """ "attention", where the call mixes values by weights; None elsewhere."""
+        return "attention" if is_attention(self.linked, spot) else None
+
     @cached_property
     def in_residual(self) -> Inside:
         return inside_residuals(self.linked)
@@ -59,7 +67,11 @@ class Calls:
         if owned.in_eval is None:
             return True
         found = [
-            [version.name_of[node] for node in version.graph.nodes if self.linked.activation(Spot(unit, node))]
+            [
+                version.name_of[node]
+                for node in version.graph.nodes
+                if self.linked.activation(Spot(unit, node)) or node.target in MIXES
+            ]
             for version in (owned, owned.in_eval)
         ]
         return found[0] == found[1]
@@ -92,7 +104,7 @@ class Calls:
         """A run of the model on the example inputs, for the activations that provenance does not settle."""
         if self.example_inputs is None:
             return None
-        unsettled = [spot for _, spot, _ in self.all() if self.provenance(spot) is None]
+        unsettled = [spot for _, spot, kind in self.all() if kind != "attention" and self.provenance(spot) is None]
         return Run(self.linked, unsettled, self.example_inputs)
 
     def gates(self, spot: Spot) -> bool:

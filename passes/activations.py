@@ -122,7 +122,20 @@ def _inplace_position(function: Callable[..., Any]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
+# Attention mixes its values by weights: where the values V stand among the arguments.
+MIXES: dict[Any, tuple[int, str]] = {
+    F.scaled_dot_product_attention: (2, "value"),
+    torch.matmul: (1, "other"), operator.matmul: (1, "other"), "matmul": (1, "other"),
+    torch.bmm: (1, "mat2"), "bmm": (1, "mat2"),
+    torch.einsum: (2, ""),
+}  # fmt: skip
+
+
 def activation_input(node: fx.Node) -> fx.Node | None:
-    """The node z whose value the activation reads."""
-    value = node.args[0] if node.args else node.kwargs.get("input", next(iter(node.kwargs.values()), None))
+    """The node z whose value the activation reads; of attention, the values V."""
+    position, name = MIXES.get(node.target, (0, "input"))
+    if len(node.args) > position:
+        value = node.args[position]
+    else:
+        value = node.kwargs.get(name, next(iter(node.kwargs.values()), None))
     return value if isinstance(value, fx.Node) else None

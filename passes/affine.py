@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Found:
         inputs, outputs: how many channels it reads and writes.
         pads: whether a constant input does not give a constant output.
         value: the node that it reads.
+        biases: where the bias is put together from parameters, each one's name by the range of outputs that it serves.
     """
 
     affine: Affine
@@ -42,6 +44,7 @@ class Found:
     outputs: int
     pads: bool
     value: fx.Node | None
+    biases: Mapping[tuple[tuple[int, int], ...], str] = field(default_factory=dict)
 
 
 def affine_at(linked: Linked, spot: Spot) -> Found | None:
@@ -140,17 +143,18 @@ def _named(node: fx.Node, *names: str) -> dict[str, Any]:
 def _applied(linked: Linked, spot: Spot, given: dict[str, Any], dims: int, stored_in_out: bool = False) -> Found | None:
     """A function applied to parameters of the model: x W^T + b for `dims` 0, a convolution over `dims` axes else."""
     weight, bias = _parameter(linked, spot, given.get("weight")), _parameter(linked, spot, given.get("bias"))
-    if weight is None or (bias is None and given.get("bias") is not None):
+    biases = _joined(linked, spot, given.get("bias"))
+    if weight is None or (bias is None and not biases and given.get("bias") is not None):
         return None
     shape = tensor_named(linked.model, weight).shape
     name, value = weight.rpartition(".")[0] or weight, _node(given.get("input"))
     if dims == 0:
         outputs, inputs = (shape[1], shape[0]) if stored_in_out else shape
         affine = Affine(name, "linear", weight, bias, stored="in_out" if stored_in_out else "out_in")
-        return Found(affine, -1, inputs, outputs, False, value)
+        return Found(affine, -1, inputs, outputs, False, value, biases)
     groups, padding = given.get("groups", 1), given.get("padding", 0)
     amounts = padding if isinstance(padding, tuple | list) else (padding,)
-    if not isinstance(groups, int) or not all(isinstance(amount, int | str) for amount in amounts):
+    if biases or not isinstance(groups, int) or not all(isinstance(amount, int | str) for amount in amounts):
         return None
     affine = Affine(name, "conv", weight, bias, groups=groups, taps=math.prod(shape[2:]))
     return Found(affine, -dims - 1, shape[1] * groups, shape[0], _pads(padding, tuple(shape[2:])), value)
@@ -165,3 +169,23 @@ def _parameter(linked: Linked, spot: Spot, value: Any) -> str | None:
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
     return f"{spot.unit.path}.{value.target}".lstrip(".")
+
+
+def _joined(linked: Linked, spot: Spot, value: Any) -> dict[tuple[tuple[int, int], ...], str]:
+    """The parameters that a bias is put together from, by their ranges."""
+    if (
+        not isinstance(value, fx.Node)
+        or value.target not in (torch.cat, torch.concat)
+        or len(value.all_input_nodes) < 2
+    ):
+        return {}
+    found: dict[tuple[tuple[int, int], ...], str] = {}
+    start = 0
+    for part in value.all_input_nodes:
+        name = _parameter(linked, spot, part)
+        if name is None:
+            return {}
+        stop = start + len(tensor_named(linked.model, name))
+        found[(start, stop),] = name
+        start = stop
+    return found

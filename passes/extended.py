@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from .activation_calls import Calls
+from .attention import value_path
 from .errors import SurgeryError
-from .generate import Variant, generated_class, original_class
+from .generate import Variant, class_of_source, generated_class, original_class
 from .link import Arguments, Linked, Spot, Unit
-from .match import strict
+from .multihead_source import multihead_source
 from .outcome import Match
 from .plan import Site
 from .rewrite import Psi, rewrite
+from .strict import strict
 from .trace import OwnerGraph
 
 
@@ -54,6 +56,13 @@ def made_of(linked: Linked, units: list[Unit], sites: Iterable[Site], psi: Psi) 
 def extended_class(original: type[nn.Module], made: Made) -> type[nn.Module]:
     """The subclass that runs the rewritten methods, and rewrites a method again where it is called in another way."""
     return generated_class(original, made.methods, made.flags, partial(_rewrite_for_call, made))
+
+
+def extended_multihead(original: type[nn.Module], site: Site, psi: Psi) -> type[nn.Module]:
+    """The subclass of torch's MultiheadAttention with ψ inside; it takes every call that the original takes."""
+    source, scope = multihead_source(site.delta)
+    made = Made((written(site),), psi, {}, {})
+    return class_of_source(original, ["forward"], source, {**scope, "_psi": psi}, {}, partial(_rewrite_for_call, made))
 
 
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:
@@ -107,9 +116,11 @@ def _rewrite_for_call(
 
 def _as_strict(calls: Calls, spot: Spot, site: Site) -> bool:
     """Whether the call still stands between the same W and A, with a constraint that implies the one it has."""
-    found = strict(calls, spot)
+    found = (value_path if site.activation == "attention" else strict)(calls, spot)
     if not isinstance(found, Match) or found.first is None or found.second is None:
         return False
     assert site.first is not None and site.second is not None
-    same = (found.first.weight, found.second.weight) == (site.first.weight, site.second.weight)
+    same = (found.first.weight, found.first.part, found.second.weight, found.view) == (
+        site.first.weight, site.first.part, site.second.weight, site.view
+    )  # fmt: skip
     return same and (found.constraint == site.constraint or site.constraint == "augmented")

@@ -48,11 +48,22 @@ def generated_class(
     sources = [
         _source(name, inspect.signature(getattr(original, name)), variants, scope) for name, variants in methods.items()
     ]
-    source = "\n\n".join(sources)
+    return class_of_source(original, list(methods), "\n\n".join(sources), scope, flags, rewriter)
+
+
+def class_of_source(
+    original: type[nn.Module],
+    methods: list[str],
+    source: str,
+    scope: Mapping[str, Any],
+    flags: Mapping[str, object],
+    rewriter: Rewriter,
+) -> type[nn.Module]:
+    """A subclass whose `methods` are the functions of those names in the text, where the names of `scope` are known."""
     objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
     key = (original, source, objects, tuple(sorted(flags.items(), key=str)))
     if key not in _classes:
-        _classes[key] = _new_class(original, list(methods), source, scope, flags, rewriter)
+        _classes[key] = _new_class(original, methods, source, scope, flags, rewriter)
     return _classes[key]
 
 
@@ -202,7 +213,7 @@ def _new_class(
     original: type[nn.Module],
     methods: list[str],
     source: str,
-    scope: dict[str, Any],
+    scope: Mapping[str, Any],
     flags: Mapping[str, object],
     rewriter: Rewriter,
 ) -> type[nn.Module]:

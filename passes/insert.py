@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .activations import works_in_place
 from .errors import PlanError
-from .extended import extended_class, made_of, written
+from .extended import extended_class, extended_multihead, made_of, written
 from .generate import is_extended_owner, original_class
 from .link import Linked, Spot, Unit
 from .matrices import tensor_named
+from .multihead import is_multihead_site
 from .plan import Plan, Site
 from .rewrite import Psi
 
@@ -44,6 +45,9 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
     edits: list[Edit] = []
     shared: dict[Hashable, type[nn.Module]] = {}
     for path, sites in owners.items():
+        if is_multihead_site(linked, sites[0]):
+            edits.append(_multihead(linked, sites[0], psi))
+            continue
         units = [unit for site in sites for unit in _units(linked, site)]
         units = list(dict.fromkeys(units))
         module = linked.modules[path]
@@ -54,6 +58,12 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
         deltas = tuple((site.delta, _new_delta(linked, site)) for site in sites)
         edits.append(Edit(module, shared[key], deltas, hooked=any(site.method != "forward" for site in sites)))
     return edits
+
+
+def _multihead(linked: Linked, site: Site, psi: Psi) -> Edit:
+    module = linked.modules[site.owner]
+    extended = extended_multihead(type(module), site, psi)
+    return Edit(module, extended, ((site.delta, _new_delta(linked, site)),), hooked=True)
 
 
 def _units(linked: Linked, site: Site) -> list[Unit]:

@@ -27,7 +27,10 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
 
 
 def rows(model: nn.Module, affine: Affine) -> Tensor:
-    """W by the channels it makes, its BatchNorm in eval mode included. Shape (groups, n / groups, inputs · taps)."""
+    """W by the channels it makes, its BatchNorm in eval mode included. Shape (groups, n / groups, inputs · taps).
+
+    Where only a part of its outputs is meant, these rows are one group.
+    """
     weight, groups = tensor_named(model, affine.weight), affine.groups
     if affine.op == "conv_transpose":  # stored (in, out / groups, *kernel)
         inputs, outputs = weight.shape[0], weight.shape[1]
@@ -35,7 +38,9 @@ def rows(model: nn.Module, affine: Affine) -> Tensor:
     else:
         outer = weight.t() if affine.stored == "in_out" else weight
         by_row = outer.reshape(groups, outer.shape[0] // groups, -1)
-    return by_row * _norm_scale(model, affine.norm).view(groups, -1, 1) if affine.norm else by_row
+    if affine.norm:
+        by_row = by_row * _norm_scale(model, affine.norm).view(groups, -1, 1)
+    return _part(by_row[0], affine).unsqueeze(0) if affine.part else by_row
 
 
 def columns(model: nn.Module, affine: Affine, width: int) -> Tensor:
@@ -55,12 +60,20 @@ def offset(model: nn.Module, affine: Affine) -> Tensor | None:
     """b_W, shape (n,), its BatchNorm in eval mode included: s (b - μ) + β; None where the map has no constant."""
     bias = tensor_named(model, affine.bias) if affine.bias else None
     if not affine.norm:
-        return bias
+        return None if bias is None else _part(bias, affine)
     norm = _norm(model, affine.norm)
     assert norm.running_mean is not None
     shift = -norm.running_mean if bias is None else bias - norm.running_mean
     scaled = _norm_scale(model, affine.norm) * shift
-    return scaled if norm.bias is None else scaled + norm.bias
+    return _part(scaled if norm.bias is None else scaled + norm.bias, affine)
+
+
+def _part(outputs: Tensor, affine: Affine) -> Tensor:
+    """The outputs that belong to the site, along axis 0; a tensor that ends before them holds nothing else already."""
+    if not affine.part or max(stop for _, stop in affine.part) > len(outputs):
+        return outputs
+    ranges = [outputs[start:stop] for start, stop in affine.part]
+    return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
 
 
 def respond(model: nn.Module, affine: Affine, constant: Tensor) -> Tensor:

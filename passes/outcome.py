@@ -18,6 +18,7 @@ class Match:
     first: Affine | None = None
     second: Affine | None = None
     exact: Exact = "always"
+    view: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ Exact = Literal["always", "eval"]
 Mode = Literal["auto", "strict", "relaxed", "all"]
 
 MODES: tuple[Mode, ...] = ("auto", "strict", "relaxed", "all")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,9 @@ class Affine:
 
     `weight` and `bias` are qualified names in the model. The weight is read as a matrix per tap and group; `stored`
     says how its axes lie: "out_in" (Linear and convolutions), "in_out" (a transposed matrix, and transposed
-    convolutions). `norm` names a BatchNorm that belongs to the map in eval mode.
+    convolutions). `norm` names a BatchNorm that belongs to the map in eval mode. `part` names the outputs that belong to
+    the site, as ranges (start, stop) in the order of its channels, where it is not all of them: of a fused q, k, v
+    projection the last third. A weight or a bias that ends before these ranges belongs to the site alone.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Affine:
     groups: int = 1
     taps: int = 1
     norm: str | None = None
+    part: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -50,6 +53,10 @@ class Site:
     contraction: "folded" (A D W = 0, with b_A + A D b_W folded in), "augmented" (A D [W b_W] = 0), or "zero" (D = 0).
     `width` is the number of coefficients δ and `channel_dim` the axis of z along which they lie. `exact` is "always",
     or "eval" where the fold is exact in eval mode only (a BatchNorm or an active dropout stands inside the pattern).
+
+    Attention is an activation of its values: ψ(V) = Attn(V) + D V, with W the value projection and A the output
+    projection. The channels of V lie along two axes, heads and the channels of a head: `view` is then the shape of δ
+    against V, such as (heads, 1, head channels); `channel_dim` is -1.
     """
 
     name: str
@@ -65,6 +72,7 @@ class Site:
     first: Affine | None = None
     second: Affine | None = None
     exact: Exact = "always"
+    view: tuple[int, ...] = ()
 
     @property
     def parameter(self) -> str:
@@ -144,5 +152,9 @@ class Plan:
 
 
 def _site(entry: dict[str, Any]) -> Site:
-    affine = {key: Affine(**entry[key]) if entry[key] else None for key in ("first", "second")}
-    return Site(**{**entry, **affine})
+    affine = {key: _affine(entry[key]) if entry[key] else None for key in ("first", "second")}
+    return Site(**{**entry, **affine, "view": tuple(entry["view"])})
+
+
+def _affine(entry: dict[str, Any]) -> Affine:
+    return Affine(**{**entry, "part": tuple((start, stop) for start, stop in entry["part"])})

@@ -9,7 +9,7 @@ from operator import is_not
 import torch
 from torch import Tensor, fx
 
-from .activations import activation_input, works_in_place
+from .activations import MIXES, activation_input, works_in_place
 from .errors import PlanError
 from .link import Linked, Spot, Unit
 from .lint import check_rewritten
@@ -17,7 +17,7 @@ from .plan import Site
 from .trace import OwnerGraph
 from .writes import overwritten
 
-Psi = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Psi = Callable[[Tensor, Tensor, Tensor, int | tuple[int, ...]], Tensor]
 
 
 def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site], psi: Psi) -> fx.Graph:
@@ -32,7 +32,7 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
     graph.output(graph.graph_copy(owned.graph, copies))
     for site in sites:
         node = owned.names.get(site.call)
-        if node is None or linked.activation(Spot(unit, node)) is None:
+        if node is None or (linked.activation(Spot(unit, node)) is None and node.target not in MIXES):
             raise PlanError(
                 f"{site.name}: {site.owner or 'the model'} calls no activation {site.call!r}; plan this model anew"
             )
@@ -48,7 +48,7 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
         with graph.inserting_after(sigma):
             delta = graph.get_attr(site.delta)
         with graph.inserting_after(delta):
-            bypassed = graph.call_function(psi, (sigma, kept, delta, site.channel_dim))
+            bypassed = graph.call_function(psi, (sigma, kept, delta, site.view or site.channel_dim))
         sigma.replace_all_uses_with(bypassed, delete_user_cb=partial(is_not, bypassed))
     check_rewritten(owned.graph, graph, {copies[owned.names[site.call]] for site in sites}, psi)
     return graph

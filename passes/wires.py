@@ -34,7 +34,8 @@ class Layout:
     cut: bool = False
 
 
-_SWITCHED = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.batch_norm}
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+_SWITCHED = {*_DROPOUTS, F.batch_norm, F.scaled_dot_product_attention}
 
 
 def modes_agree(owned: OwnerGraph) -> bool:
@@ -53,7 +54,7 @@ def modes_agree(owned: OwnerGraph) -> bool:
 
 def _always_drops(node: fx.Node) -> bool:
     """Whether a dropout stays on in the eval graph."""
-    drops = node.op == "call_function" and node.target in _SWITCHED - {F.batch_norm}
+    drops = node.op == "call_function" and node.target in _DROPOUTS
     return drops and _argument(node, 2, "training", True) is not False and _argument(node, 1, "p", 0.5) != 0
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.attentions import ATTENTIONS
+
 FUNCTIONAL = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "hardswish": F.hardswish, "leaky_relu": F.leaky_relu,
     "elu": F.elu, "mish": F.mish, "softplus": F.softplus, "sigmoid": torch.sigmoid, "relu6": F.relu6, "selu": F.selu,
@@ -113,17 +115,15 @@ class GeneratedBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One head over the tokens of the input, with a residual sum: something between the blocks that mixes positions."""
+    """Attention over the tokens of the input, with a residual sum: something between the blocks that mixes positions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.unsqueeze(0)
-        q, k, v = self.qkv(tokens).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return (tokens + self.out(mixed)).squeeze(0)  # type: ignore[no-any-return]
+        return (tokens + self.attention(tokens)).squeeze(0)  # type: ignore[no-any-return]
 
 
 class GeneratedNet(nn.Module):
@@ -133,15 +133,13 @@ class GeneratedNet(nn.Module):
     in and out), or "repeat" (the blocks are called twice).
     """
 
-    def __init__(
-        self, blocks: tuple[Block, ...], channels: int = 4, form: str = "plain", attention: bool = False
-    ) -> None:
+    def __init__(self, blocks: tuple[Block, ...], channels: int = 4, form: str = "plain", attention: str = "") -> None:
         super().__init__()
         self.shared = nn.ReLU(inplace=True)
         self.blocks = nn.Sequential(*(GeneratedBlock(spec, channels, self.shared) for spec in blocks))
         self.convolutional, self.form = blocks[0].kind != "linear", form
         if attention and not self.convolutional:
-            self.blocks.append(SelfAttention(channels))
+            self.blocks.append(SelfAttention(ATTENTIONS[attention](channels)))
         self.fc1 = nn.Linear(channels, 6)
         self.fc2 = nn.Linear(6, 3)
 
@@ -210,7 +208,7 @@ def nets(draw: st.DrawFn) -> GeneratedNet:
     specs = tuple(draw(st.lists(blocks(kind), min_size=1, max_size=3)))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     form = draw(st.sampled_from(["plain", "pair", "dict", "repeat"]))
-    net = GeneratedNet(specs, form=form, attention=draw(st.booleans()))
+    net = GeneratedNet(specs, form=form, attention=draw(st.sampled_from(["", *ATTENTIONS])))
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):  # statistics as after some training
             nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]

@@ -118,8 +118,10 @@ def on_the_variety(net: nn.Module, site: Site) -> bool:
         return False
     i, j = same_group[0]
     first, second = (net.get_parameter(name) for name in (site.first.weight, site.second.weight))
+    made = [output for start, stop in site.first.part for output in range(start, stop)] or range(site.width)
+    of_i, of_j = made[i], made[j]  # of a fused projection, channel i is another output
     with torch.no_grad():
-        first[j] = first[i]
+        first[of_j] = first[of_i]
         if site.first.norm is not None:
             norm = net.get_submodule(site.first.norm)
             shared = ["weight", "running_var"] + (["bias", "running_mean"] if site.constraint == "augmented" else [])
@@ -128,7 +130,7 @@ def on_the_variety(net: nn.Module, site: Site) -> bool:
                 values[j] = values[i]
         if site.constraint == "augmented" and site.first.bias is not None:
             bias = net.get_parameter(site.first.bias)
-            bias[j] = bias[i]
+            bias[of_j] = bias[of_i]
         if site.second.op == "linear":
             second[:, j] = -second[:, i]
         else:
@@ -166,6 +168,10 @@ def test_where_the_constraint_holds_contraction_changes_nothing(net: GeneratedNe
     assert float((after - before).abs().max()) <= 1e-12 * max(1.0, float(before.abs().max()))
 
 
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
 def void(_: object) -> None:
     """A hook's answer that leaves the module's result alone."""
 
@@ -188,12 +194,14 @@ def test_elsewhere_the_output_of_a_moves_by_at_most_the_residual_times_the_input
     seen: dict[str, Tensor] = {}
     second = net.get_submodule(site.second.name) if site.second.name in dict(net.named_modules()) else None
     first = net.get_submodule(site.first.name)
+    if isinstance(first, nn.MultiheadAttention):  # it applies its output projection without calling it
+        second = first
     if second is None:
         return
     hooks = [
         # the first call of each: where the blocks run twice, the second call reads what the first one changed
         first.register_forward_pre_hook(lambda _, args: void(seen.setdefault("u", args[0]))),
-        second.register_forward_hook(lambda _, __, result: void(seen.setdefault("a", result))),
+        second.register_forward_hook(lambda _, __, result: void(seen.setdefault("a", _first(result)))),
     ]
     x = net.example(torch.float64)
     run(net, x, False)

@@ -1,0 +1,240 @@
+"""The value path of attention, W_V → token mixing → W_O: ψ(V) = Attn(V) + D V comes back where A D W_V = 0.
+
+Attention stands here in the place of σ: A D W_V = 0 makes A's answer to D V vanish whatever is mixed with what, as long
+as V and the result have one shape and each position that A reads holds values that W made at one position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from .activation_calls import Calls
+from .activations import activation_input
+from .affine import Found, affine_at
+from .channels import Channels
+from .flow import Flow, UnknownError, broadcast_shapes, numbered
+from .link import Linked, Spot
+from .mixing import FAR, is_product, weights_of
+from .outcome import Match, Reason
+from .plan import Constraint
+from .strict import bias_is_free, label, leads_back, reads_only_value
+from .wires import modes_agree
+
+# The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.
+_POSITIONS: dict[int, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
+    -1: (((2, 7), (2, 11)), ((2, 7, 5), (2, 5, 11)), ((7,), (11,))),
+    -2: (((2, 7), (2, 11)),),
+    -3: (((2, 7, 5), (2, 5, 11)),),
+    -4: (((2, 7, 5, 3), (2, 5, 3, 11)),),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """How W's outputs reach V, and how the result reaches A: by V's channels.
+
+    Attributes:
+        rows: the output of W that each channel is.
+        view: the shape of the channels against the last axes of V.
+        second: A, and `use`, the spot that applies it.
+    """
+
+    rows: tuple[int, ...]
+    view: tuple[int, ...]
+    second: Found
+    use: Spot
+    noisy: bool
+
+
+def value_path(calls: Calls, spot: Spot) -> Match | Reason:
+    """W_V → attention → W_O, in whatever way the heads are split and joined."""
+    linked, owned = calls.linked, calls.linked.graphs[spot.unit]
+    if len(linked.variants(spot.unit.path)) > 1:
+        return Reason("its owner is called in several ways")
+    found = _in_one_mode(calls, spot)
+    if owned.in_eval is None or modes_agree(owned) or isinstance(found, Reason):
+        return found
+    again = _in_one_mode(calls, Spot(spot.unit, owned.in_eval.names[owned.name_of[spot.node]]))
+    return found if found == again else Reason("its values go another way in eval mode than in training")
+
+
+def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
+    linked = calls.linked
+    first = _projection(linked, spot)
+    if isinstance(first, Reason):
+        return first
+    at, w = first
+    path = _path(calls, spot, at, w)
+    if isinstance(path, Reason):
+        return path
+    a, width, part = path.second, len(path.rows), _ranges(path.rows)
+    if part == ((0, w.outputs),):
+        part = ()
+    elif w.affine.groups != 1:
+        return Reason(f"its values are a part of a grouped map ({w.affine})")
+    bias = w.affine.bias
+    if w.biases:
+        if part not in w.biases:
+            return Reason(f"the bias of {w.affine} is computed")
+        bias = w.biases[part]
+    alone = (
+        linked.readers(a.affine.bias) == 1
+        and a.value is not None
+        and leads_back(linked, Spot(path.use.unit, a.value), spot)
+    )
+    carried = not a.pads and alone and bias_is_free(linked, a.affine)
+    constraint: Constraint = "folded" if carried or bias is None else "augmented"
+    one_axis = sum(size > 1 for size in path.view) == 1
+    return Match(
+        "strict", constraint, Channels(width, -len(path.view) if one_axis else -1),
+        replace(w.affine, bias=bias, part=part), a.affine, "eval" if path.noisy else "always",
+        () if one_axis else path.view,
+    )  # fmt: skip
+
+
+def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
+    """W, the first affine map on the way back from V."""
+    value = activation_input(spot.node)
+    here = Spot(spot.unit, value) if value is not None else None
+    for _ in range(40):
+        if here is None:
+            break
+        here = linked.source(here)
+        found = affine_at(linked, here)
+        if found is not None:
+            return here, found
+        inputs = here.node.all_input_nodes
+        if not inputs:
+            break
+        here = Spot(here.unit, inputs[0])
+    return Reason("no affine map makes its values")
+
+
+def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
+    """The path as two runs on inputs of different sizes show it."""
+    reason: Reason | None = None
+    for sizes in _POSITIONS.get(w.axis, ()):
+        runs = [_run(calls, spot, at, w, positions) for positions in sizes]
+        if isinstance(runs[0], Path) and runs[0] == runs[1]:
+            return runs[0]
+        reason = reason or next((run for run in runs if isinstance(run, Reason)), None)
+    return reason or Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
+
+
+def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...]) -> Path | Reason:
+    linked = calls.linked
+    flow = Flow(linked, calls.origins, at, w, positions, spot.unit)
+    value = activation_input(spot.node)
+    try:
+        v = flow.tensor(Spot(spot.unit, value)) if value is not None else torch.empty(0, device="meta")
+    except UnknownError:
+        return Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
+    if v.is_meta:
+        return Reason(f"between {w.affine} and it the values are not only moved")
+    try:
+        result = _result_shape(flow, spot, v)
+    except UnknownError:
+        return Reason("how many queries it has is not known")
+    if result != v.shape:
+        return Reason(f"it has other queries than values (shapes {tuple(result)} and {tuple(v.shape)} in a trial)")
+    flow.known[spot] = numbered(tuple(v.shape))
+    ends = _ends(linked, flow, spot)
+    if isinstance(ends, Reason):
+        return ends
+    a, use = ends
+    assert a.value is not None
+    read = flow.tensor(Spot(use.unit, a.value))
+    if read.shape[a.axis] != a.inputs:
+        return Reason(f"A ({a.affine}) reads {a.inputs} channels, attention makes {read.shape[a.axis]}")
+    by_position = read.movedim(a.axis, -1).reshape(-1, a.inputs)
+    made = torch.unravel_index(v.flatten()[by_position], flow.made)
+    rows = made[w.axis]
+    others = [index for axis, index in enumerate(made) if axis != w.axis % len(flow.made)]
+    if not all((index == index[:, :1]).all() for index in others) or not (rows == rows[:1]).all():
+        return Reason(f"A ({a.affine}) reads the values of several positions at once")
+    column = torch.full((v.numel(),), -1)
+    column[by_position] = torch.arange(a.inputs).expand_as(by_position)
+    view = _view(column.view(v.shape))
+    if view is None:
+        return Reason(f"A ({a.affine}) reads the heads in another order than they stand in")
+    return Path(tuple(rows[0].tolist()), view, replace(a, value=a.value), use, flow.noisy)
+
+
+def _view(column: Tensor) -> tuple[int, ...] | None:
+    """The shape of δ against V, whose elements are read as these columns of A; None where no shape is in their order."""
+    for axis in range(column.dim()):
+        if axis == 0 and len(column) % 2 == 0 and torch.equal(*column.chunk(2)):
+            column = column[: len(column) // 2]  # a batch of two, merged with the heads or not
+        if (column == column.narrow(axis, 0, 1)).all():
+            column = column.narrow(axis, 0, 1)
+    if not torch.equal(column.flatten(), torch.arange(column.numel())):
+        return None
+    shape = tuple(column.shape)
+    return shape[next((i for i, size in enumerate(shape) if size > 1), len(shape) - 1) :]
+
+
+def _ranges(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    starts = [0, *(i for i, (one, two) in enumerate(pairwise(rows), 1) if two != one + 1), len(rows)]
+    return tuple((rows[start], rows[stop - 1] + 1) for start, stop in pairwise(starts))
+
+
+def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason:
+    """A, found by following every use of the result; uses that only ask for its shape do not count."""
+    todo, found = [spot], list[tuple[Found, Spot]]()
+    while todo:
+        for use in linked.uses(todo.pop()):
+            if use is None:
+                return Reason("its result leaves the code that can be seen")
+            if use.unit != spot.unit and not modes_agree(linked.graphs[use.unit]):
+                return Reason("its forward differs between training and eval mode in more than dropout")
+            made = affine_at(linked, use)
+            if made is not None and reads_only_value(use, made):
+                found.append((made, use))
+                continue
+            try:
+                moved = flow.value(use)
+            except UnknownError:
+                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
+            if any(not tensor.is_meta for tensor in tree_leaves(moved) if isinstance(tensor, Tensor)):
+                todo.append(use)
+    if len({made.affine.weight for made, _ in found}) != 1:
+        return Reason("its result goes into several maps" if found else "its result is not used")
+    return found[0]
+
+
+def _result_shape(flow: Flow, spot: Spot, v: Tensor) -> torch.Size:
+    """The shape of the attention's result."""
+    node = spot.node
+    if node.target is F.scaled_dot_product_attention:
+        q = node.args[0] if node.args else node.kwargs.get("query")
+        queries = flow.tensor(Spot(spot.unit, q)) if isinstance(q, fx.Node) else v
+        return torch.Size((*queries.shape[:-1], v.shape[-1]))
+    weights = _weights_shape(flow, Spot(spot.unit, weights_of(node)))
+    if node.target is torch.einsum:
+        try:
+            operands = [torch.empty(shape, device="meta") for shape in (weights, v.shape)]
+            return torch.Size(torch.einsum(str(node.args[0]), *operands).shape)
+        except RuntimeError as error:
+            raise UnknownError from error
+    if len(weights) < 2 or weights[-1] != v.shape[-2]:
+        raise UnknownError
+    return torch.Size((*broadcast_shapes(weights[:-2], v.shape[:-2]), weights[-2], v.shape[-1]))
+
+
+def _weights_shape(flow: Flow, spot: Spot) -> torch.Size:
+    """The shape of the weights; where a mask or a table of biases hides it, that of the product of queries and keys."""
+    try:
+        return flow.tensor(spot).shape
+    except UnknownError:
+        for _ in range(FAR):
+            spot = flow.linked.source(spot)
+            if is_product(spot.node) or not spot.node.all_input_nodes:
+                break
+            spot = Spot(spot.unit, spot.node.all_input_nodes[0])
+        return flow.tensor(spot).shape

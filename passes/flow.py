@@ -1,0 +1,223 @@
+"""Following every element of a map's output through reshapes: one run on small numbered tensors tells where each goes.
+
+Between a value projection and attention, and between attention and the output projection, a forward splits, reshapes and
+permutes as it likes, with sizes that it reads from its inputs. Nothing of that is interpreted here: W's output is a
+tensor that numbers its own elements, and the graph's own calls move it. All other values are tensors without data
+(meta), whose shapes alone matter.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map_only
+
+from .activations import call_activation, module_activation
+from .affine import Found, affine_at
+from .channels import Provenance
+from .link import Linked, Spot, Unit
+from .matrices import tensor_named
+from .wires import Layout, modes_agree, still
+from .writes import overwritten
+
+_MOVING = (
+    "reshape", "permute", "transpose", "flatten", "unflatten", "unbind", "chunk", "split", "tensor_split", "squeeze",
+    "unsqueeze", "movedim", "swapaxes", "swapdims", "clone", "repeat_interleave", "narrow", "select",
+)  # fmt: skip
+_MOVES: set[Any] = {
+    *_MOVING, *(getattr(torch, name) for name in _MOVING),
+    "view", "view_as", "contiguous", "expand", "t", "split_with_sizes", operator.getitem, getattr,
+}  # fmt: skip
+_SAME_SHAPE: set[Any] = {
+    F.softmax, torch.softmax, "softmax", F.dropout, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.normalize,
+    "to", "type_as", "float", "half", "masked_fill", "masked_fill_", "type", "detach",
+}  # fmt: skip
+_SAME_SHAPE_MODULES = (
+    nn.Identity, nn.Dropout, nn.Softmax, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase,
+)  # fmt: skip
+_BROADCASTS: set[Any] = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul, operator.isub,
+    operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div", "add_", "mul_", "sub_", "div_",
+}  # fmt: skip
+
+
+CALLS = 150  # how many values one run may compute: what decides is near
+
+
+class UnknownError(Exception):
+    """The graphs do not tell this value's shape, or do more to the elements than to move them."""
+
+
+class Flow:
+    """One run of the calls behind W, on an input of a few positions.
+
+    Attributes:
+        made: the shape of W's output.
+        noisy: whether a dropout that is active in training mode stood on the way.
+    """
+
+    def __init__(
+        self, linked: Linked, origins: Provenance, first: Spot, found: Found, positions: tuple[int, ...], home: Unit
+    ) -> None:
+        self.linked, self.noisy, self.home = linked, False, home
+        self.known: dict[Spot, Any] = {}
+        self.budget = CALLS
+        read = _shape(positions, found.axis, found.inputs)
+        if found.value is not None:
+            read = self._assume(origins, Spot(first.unit, found.value), read, positions)
+        made = list(read)
+        made[found.axis] = found.outputs
+        self.made = tuple(made)
+        self.known[first] = numbered(self.made)
+
+    def _assume(
+        self, origins: Provenance, read: Spot, shape: tuple[int, ...], positions: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Give shapes to W's input and to the values that it comes from; the shape of W's input is returned.
+
+        A value that W's input is a reshape of, as a map of features is of tokens, has the axes that its channels tell.
+        """
+        here = self.linked.source(read)
+        same = [here]
+        while (inputs := here.node.all_input_nodes) and _keeps_shape(here.node, self.linked.module(here)):
+            here = self.linked.source(Spot(here.unit, inputs[0]))
+            same.append(here)
+        root = here
+        while root.node.target in _MOVES and (inputs := root.node.all_input_nodes):
+            root = self.linked.source(Spot(root.unit, inputs[0]))
+        known = origins.value(root) if root is not here else None
+        rank = len(positions) + 1
+        axis = known.axis - rank if known is not None and known.axis > 0 else known.axis if known is not None else 0
+        if known is not None and -rank <= axis < 0:
+            self.known[root] = torch.empty(_shape(positions, axis, known.width), device="meta")
+            try:
+                return tuple(self.tensor(here).shape)
+            except UnknownError:
+                self.known.clear()
+        self.known |= dict.fromkeys(same, torch.empty(shape, device="meta"))
+        return shape
+
+    def value(self, spot: Spot) -> Any:
+        """The value at a spot: a numbered tensor, a tensor without data, or a size.
+
+        Raises:
+            UnknownError: it is not known.
+        """
+        here = self.linked.source(spot)
+        if here in self.known:
+            return self.known[here]
+        if not self.budget:
+            raise UnknownError
+        self.budget -= 1
+        found = self.known[here] = self._compute(here)
+        return found
+
+    def tensor(self, spot: Spot) -> Tensor:
+        """The tensor at a spot."""
+        found = self.value(spot)
+        if not isinstance(found, Tensor):
+            raise UnknownError
+        return found
+
+    def _compute(self, spot: Spot) -> Any:
+        node, module = spot.node, self.linked.module(spot)
+        if node.op == "get_attr":
+            return self._stored(spot)
+        made = affine_at(self.linked, spot)
+        if made is not None and made.value is not None:
+            before = self.tensor(Spot(spot.unit, made.value))
+            shape = list(before.shape)
+            shape[made.axis] = made.outputs
+            return torch.empty(shape, device="meta")
+        if _keeps_shape(node, module):
+            return self._passed(spot, module)
+        if node.op not in ("call_function", "call_method"):
+            raise UnknownError
+        return self._broadcast(spot) if node.target in _BROADCASTS else self._called(spot)
+
+    def _stored(self, spot: Spot) -> Tensor:
+        try:
+            stored = tensor_named(self.linked.model, f"{spot.unit.path}.{spot.node.target}".lstrip("."))
+        except AttributeError as error:
+            raise UnknownError from error
+        return torch.empty_like(stored, device="meta")
+
+    def _passed(self, spot: Spot, module: nn.Module | None) -> Tensor:
+        before = self.tensor(Spot(spot.unit, spot.node.all_input_nodes[0]))
+        wire = still(Layout(axis=-1), spot.node, module)
+        if wire is None:
+            return _emptied(before)
+        self.noisy = self.noisy or (wire.noisy and not before.is_meta)
+        return before
+
+    def _broadcast(self, spot: Spot) -> Any:
+        """An element-wise sum or product; an operand of unknown shape is taken to be no larger than the other."""
+        shapes: list[torch.Size] = []
+        for operand in spot.node.args:
+            if isinstance(operand, fx.Node):
+                try:
+                    known = self.value(Spot(spot.unit, operand))
+                except UnknownError:
+                    continue
+                if not isinstance(known, Tensor):
+                    return self._called(spot)  # arithmetic of sizes
+                shapes.append(known.shape)
+        if not shapes:
+            raise UnknownError
+        try:
+            together = broadcast_shapes(*shapes)
+        except RuntimeError:  # a table for another number of positions, such as relative position biases
+            together = shapes[0]
+        return torch.empty(together, device="meta")
+
+    def _called(self, spot: Spot) -> Any:
+        node = spot.node
+
+        def given(inner: fx.Node) -> Any:
+            value = self.value(Spot(spot.unit, inner))
+            return value if moves else tree_map_only(Tensor, _emptied, value)
+
+        moves = node.target in _MOVES and (spot.unit == self.home or modes_agree(self.linked.graphs[spot.unit]))
+        moves = moves and not any(
+            overwritten(self.linked, Spot(spot.unit, value), node) for value in node.all_input_nodes
+        )
+        args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            call: Callable[..., Any] = node.target  # type: ignore[assignment]
+            return call(*args, **kwargs)
+        except Exception as error:  # a user's call on tensors of the wrong size may raise anything
+            raise UnknownError from error
+
+
+def _emptied(value: Tensor) -> Tensor:
+    """The tensor without its numbers: something else than a move was done to it."""
+    return torch.empty(value.shape, device="meta")
+
+
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def _shape(positions: tuple[int, ...], axis: int, channels: int) -> tuple[int, ...]:
+    """A shape with these positions, and the channels along an axis counted from the end."""
+    before = len(positions) + 1 + axis
+    return (*positions[:before], channels, *positions[before:])
+
+
+def numbered(shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose elements are their own numbers."""
+    return torch.arange(torch.Size(shape).numel(), device="cpu").view(shape)
+
+
+def _keeps_shape(node: fx.Node, module: nn.Module | None) -> bool:
+    if module is not None:
+        return isinstance(module, _SAME_SHAPE_MODULES) or module_activation(module) is not None
+    return node.target in _SAME_SHAPE or call_activation(node) is not None
