@@ -17,7 +17,8 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, 
         delta: δ, shape (channels,).
         channels: the axis of z along which the channels lie; or the shape of δ against the last axes of z, where they
             lie along several: (heads, 1, head channels) for the values of attention, with shape
-            (batch, heads, tokens, head channels) or (batch · heads, tokens, head channels).
+            (batch, heads, tokens, head channels) or (batch · heads, tokens, head channels). (channels, -1) stands for
+            channels that each span a run of the last axis, as behind a flatten.
 
     Raises:
         BypassError: z has another number of channels than δ, or another shape than σ(z).
@@ -32,7 +33,7 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, 
         return torch.nested.as_nested_tensor([psi(one, its_z, delta, channels) for one, its_z in parts])
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)
-    d = _along(d, z, channels) if isinstance(channels, int) else _by_heads(d, activated, z, channels)
+    d = _along(d, z, channels) if isinstance(channels, int) else _shaped(d, activated, z, channels)
     return torch.addcmul(activated, z.to(activated.dtype), d)
 
 
@@ -46,12 +47,14 @@ def _along(delta: Tensor, z: Tensor, axis: int) -> Tensor:
     return delta.view(-1, *[1] * behind) if behind else delta
 
 
-def _by_heads(delta: Tensor, activated: Tensor, z: Tensor, view: tuple[int, ...]) -> Tensor:
+def _shaped(delta: Tensor, activated: Tensor, z: Tensor, view: tuple[int, ...]) -> Tensor:
     if activated.shape != z.shape:
         raise BypassError(
             f"attention with a D-activation met values of shape {tuple(z.shape)} and a result of {tuple(activated.shape)}: "
             "it must have as many queries as values; contract the model, and leave this site out with select"
         )
+    if view[-1] == -1:
+        return delta.repeat_interleave(z.shape[-1] // view[0])
     d = delta.view(view)
     merged = z.dim() == d.dim() and view[0] > 1  # batch and heads lie along one axis
     return d.repeat(z.shape[0] // view[0], *[1] * (d.dim() - 1)) if merged else d

@@ -98,10 +98,10 @@ def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
         return None
     taps, groups = math.prod(module.kernel_size), module.groups
     for cls, dims in _CONVS.items():
-        plain = isinstance(module, cls) and acts_as(module, cls)
-        if plain and type(module)._conv_forward is cls._conv_forward:
+        plain = isinstance(module, cls) and acts_as(module, cls) and type(module)._conv_forward is cls._conv_forward
+        if plain or (isinstance(module, cls) and linked.convolves(path)):
             affine = Affine(path, "conv", f"{path}.weight", bias, groups=groups, taps=taps)
-            pads = _pads(module.padding, module.kernel_size, module.padding_mode)
+            pads = not plain or _pads(module.padding, module.kernel_size, module.padding_mode)
             return Found(affine, -dims - 1, module.in_channels, module.out_channels, pads, value)
     for cls, dims in _TRANSPOSED.items():
         if isinstance(module, cls) and acts_as(module, cls):

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
 from .calls import Call, bound_to_placeholders, call_of, leaves
 from .errors import UntraceableError
-from .look_alike import Stored, linear_look_alike
+from .look_alike import Stored, is_convolution, linear_look_alike
 from .trace import OwnerGraph, Tracing
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Linked:
         self._callees: dict[Spot, Unit] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
+        self._convolutions: dict[tuple[type, str], bool] = {}
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
         with self.tracing.session():
@@ -188,6 +190,19 @@ class Linked:
             plain = acts_as(module, type(module))
             self._look_alikes[path] = linear_look_alike(module) if plain else None
         return self._look_alikes[path]
+
+    def convolves(self, path: str) -> bool:
+        """Whether a convolution with a forward of its own acts like torch's; asked once for all of one geometry."""
+        module = self.modules[path]
+        if not isinstance(module, _ConvNd) or self.variants(path) or not acts_as(module, type(module)):
+            return False
+        plain = {
+            name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)
+        }
+        key = (type(module), str({**plain, "in_channels": 0, "out_channels": 0, "groups": module.groups == 1}))
+        if key not in self._convolutions:
+            self._convolutions[key] = is_convolution(module)
+        return self._convolutions[key]
 
     def activations_in(self, unit: Unit) -> set[str]:
         """The names of the activations that a unit calls."""

@@ -1,11 +1,14 @@
-"""Modules that act like a Linear without being one: found by what they compute, whatever their forward looks like."""
+"""Modules that act like a Linear or a convolution without having its forward: found by what they compute."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 Stored = Literal["out_in", "in_out"]
 
@@ -34,6 +37,56 @@ def _orders(weight: Tensor, bias: Tensor | None) -> list[Stored]:
 
 
 def _computes(module: nn.Module, stored: Stored) -> bool:
+    for probe, drawn in _probes(module):
+        matrix = drawn["weight"] if stored == "out_in" else drawn["weight"].t()
+        for lead in ((3,), (2, 3)):
+            x = _input((*lead, matrix.shape[1]))
+            found, expected = _result(probe, x), nn.functional.linear(x, matrix, drawn.get("bias"))
+            if found is None or found.shape != expected.shape or not torch.allclose(found, expected):
+                return False
+    return True
+
+
+def is_convolution(module: _ConvNd) -> bool:
+    """Whether a convolution's own forward is torch's with zeros around the input, as many as it likes on each side.
+
+    The forward is run on a copy with weights of its own, in both modes, on inputs of two sizes.
+    """
+    dims = len(module.kernel_size)
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if module.transposed or module._modules or not own <= {"weight", "bias"} or module.weight.numel() > LARGEST:
+        return False
+    for probe, drawn in _probes(module):
+        for size in (9, 12):
+            x = _input((2, module.in_channels, *[size] * dims))
+            found = _result(probe, x)
+            if found is None or found.dim() != x.dim() or not _convolves(module, drawn, x, found):
+                return False
+    return True
+
+
+def _convolves(module: _ConvNd, drawn: Mapping[str, Tensor], x: Tensor, found: Tensor) -> bool:
+    """Whether some padding makes torch's convolution of x what was found."""
+    reach = [(kernel - 1) * wide + 1 for kernel, wide in zip(module.kernel_size, module.dilation, strict=True)]
+    needed = [
+        max(0, (made - 1) * step + far - size)
+        for made, step, far, size in zip(found.shape[2:], module.stride, reach, x.shape[2:], strict=True)
+    ]
+    for before in product(*(range(total + 1) for total in needed)):
+        sides = [(first, total - first) for first, total in zip(before, needed, strict=True)]
+        padded = nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
+        bias = drawn.get("bias")
+        expected = torch.convolution(
+            padded, drawn["weight"], bias, module.stride, (0,) * len(sides), module.dilation, False,
+            (0,) * len(sides), module.groups,
+        )  # fmt: skip
+        if expected.shape == found.shape and torch.allclose(found, expected):
+            return True
+    return False
+
+
+def _probes(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """A copy of the module in training mode, then in eval mode, and the weights drawn for it."""
     generator = torch.Generator("cpu").manual_seed(0)
     probe = module.__new__(type(module))
     probe.__dict__ = dict(module.__dict__)
@@ -43,21 +96,20 @@ def _computes(module: nn.Module, stored: Stored) -> bool:
         if parameter is not None
     }
     probe.__dict__["_parameters"] = {**module._parameters, **drawn}
-    matrix = drawn["weight"] if stored == "out_in" else drawn["weight"].t()
+    for training in (True, False):
+        probe.__dict__["training"] = training
+        yield probe, {name: parameter.detach() for name, parameter in drawn.items()}
+
+
+def _input(shape: tuple[int, ...]) -> Tensor:
+    return 3 * torch.randn(shape, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu")
+
+
+def _result(probe: nn.Module, x: Tensor) -> Tensor | None:
+    """What the forward makes of x; None where it takes no such input."""
     with torch.no_grad():
-        for training in (True, False):
-            probe.__dict__["training"] = training
-            for lead in ((3,), (2, 3)):
-                x = 3 * torch.randn((*lead, matrix.shape[1]), generator=generator, dtype=torch.float64, device="cpu")
-                expected = nn.functional.linear(x, matrix, drawn.get("bias"))
-                try:
-                    found = type(module).forward(probe, x)
-                except Exception:  # a forward that does not take such an input is no look-alike
-                    return False
-                if (
-                    not isinstance(found, Tensor)
-                    or found.shape != expected.shape
-                    or not torch.allclose(found, expected)
-                ):
-                    return False
-    return True
+        try:
+            found = type(probe).forward(probe, x)
+        except Exception:  # a forward that does not take such an input is no look-alike
+            return None
+    return found if isinstance(found, Tensor) else None

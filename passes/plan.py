@@ -56,7 +56,8 @@ class Site:
 
     Attention is an activation of its values: ψ(V) = Attn(V) + D V, with W the value projection and A the output
     projection. The channels of V lie along two axes, heads and the channels of a head: `view` is then the shape of δ
-    against V, such as (heads, 1, head channels); `channel_dim` is -1.
+    against V, such as (heads, 1, head channels); `channel_dim` is -1. Behind a flatten each channel spans a run of
+    the last axis; `view` is then (channels, -1).
     """
 
     name: str

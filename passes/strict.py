@@ -13,7 +13,7 @@ from .channels import Channels
 from .link import Linked, Spot
 from .outcome import Match, Reason
 from .plan import Affine, Constraint, Exact
-from .wires import Layout, modes_agree, still, through
+from .wires import Layout, is_wire, modes_agree, through
 from .writes import overwritten
 
 
@@ -38,14 +38,15 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
     carried = not after.cut and not a.pads and alone and bias_is_free(linked, a.affine)
     constraint: Constraint = "folded" if carried or not offset else "augmented"
     exact: Exact = "eval" if w.affine.norm is not None or after.noisy else "always"
-    return Match("strict", constraint, Channels(w.outputs, before.axis), w.affine, a.affine, exact)
+    view = (w.outputs, -1) if before.flat else ()
+    return Match("strict", constraint, Channels(w.outputs, before.axis), w.affine, a.affine, exact, view)
 
 
 def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
-    """W, found by walking back from σ through wires and at most one BatchNorm."""
-    node, unit, norm = activation_input(spot.node), spot.unit, None
-    passed = Layout(axis=0)
+    """W, found by walking back from σ through wires and at most one BatchNorm, and how its outputs lie in z."""
+    node, unit = activation_input(spot.node), spot.unit
     path: list[Spot] = []
+    between: list[Spot] = []
     while node is not None:
         path.append(Spot(unit, node))
         here = linked.source(Spot(unit, node))
@@ -58,22 +59,36 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         if found is not None and found.biases:
             return Reason(f"the bias of {found.affine} is computed")
         if found is not None:
-            affine = replace(found.affine, norm=norm)
-            if norm is not None and linked.modules[norm].num_features != found.outputs:
-                return Reason(f"the BatchNorm {norm} normalises another axis than W's outputs")
-            rank = 1 - found.axis if found.axis < -1 else None  # a batch axis, the channels, the positions
-            return replace(found, affine=affine), replace(passed, axis=found.axis, rank=rank)
-        batchnorm = norm_at(linked, here)
-        wire = still(passed, here.node, linked.module(here))
-        if batchnorm is not None and norm is None:
-            norm = batchnorm
-        elif wire is not None:
-            passed = wire
-        else:
-            return Reason(f"in front of it stands {label(linked, here)}, which is no affine map")
+            return _laid_out(linked, found, between[::-1])
         inputs = here.node.all_input_nodes
-        node, unit = inputs[0] if inputs else None, here.unit
+        wire = is_wire(here.node, linked.module(here)) and inputs and _reads_one_value(here.node)
+        if not wire and norm_at(linked, here) is None:
+            return Reason(f"in front of it stands {label(linked, here)}, which is no affine map")
+        between.append(here)
+        node, unit = inputs[0], here.unit
     return Reason("no affine map stands in front of it")
+
+
+def _laid_out(linked: Linked, found: Found, between: list[Spot]) -> tuple[Found, Layout] | Reason:
+    """W with the BatchNorm behind it, and where its outputs lie behind the wires that follow, in their order."""
+    layout = Layout(
+        found.axis, 1 - found.axis if found.axis < -1 else None
+    )  # a batch axis, the channels, the positions
+    norm: str | None = None
+    for here in between:
+        batchnorm = norm_at(linked, here)
+        if batchnorm is None:
+            passed = through(layout, here.node, linked.module(here))
+            if passed is None:
+                return Reason(f"between {found.affine} and it stands {label(linked, here)}, which moves the channels")
+            layout = passed
+        elif norm is not None:
+            return Reason(f"two BatchNorms stand between {found.affine} and it")
+        elif linked.modules[batchnorm].num_features != found.outputs or layout.axis != found.axis or layout.flat:
+            return Reason(f"the BatchNorm {batchnorm} normalises another axis than W's outputs")
+        else:
+            norm = batchnorm
+    return replace(found, affine=replace(found.affine, norm=norm)), layout
 
 
 def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, bool] | Reason:

@@ -67,6 +67,11 @@ def through(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout |
     return wire(layout, node, module) if wire else None
 
 
+def is_wire(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the node is an operation that may be a wire."""
+    return _wire(node, module) is not None
+
+
 def still(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
     """What a wire that leaves the axes alone adds to `noisy` and `cut`; None for all other nodes."""
     for axis in (-1, -2, -3, -4, -5, -9):  # a wire that keeps each of these keeps them all

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import bypass_fx
-from bypass_fx.passes.look_alike import linear_look_alike
+from bypass_fx.passes.look_alike import is_convolution, linear_look_alike
 
 
 class Transposed(nn.Module):
@@ -79,3 +79,61 @@ def test_look_alikes_are_the_w_and_a_of_a_strict_site() -> None:
     before, bias = net(x), net[2].bias.detach().clone()
     bypass_fx.contract(net)
     assert torch.allclose(net(x), before, rtol=1e-12, atol=1e-12) and not torch.allclose(net[2].bias, bias)
+
+
+class Same(nn.Conv2d):
+    """Pads by the input's size, as TensorFlow does; its forward has no graph."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in the base class
+        geometry = zip(input.shape[2:], self.stride, self.kernel_size, strict=True)
+        rows, columns = (max((-(-size // step) - 1) * step + kernel - size, 0) for size, step, kernel in geometry)
+        around = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+        padded = nn.functional.pad(input, around) if any(around) else input
+        return nn.functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation: the weight that is applied is not the one that is stored."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in the base class
+        if input.shape[0] == 0:
+            return input
+        return nn.functional.conv2d(input, self.weight - self.weight.mean(), self.bias)
+
+
+class Reflecting(Same):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in the base class
+        return super().forward(nn.functional.pad(input, [1, 1, 1, 1], mode="reflect") if input.numel() else input)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (Same(3, 6, 3, stride=2), True),
+        (Same(4, 4, 5, groups=4, bias=False), True),
+        (Standardised(3, 6, 3), False),
+        (Reflecting(3, 6, 3), False),
+        (nn.ConvTranspose2d(3, 6, 3), False),
+    ],
+)
+def test_only_what_computes_a_convolution_is_one(module: nn.Conv2d, expected: bool) -> None:
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert is_convolution(module) == expected
+    assert module.training and all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_convolutions_without_a_graph_make_augmented_sites() -> None:
+    net = nn.Sequential(Same(3, 6, 3, stride=2), nn.ReLU(), Same(6, 4, 3)).double()
+    (site,) = bypass_fx.plan(net, mode="strict").sites
+    assert site.constraint == "augmented" and site.second is not None and site.second.name == "2"
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    bypass_fx.extend(net, mode="strict")
+    with torch.no_grad():  # two channels that are the same, read with opposite signs: A D [W b_W] = 0
+        for parameter in (net[0].weight, net[0].bias):
+            parameter[1] = parameter[0]
+        net[2].weight[:, 1] = -net[2].weight[:, 0]
+        net.get_parameter(site.parameter)[:2] = 0.7
+    with_d = net(x)
+    assert float(bypass_fx.norms(net)[site.name]) < 1e-14
+    bypass_fx.contract(net)
+    assert torch.allclose(net(x), with_d, rtol=0, atol=1e-13)

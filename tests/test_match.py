@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bypass_fx
 from bypass_fx.passes.plan import Mode, Site
 from tests.architectures import FUNCTIONAL, IN_PLACE, MODULES
+from tests.invariants.test_generated import on_the_variety
 
 
 def only(model: nn.Module, mode: Mode = "strict") -> Site:
@@ -290,3 +291,67 @@ def test_example_inputs_settle_what_provenance_does_not() -> None:
     assert torch.equal(net(x), before) and net.training
     plan = bypass_fx.plan(nn.Sequential(Dynamic()), mode="all", example_inputs=(torch.randn(3, 5),))
     assert "does not run on them" in plan.refusals[0].reason
+
+
+class Permuted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a = nn.Linear(4, 6), nn.Conv2d(6, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.relu(self.w(x).permute(0, 3, 1, 2)))  # type: ignore[no-any-return]
+
+
+class Flattened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a = nn.Conv2d(4, 6, 3), nn.Linear(6 * 9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.tanh(self.w(x).flatten(1)))  # type: ignore[no-any-return]
+
+
+class Averaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.norm, self.a = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.tanh(self.norm(self.w(x)).mean((2, 3))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "channels"),
+    [
+        (Permuted(), (2, 5, 5, 4), (6, -3, ())),
+        (Flattened(), (2, 4, 5, 5), (6, -1, (6, -1))),
+        (Averaged(), (2, 4, 5, 5), (6, -1, ())),
+    ],
+)
+def test_the_channels_may_be_moved_between_w_and_the_activation(
+    net: nn.Module, shape: tuple[int, ...], channels: tuple[int, int, tuple[int, ...]]
+) -> None:
+    net.double().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    before = net(x)
+    site = only(net)
+    assert (site.width, site.channel_dim, site.view) == channels and site.constraint == "folded"
+    bypass_fx.extend(net, mode="strict")
+    assert torch.equal(net(x), before)
+    assert on_the_variety(net, site)
+    with_d = net(x)
+    assert not torch.allclose(with_d, before)
+    bypass_fx.contract(net)
+    assert torch.allclose(net(x), with_d, rtol=0, atol=1e-13)
+
+
+def test_a_batch_norm_behind_a_permutation_is_not_taken_into_w() -> None:
+    class Net(Permuted):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(torch.relu(self.norm(self.w(x).permute(0, 3, 1, 2))))  # type: ignore[no-any-return]
+
+    assert "normalises another axis" in reasons(Net())

@@ -132,7 +132,8 @@ def on_the_variety(net: nn.Module, site: Site) -> bool:
             bias = net.get_parameter(site.first.bias)
             bias[of_j] = bias[of_i]
         if site.second.op == "linear":
-            second[:, j] = -second[:, i]
+            taps = second.shape[1] // site.width  # behind a flatten, a channel is a run of inputs
+            second[:, j * taps : (j + 1) * taps] = -second[:, i * taps : (i + 1) * taps]
         else:
             per = site.width // of_a
             out = second.shape[0] // of_a
