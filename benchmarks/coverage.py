@@ -38,7 +38,7 @@ def examine(model: nn.Module) -> dict[str, Any]:
     return {
         "modules": len(linked.modules),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "activations": len(everything.sites) + len(everything.refusals),
+        "activations": sum(entry.activation != "attention" for entry in (*everything.sites, *everything.refusals)),
         "sites": {mode: dict(Counter(_kind(site) for site in plan.sites)) for mode, plan in plans.items()},
         "refusals": {mode: dict(Counter(_class(r.reason) for r in plan.refusals)) for mode, plan in plans.items()},
         "coefficients": everything.coefficients,
@@ -48,12 +48,16 @@ def examine(model: nn.Module) -> dict[str, Any]:
 
 
 def _kind(site: bypass_fx.Site) -> str:
-    return " ".join([site.kind, site.constraint, site.exact])
+    kind = "attention" if site.activation == "attention" else site.kind
+    return " ".join([kind, site.constraint, site.exact])
 
 
 def _class(reason: str) -> str:
     """A reason without the names in it."""
     head = reason.split(", which")[0]
+    for start in ("it has other queries than values", "between", "its values are not seen to come from", "the BatchNorm"):
+        if head.startswith(start):
+            return start
     for start in ("in front of it stands", "its result goes into", "A ("):
         if head.startswith(start):
             inner = head[head.rfind("(") + 1 : head.rfind(")")] if "(" in head else head.removeprefix(start).strip()
@@ -96,22 +100,22 @@ def summary(file: ResultsFile) -> str:
     rows = [row for row in file if "error" not in row]
     changed = sum(not row["unchanged"] for row in rows)
     active = [row for row in rows if row["activations"]]
-    with_site = sum(bool(row["sites"]["all"]) for row in active)
+    with_site = sum(any(not kind.startswith("attention") for kind in row["sites"]["all"]) for row in active)
     lines = [
         f"{len(file.rows)} models, {len(file.rows) - len(rows)} not examined, {changed} changed after contraction.",
         f"{len(active)} call an element-wise activation; {with_site} of them have a site.",
         "",
-        "| mode | models with a site | sites | strict folded | strict augmented | relaxed | refusals |",
-        "|---|---|---|---|---|---|---|",
+        "| mode | models with a site | sites | strict folded | strict augmented | attention | relaxed | refusals |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for mode in MODES:
         kinds: Counter[str] = Counter()
         for row in rows:
             for kind, count in row["sites"][mode].items():
-                kinds[" ".join(kind.split()[:2])] += count
+                kinds["attention" if kind.startswith("attention") else " ".join(kind.split()[:2])] += count
         refused = sum(sum(row["refusals"][mode].values()) for row in rows)
         models = sum(bool(row["sites"][mode]) for row in rows)
-        counts = [kinds["strict folded"], kinds["strict augmented"], kinds["relaxed zero"], refused]
+        counts = [kinds[kind] for kind in ("strict folded", "strict augmented", "attention", "relaxed zero")] + [refused]
         lines.append(f"| {mode} | {models} | {sum(kinds.values())} | " + " | ".join(map(str, counts)) + " |")
     seconds = sorted(sum(row["seconds"].values()) for row in rows)
     lines += ["", f"Seconds a model: median {seconds[len(seconds) // 2]:.2f}, highest {seconds[-1]:.2f}."]

@@ -95,7 +95,7 @@ def missed(model: nn.Module, inputs: tuple[Any, ...], plan: bypass_fx.Plan) -> t
         model(*inputs)
     planned: Counter[str] = Counter()
     for entry in (*plan.sites, *plan.refusals):
-        planned[entry.owner] += 1
+        planned[entry.owner] += entry.activation != "attention"
     per_owner: Counter[str] = Counter()
     for key, count in calls.made.items():
         owner, module = key.split("\t")
