@@ -55,7 +55,12 @@ def _kind(site: bypass_fx.Site) -> str:
 def _class(reason: str) -> str:
     """A reason without the names in it."""
     head = reason.split(", which")[0]
-    for start in ("it has other queries than values", "between", "its values are not seen to come from", "the BatchNorm"):
+    for start in (
+        "it has other queries than values",
+        "between",
+        "its values are not seen to come from",
+        "the BatchNorm",
+    ):
         if head.startswith(start):
             return start
     for start in ("in front of it stands", "its result goes into", "A ("):
@@ -115,7 +120,9 @@ def summary(file: ResultsFile) -> str:
                 kinds["attention" if kind.startswith("attention") else " ".join(kind.split()[:2])] += count
         refused = sum(sum(row["refusals"][mode].values()) for row in rows)
         models = sum(bool(row["sites"][mode]) for row in rows)
-        counts = [kinds[kind] for kind in ("strict folded", "strict augmented", "attention", "relaxed zero")] + [refused]
+        counts = [kinds[kind] for kind in ("strict folded", "strict augmented", "attention", "relaxed zero")] + [
+            refused
+        ]
         lines.append(f"| {mode} | {models} | {sum(kinds.values())} | " + " | ".join(map(str, counts)) + " |")
     seconds = sorted(sum(row["seconds"].values()) for row in rows)
     lines += ["", f"Seconds a model: median {seconds[len(seconds) // 2]:.2f}, highest {seconds[-1]:.2f}."]

@@ -117,6 +117,24 @@ def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
 
 
 def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
+    """The path; found once for all owners that share a graph and the sizes of its children."""
+    linked, owned = calls.linked, calls.linked.graphs[spot.unit]
+    children = ((name, linked.modules[spot.unit.path].get_submodule(name)) for name in owned.children)
+    sizes = tuple((name, type(child), child.extra_repr()) for name, child in children)
+    key = (owned, spot.node, at.node, sizes)
+    known = calls.value_paths.get(key) if at.unit == spot.unit else None
+    if isinstance(known, Path):
+        use = Spot(spot.unit, known.use.node)
+        second = affine_at(linked, use)
+        if second is not None:
+            return replace(known, second=second, use=use)
+    path = _agreed(calls, spot, at, w)
+    if isinstance(path, Path) and path.use.unit == spot.unit:
+        calls.value_paths[key] = path
+    return path
+
+
+def _agreed(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
     """The path as two runs on inputs of different sizes show it."""
     reason: Reason | None = None
     for sizes in _POSITIONS.get(w.axis, ()):
