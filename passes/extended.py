@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from .activation_calls import Calls
-from .errors import SurgeryError
-from .generate import Variant, generated_class, original_class
+from .callables import is_held
+from .errors import SurgeryError, UntraceableError
+from .generate import Method, Variant, generated_class, original_class
 from .link import Arguments, Linked, Spot, Unit
 from .match import strict
 from .outcome import Match
 from .plan import Site
 from .rewrite import Psi, rewrite
 from .trace import OwnerGraph
+from .tracer import fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Made:
 
     sites: tuple[Site, ...]
     psi: Psi
-    methods: Mapping[str, tuple[Variant, ...]]
+    methods: Mapping[str, Method]
     flags: Mapping[str, object]
 
 
@@ -44,11 +46,17 @@ def written(site: Site) -> Site:
 def made_of(linked: Linked, units: list[Unit], sites: Iterable[Site], psi: Psi) -> Made:
     """Rewrite every method of an owner that holds a site."""
     sites = tuple(map(written, sites))
-    methods: dict[str, tuple[Variant, ...]] = {}
+    variants: dict[str, tuple[Variant, ...]] = {}
     for unit in units:
-        variant = _variant(linked, unit, sites, psi)
-        methods[unit.method] = (*methods.get(unit.method, ()), variant)
-    return Made(sites, psi, methods, _flags(linked.graphs[unit] for unit in units))
+        variants[unit.method] = (*variants.get(unit.method, ()), _variant(linked, unit, sites, psi))
+    module = linked.modules[units[0].path]
+    methods: dict[str, Method] = {}
+    for name, found in variants.items():
+        signature = linked.tracing.signature(units[0].path, name)
+        assert signature is not None, "what has a graph has a signature"
+        methods[name] = Method(signature, is_held(module, name), found)
+    held = {name: fingerprint(module.__dict__[name]) for name, method in methods.items() if method.held}
+    return Made(sites, psi, methods, {**_flags(linked.graphs[unit] for unit in units), **held})
 
 
 def extended_class(original: type[nn.Module], made: Made) -> type[nn.Module]:
@@ -85,20 +93,20 @@ def _rewrite_for_call(
     """
     original, extended = original_class(module), type(module)
     advice = "contract the model, and pass example_inputs that call it this way to extend"
-    if method != "forward":
-        raise SurgeryError(f"{original.__name__}.{method} is called with other arguments than traced: {advice}")
     module.__class__ = original
     try:
-        linked = Linked(module, Arguments(args, kwargs))
-        if "" in linked.failures:
-            raise SurgeryError(f"called with these arguments, {linked.failures['']}: {advice}")
-        unit = Unit("")
-        for site in made.sites:
+        linked = Linked(module, Arguments(args, kwargs) if method == "forward" else None)
+        try:
+            unit = linked.unit_for_call(method, Arguments(args, kwargs))
+        except UntraceableError as error:
+            raise SurgeryError(f"called with these arguments, {error}: {advice}") from error
+        for site in (site for site in made.sites if site.method == method):
             node = linked.graphs[unit].names.get(site.call)
             if site.kind == "strict" and (node is None or not _as_strict(Calls(linked), Spot(unit, node), site)):
                 raise SurgeryError(f"{original.__name__}.{site.call} is no strict site when called like this: {advice}")
-        variants = (*made.methods[method], _variant(linked, unit, made.sites, made.psi))
-        methods = {**made.methods, method: variants}
+        known = made.methods[method]
+        variants = (*known.variants, _variant(linked, unit, made.sites, made.psi))
+        methods = {**made.methods, method: replace(known, variants=variants)}
         flags = {**made.flags, **_flags([linked.graphs[unit]])}
         extended = extended_class(original, replace(made, methods=methods, flags=flags))
     finally:

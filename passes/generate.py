@@ -11,6 +11,7 @@ import itertools
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 from torch import fx, nn
@@ -33,11 +34,20 @@ class Variant:
     in_eval: fx.Graph | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A rewritten method, or a callable that the instance itself holds (`held`), in all its variants."""
+
+    signature: inspect.Signature
+    held: bool
+    variants: tuple[Variant, ...]
+
+
 Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 
 
 def generated_class(
-    original: type[nn.Module], methods: Mapping[str, Sequence[Variant]], flags: Mapping[str, object], rewriter: Rewriter
+    original: type[nn.Module], methods: Mapping[str, Method], flags: Mapping[str, object], rewriter: Rewriter
 ) -> type[nn.Module]:
     """A subclass whose methods have the original signatures and run the variant that fits the call.
 
@@ -45,14 +55,13 @@ def generated_class(
     `rewriter` is asked to give a module a class that knows one more way of calling a method.
     """
     scope: dict[str, Any] = {}
-    sources = [
-        _source(name, inspect.signature(getattr(original, name)), variants, scope) for name, variants in methods.items()
-    ]
+    sources = [_source(name, method.signature, method.variants, scope) for name, method in methods.items()]
     source = "\n\n".join(sources)
     objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
-    key = (original, source, objects, tuple(sorted(flags.items(), key=str)))
+    held = frozenset(name for name, method in methods.items() if method.held)
+    key = (original, source, objects, held, tuple(sorted(flags.items(), key=str)))
     if key not in _classes:
-        _classes[key] = _new_class(original, list(methods), source, scope, flags, rewriter)
+        _classes[key] = _new_class(original, {name: name in held for name in methods}, source, scope, flags, rewriter)
     return _classes[key]
 
 
@@ -200,7 +209,7 @@ def _passed(call: Call) -> list[str]:
 
 def _new_class(
     original: type[nn.Module],
-    methods: list[str],
+    methods: Mapping[str, bool],
     source: str,
     scope: dict[str, Any],
     flags: Mapping[str, object],
@@ -217,9 +226,9 @@ def _new_class(
         "_bypass_original": original,
         "_bypass_rewriter": staticmethod(rewriter),
     }
-    for method in methods:
-        body[method] = namespace[method]
-        body[method].__doc__ = getattr(original, method).__doc__
+    for name, held in methods.items():
+        namespace[name].__doc__ = getattr(getattr(original, name, None), "__doc__", None)
+        body[name] = _before_the_instance(namespace[name]) if held else namespace[name]
     if flags:
         body["__setattr__"] = _guarding(original, flags)
     if not hasattr(original, "__deepcopy__"):
@@ -230,6 +239,11 @@ def _new_class(
         raise PlanError(
             f"{original.__name__} can't be subclassed without arguments ({error}); leave it out with select"
         ) from error
+
+
+def _before_the_instance(method: Callable[..., Any]) -> property:
+    """The method as an attribute that goes before the one that the instance holds: the instance stays as it is."""
+    return property(lambda self: MethodType(method, self))
 
 
 def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callable[[nn.Module, str, Any], None]:

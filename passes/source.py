@@ -1,0 +1,135 @@
+"""What the bytecode of a forward, and of the functions it calls, says of it: names, activations, and traps of tracing."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property, partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from .activations import NAMES
+
+_FARTHEST = 200  # functions that are looked at for one forward
+
+
+def codes(function: Callable[..., Any]) -> list[CodeType]:
+    """The code of a function, of what it wraps, and of the functions that it defines inside."""
+    return [code for each in _layers(function) for code in _nested(each.__code__)]
+
+
+def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[FunctionType]:
+    """The Python functions that a method may run: itself, the class's own methods, and the functions it names.
+
+    torch's own functions are left out: a graph holds calls of them.
+    """
+    found: dict[FunctionType, None] = {}
+    todo = _layers(function)
+    while todo and len(found) < _FARTHEST:
+        here = todo.pop()
+        if here in found or _is_torchs(here):
+            continue
+        found[here] = None
+        todo += [layer for named in _named(here, cls) for layer in _layers(named)]
+    return list(found)
+
+
+def activations_named(function: Callable[..., Any], cls: type[nn.Module]) -> list[str]:
+    """The activations that a method, or a function that it may run, names as functions, tensor methods or classes."""
+    found: dict[str, None] = {}
+    for each in reached(function, cls):
+        for code in _nested(each.__code__):
+            found |= dict.fromkeys(name for name in map(NAMES.get, code.co_names) if name)
+    return list(found)
+
+
+def trap(function: Callable[..., Any], cls: type[nn.Module]) -> str | None:
+    """Why running a method on traced values would not show what it does; None where nothing stands against it."""
+    if any(map(_enters_a_context, codes(function))):
+        return "its forward enters a `with` block, which a graph can't hold"
+    return next((why for each in reached(function, cls) for code in _nested(each.__code__) if (why := _trap(code))), None)
+
+
+@cache
+def _trap(code: CodeType) -> str | None:
+    """What asks for the identity or the exact type of a value: a traced value answers it wrongly, and unseen."""
+    before: dis.Instruction | None = None
+    asks_type: set[int | None] = set()
+    compares: set[int | None] = set()
+    line: int | None = None
+    for instruction in dis.get_instructions(code):
+        line = instruction.positions.lineno if instruction.positions else line
+        if instruction.opname == "MATCH_CLASS":
+            return f"`{code.co_name}` matches a value by its type, which a traced value does not have"
+        if instruction.opname == "STORE_GLOBAL":
+            return f"`{code.co_name}` sets the global variable `{instruction.argval}`, which a graph can't hold"
+        if instruction.opname == "IS_OP" and not (before and before.opname == "LOAD_CONST"):
+            return f"`{code.co_name}` asks whether two values are the same object, which a trace can't tell"
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
+            asks_type.add(line)
+        if instruction.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP"):
+            compares.add(line)
+        before = instruction
+    if asks_type & compares:
+        return f"`{code.co_name}` compares the exact type of a value, which a traced value does not have"
+    return None
+
+
+@cache
+def _enters_a_context(code: CodeType) -> bool:
+    return any(
+        instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
+        for instruction in dis.get_instructions(code)
+    )
+
+
+@cache
+def _nested(code: CodeType) -> tuple[CodeType, ...]:
+    inner = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in _nested(constant)]
+    return (code, *inner)
+
+
+def _layers(value: Any) -> list[FunctionType]:
+    """The Python functions of a callable: itself, and what it wraps."""
+    if isinstance(value, partial):
+        return _layers(value.func)
+    if isinstance(value, staticmethod | classmethod | MethodType):
+        return _layers(value.__func__)
+    if isinstance(value, property):
+        return _layers(value.fget)
+    if isinstance(value, cached_property):
+        return _layers(value.func)
+    both = (value, inspect.unwrap(value)) if callable(value) and not isinstance(value, type) else ()
+    return [function for function in dict.fromkeys(both) if isinstance(function, FunctionType)]
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return str(function.__module__).split(".")[0] in ("torch", "builtins")
+
+
+def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
+    """What the function's names stand for: methods of the class, globals, functions of modules, and closed-over values."""
+    for code in _nested(function.__code__):
+        spaces: list[ModuleType] = []
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, ModuleType):
+                spaces.append(value)
+            elif value is not None:
+                yield value
+            if not hasattr(nn.Module, name):
+                yield inspect.getattr_static(cls, name, None)
+            for space in spaces:
+                yield getattr(space, name, None) if not _foreign(space) else None
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+
+
+def _foreign(space: ModuleType) -> bool:
+    return space.__name__.split(".")[0] == "torch"
