@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -32,13 +32,21 @@ class Kept:
         elif _is_plain_object(thing):
             self._kept[id(thing)] = (thing, dict(thing.__dict__))
 
-    def put_back(self) -> list[Any]:
-        """Give everything the contents that it had; the answer is what had others, the newest value of each included."""
-        changed: list[Any] = []
+    def keep_surroundings(self, function: FunctionType) -> None:
+        """Keep what a function may reach by a global name or has closed over."""
+        for name in function.__code__.co_names:
+            self.keep(function.__globals__.get(name))
+        for cell in function.__closure__ or ():
+            if cell != CellType():
+                self.keep(cell.cell_contents)
+
+    def put_back(self) -> list[tuple[Any, list[Any]]]:
+        """Give everything the contents that it had; the answer is what had others, and the values that came new."""
+        changed: list[tuple[Any, list[Any]]] = []
         for thing, before in self._kept.values():
             now = _items(thing)
             if not _same(now, before):
-                changed += _added(now, before)
+                changed.append((thing, _added(now, before)))
                 _refill(thing, before)
         return changed
 
@@ -61,11 +69,10 @@ def _same(now: Any, before: Any) -> bool:
     return len(now) == len(before) and all(one is other for one, other in zip(now, before, strict=True))
 
 
-def _added(now: Any, before: Any) -> Iterable[Any]:
-    """The values that came, and None for one that went."""
+def _added(now: Any, before: Any) -> list[Any]:
     values = list(now.values() if isinstance(now, dict) else now)
     known = {id(value) for value in (before.values() if isinstance(before, dict) else before)}
-    return [value for value in values if id(value) not in known] or [None]
+    return [value for value in values if id(value) not in known]
 
 
 def _refill(thing: Any, before: Any) -> None:

@@ -17,6 +17,7 @@ from .calls import bound_to_placeholders
 from .channels import Channels
 from .link import ExampleInputs, Linked, Spot, Unit
 from .outside import Kept
+from .source import reached
 
 
 class Run:
@@ -130,6 +131,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     kept = Kept()
     for module in model.modules():
         kept.keep(module)
+    for cls in {type(module) for module in model.modules()}:
+        for function in reached(cls.forward, cls):
+            kept.keep_surroundings(function)
     try:
         yield
     finally:

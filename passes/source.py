@@ -6,7 +6,7 @@ import dis
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -76,6 +76,31 @@ def _trap(code: CodeType) -> str | None:
     if asks_type & compares:
         return f"`{code.co_name}` compares the exact type of a value, which a traced value does not have"
     return None
+
+
+def says_something(frame: FrameType) -> bool:
+    """Whether a text that a frame makes now is for people: what an assertion, a warning or a log is called with."""
+    line, told = frame.f_lineno, _messages(frame.f_code)
+    return any(first <= line <= last for first, last in told)
+
+
+@cache
+def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
+    """The lines of calls that tell people something."""
+    told: set[tuple[int, int]] = set()
+    talking: set[int | None] = set()
+    for instruction in dis.get_instructions(code):
+        where = instruction.positions
+        if where is None or where.lineno is None or where.end_lineno is None:
+            continue
+        if instruction.argval in _TELLING and instruction.opname.startswith("LOAD"):
+            talking.add(where.lineno)
+        if instruction.opname.startswith(("CALL", "RAISE")) and where.lineno in talking:
+            told.add((where.lineno, where.end_lineno))
+    return frozenset(told)
+
+
+_TELLING = frozenset({"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"})
 
 
 @cache

@@ -7,9 +7,9 @@ import operator
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from .calls import Argument, Call, Constant, Value
 from .errors import UntraceableError
-from .recording import Recorder
+from .outside import Kept
+from .recording import Recorder, asked_by_a_forward
+from .source import reached, says_something
 
 Read = tuple[str, str, Any]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -33,17 +35,54 @@ class Names(Protocol):
         """The path of a parameter or buffer."""
 
 
-class TracedValue(fx.Proxy):
-    """A traced value."""
+class Traced(fx.Proxy):
+    """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
 
-    def __getattr__(self, k: str) -> Any:
-        tracer: Any = self.tracer
-        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
-            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
-        return super().__getattr__(k)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if asked_by_a_forward():
+            self.refuse(f"sets the attribute `{name}` of a traced value")
+        super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __getattr__(self, k: str) -> Any:
+        return TracedAttribute(self, k)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """End the trace."""
+        tracer: Any = self.tracer
+        tracer.refuse(f"its forward {reason}, which a graph can't hold")
+
+
+def _refusing(name: str, what: str) -> Callable[..., Any]:
+    original = getattr(fx.Proxy, name, None)
+
+    def answer(self: Any, *args: Any) -> Any:
+        if original is None or asked_by_a_forward():
+            self.refuse(what)
+        return original(self, *args)
+
+    return answer
+
+
+for _names, _what in {
+    ("__hash__",): "uses a traced value as a key",
+    ("__int__", "__float__", "__complex__", "__index__", "__array__", "__len__"): "needs the number that a value holds",
+    ("__copy__", "__deepcopy__"): "copies a traced value as an object",
+}.items():
+    for _name in _names:
+        setattr(Traced, _name, _refusing(_name, _what))
+
+
+def _text(self: Any, *form: Any) -> str:
+    if asked_by_a_forward() and not says_something(sys._getframe(1)):
+        self.refuse("makes a text of a traced value")
+    return f"<{self.node}>"
+
+
+for _name in ("__str__", "__repr__", "__format__"):
+    setattr(Traced, _name, _text)
 
 
 def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -56,7 +95,25 @@ def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return assign
 
 
-class StoredTensor(fx.Proxy):
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(Traced, f"__{_name}__", _augmented(_name))
+
+
+class TracedAttribute(Traced, fx.proxy.Attribute):
+    """`x.shape`, `x.dtype`, `x.view`: a traced value, or a method about to be called."""
+
+
+class TracedValue(Traced):
+    """A traced value."""
+
+    def __getattr__(self, k: str) -> Any:
+        tracer: Any = self.tracer
+        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
+            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        return super().__getattr__(k)
+
+
+class StoredTensor(Traced):
     """A parameter or buffer: a traced value whose shape is known."""
 
     def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
@@ -84,11 +141,6 @@ class StoredTensor(fx.Proxy):
         return len(self.stored)
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    for _class in (TracedValue, StoredTensor):
-        setattr(_class, f"__{_name}__", _augmented(_name))
-
-
 class OwnerTracer(fx.Tracer):
     """Runs one method of a module on traced values; children are leaves.
 
@@ -104,7 +156,8 @@ class OwnerTracer(fx.Tracer):
         self.stored: dict[str, StoredTensor] = {}
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
-        self.branched = False
+        self.refused = ""
+        self.kept = Kept()
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.graph = fx.Graph()
 
@@ -115,6 +168,9 @@ class OwnerTracer(fx.Tracer):
             UntraceableError: it can't be written down as a graph.
         """
         dice = _dice()
+        for function in reached(method, type(self.root)):
+            self.kept.keep_surroundings(function)
+        self.kept.keep(self.root)
         try:
             with torch.enable_grad(), self.recorder.listening(self), _Factories(self):
                 args, kwargs = self.arguments(signature, call)
@@ -125,8 +181,13 @@ class OwnerTracer(fx.Tracer):
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
             text = str(error).strip().split("\n")[0]
             raise UntraceableError(f"its forward does not trace ({type(error).__name__}: {text})") from error
-        if self.branched:
-            raise UntraceableError("its forward branches on a traced value, and goes on where that fails")
+        finally:
+            changed = self.kept.put_back()
+        if self.refused:
+            raise UntraceableError(f"{self.refused}; its forward goes on where that fails")
+        for thing, new in changed:
+            if not isinstance(thing, nn.Module) or any(isinstance(value, fx.Proxy) for value in new):
+                raise UntraceableError(f"its forward changes a {type(thing).__name__} that outlives the call")
         if any(len(items) != length for items, length in self.given):
             raise UntraceableError("its forward changes a list that it is given")
         for held, copied in self.handed.values():
@@ -136,6 +197,11 @@ class OwnerTracer(fx.Tracer):
                 "its forward draws random numbers that a graph can't hold (Python's, NumPy's or torch's)"
             )
         return self.graph
+
+    def refuse(self, reason: str) -> NoReturn:
+        """End the trace, also where the forward catches the error."""
+        self.refused = self.refused or reason
+        raise UntraceableError(reason)
 
     def arguments(self, signature: inspect.Signature, call: Call) -> tuple[list[Any], dict[str, Any]]:
         """The method's arguments: a placeholder for each value, the constant itself elsewhere."""
@@ -182,10 +248,10 @@ class OwnerTracer(fx.Tracer):
         """What isinstance() answers to the method: for a traced argument, by what the caller passes."""
         if type(value) is StoredTensor:
             return isinstance(value.stored, classes)
-        if type(value) is not TracedValue:
+        if not isinstance(value, TracedValue | TracedAttribute):
             return None
         if value.node not in self.containers:
-            raise UntraceableError("its forward asks for the Python type of a computed value")
+            self.refuse("its forward asks for the Python type of a computed value")
         self.typed.add(str(value.node.target))
         return issubclass(self.containers[value.node], classes)
 
@@ -225,6 +291,7 @@ class OwnerTracer(fx.Tracer):
         if where is None:
             return value
         self.reads[where, name, fingerprint(value)] = None
+        self.kept.keep(module)
         if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
             return self.tensor(value)
         if type(value) in (dict, list, set):
@@ -234,6 +301,7 @@ class OwnerTracer(fx.Tracer):
     def read_inherited(self, module: nn.Module, name: str, value: Any) -> None:
         """Note a read of a class's attribute: plain data by its value, the rest as long as no instance overrides it."""
         where = self.names.module(self.path, module)
+        self.kept.keep(value)
         if where is not None:
             self.reads[where, name, inherited(value)] = None
 
@@ -244,8 +312,13 @@ class OwnerTracer(fx.Tracer):
             self.reads[where, name, MISSING] = None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.branched = True  # the user's code may catch the error that this raises
-        return super().to_bool(obj)
+        self.refuse("its forward branches on a traced value: control flow, which a graph can't hold")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            self.refuse("its forward runs over the items of a traced value")
 
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""
