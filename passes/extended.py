@@ -13,14 +13,14 @@ from torch import nn
 from .activation_calls import Calls
 from .callables import is_held
 from .errors import SurgeryError, UntraceableError
-from .generate import Method, Variant, generated_class, original_class
+from .generate import Method, Variant, Watched, generated_class, original_class
 from .link import Arguments, Linked, Spot, Unit
 from .match import strict
 from .outcome import Match
 from .plan import Site
 from .rewrite import Psi, rewrite
 from .trace import OwnerGraph
-from .tracer import fingerprint
+from .tracer import PLAIN, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Made:
     psi: Psi
     methods: Mapping[str, Method]
     flags: Mapping[str, object]
+    watched: Watched
 
 
 def written(site: Site) -> Site:
@@ -56,12 +57,13 @@ def made_of(linked: Linked, units: list[Unit], sites: Iterable[Site], psi: Psi) 
         assert signature is not None, "what has a graph has a signature"
         methods[name] = Method(signature, is_held(module, name), found)
     held = {name: fingerprint(module.__dict__[name]) for name, method in methods.items() if method.held}
-    return Made(sites, psi, methods, {**_flags(linked.graphs[unit] for unit in units), **held})
+    flags = {**_flags(linked.graphs[unit] for unit in units), **held}
+    return Made(sites, psi, methods, flags, _watched(module, [linked.graphs[unit] for unit in units]))
 
 
 def extended_class(original: type[nn.Module], made: Made) -> type[nn.Module]:
     """The subclass that runs the rewritten methods, and rewrites a method again where it is called in another way."""
-    return generated_class(original, made.methods, made.flags, partial(_rewrite_for_call, made))
+    return generated_class(original, made.methods, made.flags, made.watched, partial(_rewrite_for_call, made))
 
 
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:
@@ -80,6 +82,17 @@ def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
         for where, name, value in reads
         if not where and name not in own and value[:1] not in (("tensor",), ("module",))
     }
+
+
+def _watched(module: nn.Module, graphs: Iterable[OwnerGraph]) -> dict[tuple[str, str], Any]:
+    """The attributes of children that the code was made for: what it read, and whether they work in place."""
+    found: dict[tuple[str, str], Any] = {}
+    for graph in graphs:
+        read = [(where, name) for where, name, value in graph.reads if where and value[0] in (*PLAIN, tuple, "object")]
+        flags = [(child, "inplace") for child in graph.children if hasattr(module.get_submodule(child), "inplace")]
+        for where, name in [*read, *flags]:
+            found[where, name] = getattr(module.get_submodule(where), name)
+    return found
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -108,7 +121,8 @@ def _rewrite_for_call(
         variants = (*known.variants, _variant(linked, unit, made.sites, made.psi))
         methods = {**made.methods, method: replace(known, variants=variants)}
         flags = {**made.flags, **_flags([linked.graphs[unit]])}
-        extended = extended_class(original, replace(made, methods=methods, flags=flags))
+        watched = {**made.watched, **_watched(module, [linked.graphs[unit]])}
+        extended = extended_class(original, replace(made, methods=methods, flags=flags, watched=watched))
     finally:
         module.__class__ = extended
 

@@ -9,7 +9,8 @@ import copy
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -43,19 +44,27 @@ class Method:
     variants: tuple[Variant, ...]
 
 
+Watched = Mapping[tuple[str, str], Any]
+
+
 Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 
 
 def generated_class(
-    original: type[nn.Module], methods: Mapping[str, Method], flags: Mapping[str, object], rewriter: Rewriter
+    original: type[nn.Module],
+    methods: Mapping[str, Method],
+    flags: Mapping[str, object],
+    watched: Watched,
+    rewriter: Rewriter,
 ) -> type[nn.Module]:
     """A subclass whose methods have the original signatures and run the variant that fits the call.
 
     `flags` are the attributes that the code was made for, with their fingerprints: the subclass lets no other value in.
+    `watched` are the same of its children, by (path, attribute): each call checks that they are what they were.
     `rewriter` is asked to give a module a class that knows one more way of calling a method.
     """
     scope: dict[str, Any] = {}
-    sources = [_source(name, method.signature, method.variants, scope) for name, method in methods.items()]
+    sources = [_source(name, method, watched, scope) for name, method in methods.items()]
     source = "\n\n".join(sources)
     objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
     held = frozenset(name for name, method in methods.items() if method.held)
@@ -75,16 +84,21 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], type(module).__dict__["_bypass_original"])
 
 
-def _source(method: str, signature: inspect.Signature, variants: Sequence[Variant], scope: dict[str, Any]) -> str:
-    """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
-    names = _Names(scope)
+def _source(name: str, rewritten: Method, watched: Watched, scope: dict[str, Any]) -> str:
+    """One function per variant and mode, and a dispatcher over them where there is a choice to make or a check."""
+    names, method, signature, variants = _Names(scope), name, rewritten.signature, rewritten.variants
     first = list(signature.parameters.values())[1:2]
     required = first[0].name if first and first[0].default is inspect.Parameter.empty else ""
     guards = [names.guards(variant.call, variant.typed, required) for variant in variants]
-    if len(variants) == 1 and not guards[0] and variants[0].in_eval is None:
+    if len(variants) == 1 and not guards[0] and variants[0].in_eval is None and not watched:
         return _function(method, variants[0].graph, scope)
     functions: list[str] = []
     lines = [f"def {method}({names.parameters(signature)}):"]
+    if watched:
+        scope["_refuse_changed"] = _refuse_changed
+        same = " and ".join(names.unchanged(where, attribute, value) for (where, attribute), value in watched.items())
+        known = ", ".join(f"{where}.{attribute}" for where, attribute in watched)
+        lines += [f"    if not ({same}):", f"        _refuse_changed(self, {known!r})"]
     for index, (variant, conditions) in enumerate(zip(variants, guards, strict=True)):
         arguments = ", ".join(["self", *_passed(variant.call)])
         pad = "    "
@@ -131,6 +145,13 @@ def _call_in_another_way(module: nn.Module, method: str, args: tuple[Any, ...], 
     return getattr(module, method)(*args, **kwargs)
 
 
+def _refuse_changed(module: nn.Module, known: str) -> None:
+    raise SurgeryError(
+        f"the forward of this {original_class(module).__name__} was rewritten for what its children said of themselves "
+        f"({known}), and one of them says otherwise now: contract the model, set it, and extend again"
+    )
+
+
 class _Names:
     """Names in the generated module for objects that have no source text: defaults, constants, types."""
 
@@ -155,6 +176,12 @@ class _Names:
         return str(
             signature.replace(parameters=[plain[0].replace(name="self"), *plain[1:]], return_annotation=signature.empty)
         )[1:-1]
+
+    def unchanged(self, where: str, attribute: str, value: Any) -> str:
+        """The condition that a child's attribute is what it was."""
+        child = "".join(f"._modules[{step!r}]" for step in where.split("."))
+        identical = value is None or not isinstance(value, int | float | str | tuple) or isinstance(value, bool)
+        return f"self{child}.{attribute} {'is' if identical else '=='} {self.name(value)}"
 
     def guards(self, call: Call, typed: frozenset[str], required: str) -> list[str]:
         """Conditions under which a call is this one; the `required` first argument is taken to be there."""
@@ -223,6 +250,7 @@ def _new_class(
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__getstate__": _refuse_pickling,
+        "__copy__": _refuse_copying,
         "_bypass_original": original,
         "_bypass_rewriter": staticmethod(rewriter),
     }
@@ -234,11 +262,27 @@ def _new_class(
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     try:
-        return type(f"Bypass{original.__name__}", (original,), body)
+        with _unannounced(original):
+            return type(f"Bypass{original.__name__}", (original,), body)
     except TypeError as error:
-        raise PlanError(
-            f"{original.__name__} can't be subclassed without arguments ({error}); leave it out with select"
-        ) from error
+        raise PlanError(f"{original.__name__} can't be subclassed ({error}); leave it out with select") from error
+
+
+@contextmanager
+def _unannounced(cls: type[nn.Module]) -> Iterator[None]:
+    """Keep the news of a subclass from the class's `__init_subclass__`, which may want arguments or keep a register."""
+    if not any("__init_subclass__" in base.__dict__ for base in cls.__mro__[:-1]):
+        yield
+        return
+    own = cls.__dict__.get("__init_subclass__")
+    cls.__init_subclass__ = classmethod(lambda cls, **kwargs: None)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls.__init_subclass__
+        else:
+            cls.__init_subclass__ = own  # type: ignore[method-assign]
 
 
 def _before_the_instance(method: Callable[..., Any]) -> property:
@@ -263,6 +307,13 @@ def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callabl
 def _refuse_pickling(module: nn.Module) -> None:
     raise SurgeryError(
         f"an extended {original_class(module).__name__} can't be pickled: save its state_dict(), or contract it first"
+    )
+
+
+def _refuse_copying(module: nn.Module) -> None:
+    raise SurgeryError(
+        f"a shallow copy of an extended {original_class(module).__name__} would share its δ and lose them with it: "
+        "use copy.deepcopy, or contract it first"
     )
 
 
