@@ -204,11 +204,12 @@ class _Names:
                 return [f"{name} is {self.name(argument.value)}"]
             return [f"type({name}) is {self.name(type(argument.value))}", f"{name} == {self.name(argument.value)}"]
         if isinstance(argument, Items):
+            keys = ", ".join(self.name(key) for key, _ in argument.items)
             is_dict = argument.container is dict
-            same = f"list({name}) == {list(argument.keys)!r}" if is_dict else f"len({name}) == {len(argument.keys)}"
-            items = f"{name}.values()" if is_dict else name
-            full = f"all(item is not None for item in {items})"
-            return [f"isinstance({name}, {self.name(argument.container)})", same, full]
+            same = f"list({name}) == [{keys}]" if is_dict else f"len({name}) == {len(argument.items)}"
+            items = [(f"{name}[{self.name(key)}]", inner) for key, inner in argument.items]
+            fit = [guard for item, inner in items for guard in self.guard(item, inner, typed, False)]
+            return [f"isinstance({name}, {self.name(argument.container)})", same, *fit]
         if name in typed:
             return [f"isinstance({name}, {self.name(argument.container)})"]
         return [] if required else [f"{name} is not None"]

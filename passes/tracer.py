@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .calls import Argument, Call, Constant, Value
+from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
 from .outside import Kept
 from .recording import Recorder, asked_by_a_forward
@@ -234,11 +234,20 @@ class OwnerTracer(fx.Tracer):
         if isinstance(argument, Value):
             self.containers[proxy.node] = argument.container
             return proxy
-        items = [self.create_proxy("call_function", operator.getitem, (proxy, key), {}) for key in argument.keys]
-        given = (
-            dict(zip(argument.keys, items, strict=True)) if argument.container is dict else argument.container(items)
-        )
-        self.given.append((given, len(argument.keys)))
+        return self.unpacked(proxy, argument)
+
+    def unpacked(self, whole: fx.Proxy, argument: Items) -> Any:
+        """A list, tuple or dict of the method's arguments: constants as they are, the other items taken out of it."""
+
+        def item(key: Any, inner: Argument) -> Any:
+            if isinstance(inner, Constant):
+                return inner.value
+            taken = self.create_proxy("call_function", operator.getitem, (whole, key), {})
+            return self.unpacked(taken, inner) if isinstance(inner, Items) else taken
+
+        items = {key: item(key, inner) for key, inner in argument.items}
+        given = items if argument.container is dict else argument.container(items.values())
+        self.given.append((given, len(items)))
         return given
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
