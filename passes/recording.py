@@ -38,6 +38,9 @@ class Listener(Protocol):
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward called a module; the answer is the result that it sees."""
 
+    def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward made a tensor from nothing; the answer is what it sees."""
+
     def refuse(self, reason: str) -> NoReturn:
         """The forward did what no graph can hold; a forward that catches the error has done it all the same."""
 
@@ -62,7 +65,7 @@ class Recorder:
             return
         self.depth, self.thread = 1, threading.get_ident()
         try:
-            with _on_modules(self), _on_switches(self), _on_isinstance(self):
+            with _on_modules(self), _on_switches(self), _on_factories(self), _on_isinstance(self):
                 yield
         finally:
             self.depth = 0
@@ -170,6 +173,32 @@ _CONTEXTS: dict[Any, str] = {
     saved_tensors_hooks: "uses activation checkpointing, which a graph can't hold",  # what checkpoints are made with
     contextlib._GeneratorContextManager: "enters a context manager, which a graph can't hold",
 }
+
+
+FACTORIES = {
+    getattr(torch, name): name
+    for name in (
+        "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
+    ).split()
+}
+
+
+@contextmanager
+def _on_factories(recorder: Recorder) -> Iterator[None]:
+    """torch.zeros and the like: run now, they would be frozen in, and they take no traced sizes."""
+
+    def made_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def making(*args: Any, **kwargs: Any) -> Any:
+            listener = recorder.active()
+            by_forward = listener is not None and asked_by_a_forward()
+            return listener.made(factory, args, kwargs) if listener and by_forward else factory(*args, **kwargs)
+
+        return making
+
+    with _new_patcher() as patcher:
+        for factory, name in FACTORIES.items():
+            patcher.patch_method(_as_class(torch), name, made_of(factory), deduplicate=False)
+        yield
 
 
 @contextmanager

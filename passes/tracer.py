@@ -8,7 +8,6 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
 from .outside import Kept
-from .recording import Recorder, asked_by_a_forward
+from .recording import FACTORIES, Recorder, asked_by_a_forward
 from .source import reached, says_something
 
 Read = tuple[str, str, Any]
@@ -294,6 +293,10 @@ class OwnerTracer(fx.Tracer):
             raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
         return self.create_proxy("call_module", path, args, kwargs)
 
+    def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor from nothing becomes a node."""
+        return self.create_proxy("call_function", factory, args, kwargs)
+
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note a read; parameters and buffers come back as traced values."""
         where = self.names.module(self.path, module)
@@ -352,7 +355,7 @@ def _from_parameters(node: fx.Node) -> bool:
 
 
 class _Factories(TorchFunctionMode):
-    """Traces calls that make a tensor from nothing (torch.zeros, torch.rand): run now, they would be frozen in."""
+    """Traces calls that make a tensor from nothing under whatever name the code has them (`from torch import zeros`)."""
 
     def __init__(self, tracer: OwnerTracer) -> None:
         super().__init__()
@@ -360,17 +363,9 @@ class _Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _factories():
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        if func in FACTORIES:
+            return self.tracer.made(func, args, kwargs)
         return func(*args, **kwargs)
-
-
-@cache
-def _factories() -> frozenset[Any]:
-    names = (
-        "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
-    )
-    return frozenset(getattr(torch, name) for name in names.split())
 
 
 MISSING = ("missing",)
