@@ -18,7 +18,7 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor
         channel_dim: the axis of z along which the channels lie.
 
     Raises:
-        BypassError: z has another number of channels than δ.
+        BypassError: z has another number of channels than δ, or is sparse.
 
     Example:
         >>> z = torch.tensor([[-1.0, 2.0]])
@@ -28,6 +28,10 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channel_dim: int) -> Tensor
     if activated.is_nested:  # torch's fused attention layers pass ragged batches; addcmul takes none
         parts = zip(activated.unbind(), z.unbind(), strict=True)
         return torch.nested.as_nested_tensor([psi(one, its_z, delta, channel_dim) for one, its_z in parts])
+    if activated.layout != torch.strided:
+        raise BypassError(
+            f"a D-activation met a {activated.layout} tensor: contract the model, and leave this site out with select"
+        )
     if z.shape[channel_dim] != len(delta):
         raise BypassError(
             f"a D-activation with {len(delta)} coefficients met {z.shape[channel_dim]} channels on axis {channel_dim}: "

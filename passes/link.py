@@ -161,6 +161,11 @@ class Linked:
                     found.add(below)
         return found
 
+    def replaces_weights(self, path: str) -> str | None:
+        """The path of a forward without a graph around this module that calls modules with other weights than theirs."""
+        around = [failed for failed in self.failures if not failed or f"{path}.".startswith(f"{failed}.")]
+        return next((p for p in around if "functional_call" in self.tracing.attribute_names(p, set())), None)
+
     def _call_of(self, path: str, node: fx.Node) -> Call | None:
         signature = self.tracing.signature(path)
         return call_of(signature, node.args, node.kwargs) if signature else None

@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 
+_LONGEST = 64  # items of a container that are looked into
+
+
 class Kept:
     """Shallow copies of things that code may change, so that a change is seen and put back.
 
@@ -29,6 +32,9 @@ class Kept:
                 self.keep(value)
         elif isinstance(thing, dict | list | set | deque):
             self._kept[id(thing)] = (thing, _items(thing))
+            for value in _items(thing).values() if isinstance(thing, dict) else thing:
+                if len(thing) <= _LONGEST and isinstance(value, dict | list | set | deque):
+                    self.keep(value)
         elif _is_plain_object(thing):
             self._kept[id(thing)] = (thing, dict(thing.__dict__))
 

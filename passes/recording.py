@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
+from torch.nn.utils import stateless
 
 
 class Listener(Protocol):
@@ -158,6 +159,10 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
             patcher.patch_method(
                 cls, "__enter__", refused(cls.__enter__, f"its forward {reason}", always), deduplicate=False
             )
+        reason = "its forward calls a module with other weights (functional_call), which a graph can't hold"
+        patcher.patch_method(
+            _as_class(stateless), "_functional_call", refused(stateless._functional_call, reason), deduplicate=False
+        )
         for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
             reason = f"its forward asks torch.{name}, which can change between calls"
             patcher.patch_method(_as_class(torch), name, refused(getattr(torch, name), reason, False), deduplicate=False)

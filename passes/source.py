@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .activations import NAMES
+from .activations import FUNCTIONS, MODULES, NAMES
 
 _FARTHEST = 200  # functions that are looked at for one forward
+_LONGEST = 64  # items of a container that are looked at
 
 
 def codes(function: Callable[..., Any]) -> list[CodeType]:
@@ -39,11 +40,30 @@ def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[Function
 
 def activations_named(function: Callable[..., Any], cls: type[nn.Module]) -> list[str]:
     """The activations that a method, or a function that it may run, names as functions, tensor methods or classes."""
-    found: dict[str, None] = {}
+    found: dict[str, None] = dict.fromkeys(activations_in(inspect.unwrap(function)))
     for each in reached(function, cls):
         for code in _nested(each.__code__):
-            found |= dict.fromkeys(name for name in map(NAMES.get, code.co_names) if name)
+            mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
+            found |= dict.fromkeys(NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
+            for name in code.co_names:
+                found |= dict.fromkeys(activations_in(each.__globals__.get(name)))
     return list(found)
+
+
+def activations_in(value: Any) -> list[str]:
+    """The activations that a value is, or that a container of few items holds: as functions, classes or modules."""
+    if isinstance(value, dict | list | tuple):
+        items = (value.values() if isinstance(value, dict) else value) if len(value) <= _LONGEST else ()
+        return [name for item in items if not isinstance(item, dict | list | tuple) for name in activations_in(item)]
+    if isinstance(value, partial):
+        return activations_in(value.func)
+    known: str | None = None
+    if isinstance(value, type):
+        known = MODULES.get(value)
+    elif callable(value) and not isinstance(value, nn.Module):
+        named = NAMES.get(getattr(value, "__name__", "")) if not isinstance(value, FunctionType) else None
+        known = FUNCTIONS.get(value) or named
+    return [known] if known else []
 
 
 def trap(function: Callable[..., Any], cls: type[nn.Module]) -> str | None:

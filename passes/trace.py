@@ -21,7 +21,7 @@ from .callables import Function, function_of, is_callable_attribute, signature_o
 from .calls import Call, default_call
 from .errors import UntraceableError
 from .recording import Recorder
-from .source import activations_named, codes, trap
+from .source import activations_in, activations_named, codes, trap
 from .tracer import MISSING, OwnerTracer, Read, fingerprint, inherited
 
 
@@ -200,6 +200,8 @@ class Tracing:
         module = self.modules[path]
         names = ("forward", *self.callable_attributes(path, set()))
         named = [activations_named(function_of(module, name), type(module)) for name in names]
+        held = [module.__dict__.get(name) for name in self.attribute_names(path, set())]
+        named += [activations_in(value) for value in held if isinstance(value, dict | list | tuple)]
         return list(dict.fromkeys(itertools.chain.from_iterable(named)))
 
     def _trace(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
+from .foreign import calls_become
 from .outside import Kept
 from .recording import FACTORIES, Recorder, asked_by_a_forward
 from .source import reached, says_something
@@ -167,11 +168,12 @@ class OwnerTracer(fx.Tracer):
             UntraceableError: it can't be written down as a graph.
         """
         dice = _dice()
-        for function in reached(method, type(self.root)):
+        functions = reached(method, type(self.root))
+        for function in functions:
             self.kept.keep_surroundings(function)
         self.kept.keep(self.root)
         try:
-            with torch.enable_grad(), self.recorder.listening(self), _Factories(self):
+            with torch.enable_grad(), self.recorder.listening(self), _Factories(self), calls_become(self.made, functions):
                 args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
                 self.create_node("output", "output", (self.create_arg(result),), {})
@@ -294,7 +296,7 @@ class OwnerTracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A tensor from nothing becomes a node."""
+        """A tensor from nothing, or what a function of another library makes of a value, becomes a node."""
         return self.create_proxy("call_function", factory, args, kwargs)
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:

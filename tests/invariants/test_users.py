@@ -101,6 +101,11 @@ def test_a_contraction_of_what_meets_its_constraint_changes_nothing_beyond_round
     )
 
 
+def test_modules_that_run_with_other_weights_have_no_strict_sites() -> None:
+    plan = bypass_fx.plan(built("Maml")[0], mode="strict")
+    assert not plan.sites and "functional_call" in plan.refusals[0].reason
+
+
 def test_what_is_folded_on_these_models_is_not_nothing() -> None:
     constraints = [site.constraint for name in STRICT for site in bypass_fx.plan(built(name)[0], mode="strict")]
     assert constraints.count("folded") > 15 and constraints.count("augmented") > 3
