@@ -67,8 +67,8 @@ def extended_class(original: type[nn.Module], made: Made) -> type[nn.Module]:
 
 
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:
-    owned = linked.graphs[unit]
-    here = [site for site in sites if site.method == unit.method]
+    owned, first = linked.graphs[unit], unit.variant == 0
+    here = [site for site in sites if site.method == unit.method and (first or site.call in owned.names)]
     in_eval = rewrite(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
     return Variant(owned.call, owned.typed, rewrite(linked, unit, owned, here, psi), in_eval)
 

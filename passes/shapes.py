@@ -40,7 +40,7 @@ class Run:
         from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
 
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with _values_kept(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             self._run(linked, wanted, *tree_map_only(Tensor, fake.from_tensor, (args, kwargs)))
         if self.failure and all(spot in self.channels for spot in spots):
             self.failure = ""
@@ -142,7 +142,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _values_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of the buffers and the random numbers back that a run on real values changes."""
+    """Put the values of the buffers and the random numbers back that a run changes: one on fakes may change them too."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
