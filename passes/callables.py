@@ -17,12 +17,13 @@ Function = Callable[..., Any]
 def function_of(module: nn.Module, name: str) -> Function:
     """The function of (module, *arguments) that a call of `module.name` runs."""
     if name in module.__dict__:
-        held = module.__dict__[name]
+        held: Any = module.__dict__[name]
         bound = isinstance(held, MethodType) and held.__self__ is module
-        return held.__func__ if bound else _taking_the_module(held)  # type: ignore[no-any-return]
+        return held.__func__ if bound else _taking_the_module(held)
     if isinstance(inspect.getattr_static(type(module), name), staticmethod | type(torch.relu)):
         return _taking_the_module(getattr(type(module), name))
-    return getattr(type(module), name)  # type: ignore[no-any-return]
+    method: Function = getattr(type(module), name)
+    return method
 
 
 def is_held(module: nn.Module, name: str) -> bool:

@@ -276,7 +276,7 @@ def _unannounced(cls: type[nn.Module]) -> Iterator[None]:
         yield
         return
     own = cls.__dict__.get("__init_subclass__")
-    cls.__init_subclass__ = classmethod(lambda cls, **kwargs: None)  # type: ignore[assignment, misc]
+    cls.__init_subclass__ = classmethod(lambda cls, **kwargs: None)  # type: ignore[assignment]
     try:
         yield
     finally:

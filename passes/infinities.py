@@ -19,11 +19,12 @@ from .link import Linked, Spot
 from .matrices import tensor_named
 from .wires import Layout, through
 
-_STEPS = (
+_NAMES = (
     "add sub mul div where masked_fill masked_scatter clamp minimum maximum cat concat stack full full_like tensor "
-    "zeros_like triu tril expand expand_as repeat view reshape flatten unsqueeze squeeze transpose permute contiguous clone to "
-    "float double half type_as detach roll neg abs chunk split unbind select narrow"
-).split()
+    "zeros_like triu tril expand expand_as repeat view reshape flatten unsqueeze squeeze transpose permute contiguous "
+    "clone to float double half type_as detach roll neg abs chunk split unbind select narrow"
+)
+_STEPS = _NAMES.split()
 _PASSES_ON = {
     *(getattr(torch, name) for name in _STEPS if hasattr(torch, name)),
     *_STEPS,
@@ -65,4 +66,3 @@ def _holds_infinity(linked: Linked, spot: Spot) -> bool:
         return False
     looked_at = tensor.is_floating_point() and not tensor.is_meta and tensor.numel() <= _LARGEST
     return looked_at and bool(torch.isinf(tensor).any())
-

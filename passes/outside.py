@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-
 _LONGEST = 64  # items of a container that are looked into
 
 

@@ -165,7 +165,9 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
         )
         for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
             reason = f"its forward asks torch.{name}, which can change between calls"
-            patcher.patch_method(_as_class(torch), name, refused(getattr(torch, name), reason, False), deduplicate=False)
+            patcher.patch_method(
+                _as_class(torch), name, refused(getattr(torch, name), reason, False), deduplicate=False
+            )
         torch.autograd.Function.apply = classmethod(applying)
         try:
             yield
@@ -180,12 +182,10 @@ _CONTEXTS: dict[Any, str] = {
 }
 
 
-FACTORIES = {
-    getattr(torch, name): name
-    for name in (
-        "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
-    ).split()
-}
+_FACTORY_NAMES = (
+    "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
+)
+FACTORIES = {getattr(torch, name): name for name in _FACTORY_NAMES.split()}
 
 
 @contextmanager

@@ -44,7 +44,9 @@ class Run:
             self._run(linked, wanted, *tree_map_only(Tensor, fake.from_tensor, (args, kwargs)))
         if self.failure and all(spot in self.channels for spot in spots):
             self.failure = ""
-        if self.failure and not _has_fakes(linked.model, (args, kwargs)):  # it asked for values, which fakes do not have
+        if self.failure and not _has_fakes(
+            linked.model, (args, kwargs)
+        ):  # it asked for values, which fakes do not have
             self.failure = ""
             with _values_kept(linked.model):
                 self._run(linked, wanted, *tree_map_only(Tensor, torch.clone, (args, kwargs)))

@@ -70,7 +70,9 @@ def trap(function: Callable[..., Any], cls: type[nn.Module]) -> str | None:
     """Why running a method on traced values would not show what it does; None where nothing stands against it."""
     if any(map(_enters_a_context, codes(function))):
         return "its forward enters a `with` block, which a graph can't hold"
-    return next((why for each in reached(function, cls) for code in _nested(each.__code__) if (why := _trap(code))), None)
+    return next(
+        (why for each in reached(function, cls) for code in _nested(each.__code__) if (why := _trap(code))), None
+    )
 
 
 @cache
@@ -120,7 +122,9 @@ def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
     return frozenset(told)
 
 
-_TELLING = frozenset({"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"})
+_TELLING = frozenset(
+    {"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"}
+)
 
 
 @cache

@@ -204,9 +204,7 @@ class Tracing:
         named += [activations_in(value) for value in held if isinstance(value, dict | list | tuple)]
         return list(dict.fromkeys(itertools.chain.from_iterable(named)))
 
-    def _trace(
-        self, tracer: OwnerTracer, forward: Function, signature: inspect.Signature, call: Call
-    ) -> OwnerGraph:
+    def _trace(self, tracer: OwnerTracer, forward: Function, signature: inspect.Signature, call: Call) -> OwnerGraph:
         module = tracer.root
         why = trap(forward, type(module))
         if why is not None:

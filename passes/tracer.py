@@ -8,7 +8,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,17 +51,16 @@ class Traced(fx.Proxy):
 
     def refuse(self, reason: str) -> NoReturn:
         """End the trace."""
-        tracer: Any = self.tracer
-        tracer.refuse(f"its forward {reason}, which a graph can't hold")
+        cast("OwnerTracer", self.tracer).refuse(f"its forward {reason}, which a graph can't hold")
 
 
 def _refusing(name: str, what: str) -> Callable[..., Any]:
     original = getattr(fx.Proxy, name, None)
 
     def answer(self: Any, *args: Any) -> Any:
-        if original is None or asked_by_a_forward():
-            self.refuse(what)
-        return original(self, *args)
+        if original is not None and not asked_by_a_forward():
+            return original(self, *args)
+        return self.refuse(what)
 
     return answer
 
@@ -173,7 +172,12 @@ class OwnerTracer(fx.Tracer):
             self.kept.keep_surroundings(function)
         self.kept.keep(self.root)
         try:
-            with torch.enable_grad(), self.recorder.listening(self), _Factories(self), calls_become(self.made, functions):
+            with (
+                torch.enable_grad(),
+                self.recorder.listening(self),
+                _Factories(self),
+                calls_become(self.made, functions),
+            ):
                 args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
                 self.create_node("output", "output", (self.create_arg(result),), {})

@@ -59,7 +59,10 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 def models() -> dict[str, nn.Module]:
-    return {name: Untraceable(held) for name, held in HELD.items()} | {"class": OfTheClass(), "class builtin": Builtin()}
+    return {name: Untraceable(held) for name, held in HELD.items()} | {
+        "class": OfTheClass(),
+        "class builtin": Builtin(),
+    }
 
 
 @pytest.mark.parametrize("name", models())
@@ -83,7 +86,7 @@ def test_a_callable_attribute_is_a_site_and_stays_as_it_was(name: str) -> None:
 
 def activation_of(model: nn.Module, z: Tensor) -> Tensor:
     """What the model's own callable makes of a value."""
-    held = model.__dict__.get("activation") or getattr(type(model).__mro__[1], "activation")
+    held = model.__dict__.get("activation") or type(model).__mro__[1].activation
     return held(z)  # type: ignore[no-any-return]
 
 

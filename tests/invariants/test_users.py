@@ -1,4 +1,4 @@
-"""The invariants on models as people write them (tests/users.py), and on what they do around a model."""
+"""The invariants on models as people write them (tests/users), and on what they do around a model."""
 
 from __future__ import annotations
 
