@@ -55,7 +55,7 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.stack and (func in FUNCTIONS or (getattr(func, "__objclass__", None) is not None and _method(func))):
             module = self.stack[-1]
-            alone = not list(module.children()) and not list(module.parameters())
+            alone = not list(module.children()) and (isinstance(module, nn.PReLU) or not list(module.parameters()))
             owner = self.stack[-2] if alone and len(self.stack) > 1 else module
             call = (self.paths[owner], self.paths[module] if alone and owner is not module else "")
             self.made["\t".join(call)] += 1

@@ -21,7 +21,7 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, 
             channels that each span a run of the last axis, as behind a flatten.
 
     Raises:
-        BypassError: z has another number of channels than δ, or another shape than σ(z).
+        BypassError: z has another number of channels than δ, or another shape than σ(z), or is sparse.
 
     Example:
         >>> z = torch.tensor([[-1.0, 2.0]])
@@ -31,6 +31,10 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, 
     if activated.is_nested:  # torch's fused attention layers pass ragged batches; addcmul takes none
         parts = zip(activated.unbind(), z.unbind(), strict=True)
         return torch.nested.as_nested_tensor([psi(one, its_z, delta, channels) for one, its_z in parts])
+    if activated.layout != torch.strided:
+        raise BypassError(
+            f"a D-activation met a {activated.layout} tensor: contract the model, and leave this site out with select"
+        )
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)
     d = _along(d, z, channels) if isinstance(channels, int) else _shaped(d, activated, z, channels)

@@ -46,7 +46,7 @@ class Calls:
 
     def _alone(self, path: str) -> Iterator[tuple[str, Spot, str]]:
         """An activation module that no graph calls: it is its own owner."""
-        if path not in self.linked.unseen and path:
+        if path in self.linked.callers or (path not in self.linked.unseen and path):
             return
         for unit in self.linked.variants(path) or self.linked.own_unit(path):
             graph = self.linked.graphs[unit]

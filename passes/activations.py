@@ -45,7 +45,11 @@ MODULES: dict[type[nn.Module], str] = {cls: name for name, (classes, _, _) in _T
 FUNCTIONS: dict[Callable[..., Any], str] = {fn: name for name, (_, functions, _) in _TABLE.items() for fn in functions}
 METHODS: dict[str, str] = {method: name for name, (_, _, methods) in _TABLE.items() for method in methods}
 
-NAMES: dict[str, str] = {getattr(fn, "__name__", ""): name for fn, name in FUNCTIONS.items()} | METHODS
+NAMES: dict[str, str] = {
+    **{getattr(fn, "__name__", ""): name for fn, name in FUNCTIONS.items()},
+    **{cls.__name__: name for cls, name in MODULES.items()},
+    **METHODS,
+}
 
 
 def acts_as(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -57,6 +57,9 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     linked, owned = calls.linked, calls.linked.graphs[spot.unit]
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
+    replacing = linked.replaces_weights(spot.unit.path)
+    if replacing is not None:
+        return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
     found = _in_one_mode(calls, spot)
     if owned.in_eval is None or modes_agree(owned) or isinstance(found, Reason):
         return found

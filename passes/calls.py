@@ -30,10 +30,10 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """An argument that is a list, tuple or dict of run-time values, by its keys."""
+    """An argument that is a list, tuple or dict with run-time values in it: each item by its key."""
 
     container: type
-    keys: tuple[Any, ...]
+    items: tuple[tuple[Any, Argument], ...]
 
 
 Argument = Value | Constant | Items
@@ -127,11 +127,8 @@ def argument_of(value: Any) -> Argument:
     if isinstance(value, list | tuple | dict):
         if not any(isinstance(leaf, fx.Node | Tensor) for leaf in leaves(value)):
             return Constant(value)
-        items = value.values() if isinstance(value, dict) else value
-        if not all(isinstance(item, fx.Node | Tensor) for item in items):
-            return Value(_plain_type(value))  # some items are constants that the forward may branch on
-        keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
-        return Items(_plain_type(value), keys)
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return Items(_plain_type(value), tuple((key, argument_of(item)) for key, item in items))
     plain = value is None or isinstance(value, bool | int | float | str) or type(value).__module__ == "torch"
     return Constant(value) if plain else Value(type(value))
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from .activation_calls import Calls
 from .attention import value_path
-from .errors import SurgeryError
-from .generate import Variant, class_of_source, generated_class, original_class
+from .callables import is_held
+from .errors import SurgeryError, UntraceableError
+from .generate import Method, Variant, Watched, class_of_source, generated_class, original_class
 from .link import Arguments, Linked, Spot, Unit
 from .multihead_source import multihead_source
 from .outcome import Match
@@ -21,6 +22,7 @@ from .plan import Site
 from .rewrite import Psi, rewrite
 from .strict import strict
 from .trace import OwnerGraph
+from .tracer import PLAIN, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,9 @@ class Made:
 
     sites: tuple[Site, ...]
     psi: Psi
-    methods: Mapping[str, tuple[Variant, ...]]
+    methods: Mapping[str, Method]
     flags: Mapping[str, object]
+    watched: Watched
 
 
 def written(site: Site) -> Site:
@@ -46,28 +49,37 @@ def written(site: Site) -> Site:
 def made_of(linked: Linked, units: list[Unit], sites: Iterable[Site], psi: Psi) -> Made:
     """Rewrite every method of an owner that holds a site."""
     sites = tuple(map(written, sites))
-    methods: dict[str, tuple[Variant, ...]] = {}
+    variants: dict[str, tuple[Variant, ...]] = {}
     for unit in units:
-        variant = _variant(linked, unit, sites, psi)
-        methods[unit.method] = (*methods.get(unit.method, ()), variant)
-    return Made(sites, psi, methods, _flags(linked.graphs[unit] for unit in units))
+        variants[unit.method] = (*variants.get(unit.method, ()), _variant(linked, unit, sites, psi))
+    module = linked.modules[units[0].path]
+    methods: dict[str, Method] = {}
+    for name, found in variants.items():
+        signature = linked.tracing.signature(units[0].path, name)
+        assert signature is not None, "what has a graph has a signature"
+        methods[name] = Method(signature, is_held(module, name), found)
+    held = {name: fingerprint(module.__dict__[name]) for name, method in methods.items() if method.held}
+    flags = {**_flags(linked.graphs[unit] for unit in units), **held}
+    return Made(sites, psi, methods, flags, _watched(module, [linked.graphs[unit] for unit in units]))
 
 
 def extended_class(original: type[nn.Module], made: Made) -> type[nn.Module]:
     """The subclass that runs the rewritten methods, and rewrites a method again where it is called in another way."""
-    return generated_class(original, made.methods, made.flags, partial(_rewrite_for_call, made))
+    return generated_class(original, made.methods, made.flags, made.watched, partial(_rewrite_for_call, made))
 
 
 def extended_multihead(original: type[nn.Module], site: Site, psi: Psi) -> type[nn.Module]:
     """The subclass of torch's MultiheadAttention with ψ inside; it takes every call that the original takes."""
     source, scope = multihead_source(site.delta)
-    made = Made((written(site),), psi, {}, {})
-    return class_of_source(original, ["forward"], source, {**scope, "_psi": psi}, {}, partial(_rewrite_for_call, made))
+    made = Made((written(site),), psi, {}, {}, {})
+    return class_of_source(
+        original, {"forward": False}, source, {**scope, "_psi": psi}, {}, partial(_rewrite_for_call, made)
+    )
 
 
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:
-    owned = linked.graphs[unit]
-    here = [site for site in sites if site.method == unit.method]
+    owned, first = linked.graphs[unit], unit.variant == 0
+    here = [site for site in sites if site.method == unit.method and (first or site.call in owned.names)]
     in_eval = rewrite(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
     return Variant(owned.call, owned.typed, rewrite(linked, unit, owned, here, psi), in_eval)
 
@@ -83,6 +95,17 @@ def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
     }
 
 
+def _watched(module: nn.Module, graphs: Iterable[OwnerGraph]) -> dict[tuple[str, str], Any]:
+    """The attributes of children that the code was made for: what it read, and whether they work in place."""
+    found: dict[tuple[str, str], Any] = {}
+    for graph in graphs:
+        read = [(where, name) for where, name, value in graph.reads if where and value[0] in (*PLAIN, tuple, "object")]
+        flags = [(child, "inplace") for child in graph.children if hasattr(module.get_submodule(child), "inplace")]
+        for where, name in [*read, *flags]:
+            found[where, name] = getattr(module.get_submodule(where), name)
+    return found
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _rewrite_for_call(
     made: Made, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -94,22 +117,23 @@ def _rewrite_for_call(
     """
     original, extended = original_class(module), type(module)
     advice = "contract the model, and pass example_inputs that call it this way to extend"
-    if method != "forward":
-        raise SurgeryError(f"{original.__name__}.{method} is called with other arguments than traced: {advice}")
     module.__class__ = original
     try:
-        linked = Linked(module, Arguments(args, kwargs))
-        if "" in linked.failures:
-            raise SurgeryError(f"called with these arguments, {linked.failures['']}: {advice}")
-        unit = Unit("")
-        for site in made.sites:
+        linked = Linked(module, Arguments(args, kwargs) if method == "forward" else None)
+        try:
+            unit = linked.unit_for_call(method, Arguments(args, kwargs))
+        except UntraceableError as error:
+            raise SurgeryError(f"called with these arguments, {error}: {advice}") from error
+        for site in (site for site in made.sites if site.method == method):
             node = linked.graphs[unit].names.get(site.call)
             if site.kind == "strict" and (node is None or not _as_strict(Calls(linked), Spot(unit, node), site)):
                 raise SurgeryError(f"{original.__name__}.{site.call} is no strict site when called like this: {advice}")
-        variants = (*made.methods[method], _variant(linked, unit, made.sites, made.psi))
-        methods = {**made.methods, method: variants}
+        known = made.methods[method]
+        variants = (*known.variants, _variant(linked, unit, made.sites, made.psi))
+        methods = {**made.methods, method: replace(known, variants=variants)}
         flags = {**made.flags, **_flags([linked.graphs[unit]])}
-        extended = extended_class(original, replace(made, methods=methods, flags=flags))
+        watched = {**made.watched, **_watched(module, [linked.graphs[unit]])}
+        extended = extended_class(original, replace(made, methods=methods, flags=flags, watched=watched))
     finally:
         module.__class__ = extended
 

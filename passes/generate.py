@@ -9,8 +9,10 @@ import copy
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 from torch import fx, nn
@@ -33,35 +35,54 @@ class Variant:
     in_eval: fx.Graph | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A rewritten method, or a callable that the instance itself holds (`held`), in all its variants."""
+
+    signature: inspect.Signature
+    held: bool
+    variants: tuple[Variant, ...]
+
+
+Watched = Mapping[tuple[str, str], Any]
+
+
 Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 
 
 def generated_class(
-    original: type[nn.Module], methods: Mapping[str, Sequence[Variant]], flags: Mapping[str, object], rewriter: Rewriter
+    original: type[nn.Module],
+    methods: Mapping[str, Method],
+    flags: Mapping[str, object],
+    watched: Watched,
+    rewriter: Rewriter,
 ) -> type[nn.Module]:
     """A subclass whose methods have the original signatures and run the variant that fits the call.
 
     `flags` are the attributes that the code was made for, with their fingerprints: the subclass lets no other value in.
+    `watched` are the same of its children, by (path, attribute): each call checks that they are what they were.
     `rewriter` is asked to give a module a class that knows one more way of calling a method.
     """
     scope: dict[str, Any] = {}
-    sources = [
-        _source(name, inspect.signature(getattr(original, name)), variants, scope) for name, variants in methods.items()
-    ]
-    return class_of_source(original, list(methods), "\n\n".join(sources), scope, flags, rewriter)
+    sources = [_source(name, method, watched, scope) for name, method in methods.items()]
+    held = {name: method.held for name, method in methods.items()}
+    return class_of_source(original, held, "\n\n".join(sources), scope, flags, rewriter)
 
 
 def class_of_source(
     original: type[nn.Module],
-    methods: list[str],
+    methods: Mapping[str, bool],
     source: str,
     scope: Mapping[str, Any],
     flags: Mapping[str, object],
     rewriter: Rewriter,
 ) -> type[nn.Module]:
-    """A subclass whose `methods` are the functions of those names in the text, where the names of `scope` are known."""
+    """A subclass whose `methods` are the functions of those names in the text, where the names of `scope` are known.
+
+    `methods` says of each whether the module holds it as an attribute.
+    """
     objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
-    key = (original, source, objects, tuple(sorted(flags.items(), key=str)))
+    key = (original, source, objects, tuple(methods.items()), tuple(sorted(flags.items(), key=str)))
     if key not in _classes:
         _classes[key] = _new_class(original, methods, source, scope, flags, rewriter)
     return _classes[key]
@@ -77,16 +98,21 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], type(module).__dict__["_bypass_original"])
 
 
-def _source(method: str, signature: inspect.Signature, variants: Sequence[Variant], scope: dict[str, Any]) -> str:
-    """One function per variant and mode, and a dispatcher over them where there is a choice to make."""
-    names = _Names(scope)
+def _source(name: str, rewritten: Method, watched: Watched, scope: dict[str, Any]) -> str:
+    """One function per variant and mode, and a dispatcher over them where there is a choice to make or a check."""
+    names, method, signature, variants = _Names(scope), name, rewritten.signature, rewritten.variants
     first = list(signature.parameters.values())[1:2]
     required = first[0].name if first and first[0].default is inspect.Parameter.empty else ""
     guards = [names.guards(variant.call, variant.typed, required) for variant in variants]
-    if len(variants) == 1 and not guards[0] and variants[0].in_eval is None:
+    if len(variants) == 1 and not guards[0] and variants[0].in_eval is None and not watched:
         return _function(method, variants[0].graph, scope)
     functions: list[str] = []
     lines = [f"def {method}({names.parameters(signature)}):"]
+    if watched:
+        scope["_refuse_changed"] = _refuse_changed
+        same = " and ".join(names.unchanged(where, attribute, value) for (where, attribute), value in watched.items())
+        known = ", ".join(f"{where}.{attribute}" for where, attribute in watched)
+        lines += [f"    if not ({same}):", f"        _refuse_changed(self, {known!r})"]
     for index, (variant, conditions) in enumerate(zip(variants, guards, strict=True)):
         arguments = ", ".join(["self", *_passed(variant.call)])
         pad = "    "
@@ -133,6 +159,13 @@ def _call_in_another_way(module: nn.Module, method: str, args: tuple[Any, ...], 
     return getattr(module, method)(*args, **kwargs)
 
 
+def _refuse_changed(module: nn.Module, known: str) -> None:
+    raise SurgeryError(
+        f"the forward of this {original_class(module).__name__} was rewritten for what its children said of themselves "
+        f"({known}), and one of them says otherwise now: contract the model, set it, and extend again"
+    )
+
+
 class _Names:
     """Names in the generated module for objects that have no source text: defaults, constants, types."""
 
@@ -158,6 +191,12 @@ class _Names:
             signature.replace(parameters=[plain[0].replace(name="self"), *plain[1:]], return_annotation=signature.empty)
         )[1:-1]
 
+    def unchanged(self, where: str, attribute: str, value: Any) -> str:
+        """The condition that a child's attribute is what it was."""
+        child = "".join(f"._modules[{step!r}]" for step in where.split("."))
+        identical = value is None or not isinstance(value, int | float | str | tuple) or isinstance(value, bool)
+        return f"self{child}.{attribute} {'is' if identical else '=='} {self.name(value)}"
+
     def guards(self, call: Call, typed: frozenset[str], required: str) -> list[str]:
         """Conditions under which a call is this one; the `required` first argument is taken to be there."""
         found = [
@@ -179,11 +218,12 @@ class _Names:
                 return [f"{name} is {self.name(argument.value)}"]
             return [f"type({name}) is {self.name(type(argument.value))}", f"{name} == {self.name(argument.value)}"]
         if isinstance(argument, Items):
+            keys = ", ".join(self.name(key) for key, _ in argument.items)
             is_dict = argument.container is dict
-            same = f"list({name}) == {list(argument.keys)!r}" if is_dict else f"len({name}) == {len(argument.keys)}"
-            items = f"{name}.values()" if is_dict else name
-            full = f"all(item is not None for item in {items})"
-            return [f"isinstance({name}, {self.name(argument.container)})", same, full]
+            same = f"list({name}) == [{keys}]" if is_dict else f"len({name}) == {len(argument.items)}"
+            items = [(f"{name}[{self.name(key)}]", inner) for key, inner in argument.items]
+            fit = [guard for item, inner in items for guard in self.guard(item, inner, typed, False)]
+            return [f"isinstance({name}, {self.name(argument.container)})", same, *fit]
         if name in typed:
             return [f"isinstance({name}, {self.name(argument.container)})"]
         return [] if required else [f"{name} is not None"]
@@ -211,7 +251,7 @@ def _passed(call: Call) -> list[str]:
 
 def _new_class(
     original: type[nn.Module],
-    methods: list[str],
+    methods: Mapping[str, bool],
     source: str,
     scope: Mapping[str, Any],
     flags: Mapping[str, object],
@@ -225,22 +265,44 @@ def _new_class(
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__getstate__": _refuse_pickling,
+        "__copy__": _refuse_copying,
         "_bypass_original": original,
         "_bypass_rewriter": staticmethod(rewriter),
     }
-    for method in methods:
-        body[method] = namespace[method]
-        body[method].__doc__ = getattr(original, method).__doc__
+    for name, held in methods.items():
+        namespace[name].__doc__ = getattr(getattr(original, name, None), "__doc__", None)
+        body[name] = _before_the_instance(namespace[name]) if held else namespace[name]
     if flags:
         body["__setattr__"] = _guarding(original, flags)
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     try:
-        return type(f"Bypass{original.__name__}", (original,), body)
+        with _unannounced(original):
+            return type(f"Bypass{original.__name__}", (original,), body)
     except TypeError as error:
-        raise PlanError(
-            f"{original.__name__} can't be subclassed without arguments ({error}); leave it out with select"
-        ) from error
+        raise PlanError(f"{original.__name__} can't be subclassed ({error}); leave it out with select") from error
+
+
+@contextmanager
+def _unannounced(cls: type[nn.Module]) -> Iterator[None]:
+    """Keep the news of a subclass from the class's `__init_subclass__`, which may want arguments or keep a register."""
+    if not any("__init_subclass__" in base.__dict__ for base in cls.__mro__[:-1]):
+        yield
+        return
+    own = cls.__dict__.get("__init_subclass__")
+    cls.__init_subclass__ = classmethod(lambda cls, **kwargs: None)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls.__init_subclass__
+        else:
+            cls.__init_subclass__ = own  # type: ignore[method-assign]
+
+
+def _before_the_instance(method: Callable[..., Any]) -> property:
+    """The method as an attribute that goes before the one that the instance holds: the instance stays as it is."""
+    return property(lambda self: MethodType(method, self))
 
 
 def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callable[[nn.Module, str, Any], None]:
@@ -260,6 +322,13 @@ def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callabl
 def _refuse_pickling(module: nn.Module) -> None:
     raise SurgeryError(
         f"an extended {original_class(module).__name__} can't be pickled: save its state_dict(), or contract it first"
+    )
+
+
+def _refuse_copying(module: nn.Module) -> None:
+    raise SurgeryError(
+        f"a shallow copy of an extended {original_class(module).__name__} would share its δ and lose them with it: "
+        "use copy.deepcopy, or contract it first"
     )
 
 

@@ -105,13 +105,37 @@ class Linked:
         return unit
 
     def _enter_methods(self, path: str) -> None:
-        """A forward without a graph: the helper methods that it calls may have one, and are units of their own."""
+        """A forward without a graph: the helper methods and held callables that it calls may have one: units of their own."""
+        if self.tracing.signature(path) is None:
+            return
         for method in self.tracing.methods(path):
-            try:
-                graph = self.tracing.trace(path, method=method)
-            except UntraceableError:
-                continue
-            self._add(Unit(path, 0, method), graph)
+            self._enter_method(path, method)
+        traced = {unit.method for unit in self.methods(path)}
+        for name in self.tracing.callable_attributes(path, traced):
+            self._enter_method(path, name)
+
+    def _enter_method(self, path: str, method: str) -> None:
+        try:
+            graph = self.tracing.trace(path, method=method)
+        except UntraceableError:
+            return
+        self._add(Unit(path, 0, method), graph)
+
+    def unit_for_call(self, method: str, arguments: Arguments) -> Unit:
+        """The unit of the whole model's method for one more way of calling it.
+
+        Raises:
+            UntraceableError: the method does not trace when it is called so.
+        """
+        if method == "forward":
+            if "" in self.failures:
+                raise self.failures[""]
+            return Unit("")
+        signature = self.tracing.signature("", method)
+        call = call_of(signature, arguments.args, arguments.kwargs) if signature else None
+        unit = Unit("", len(self.methods("")), method)
+        self._add(unit, self.tracing.trace("", call, method))
+        return unit
 
     def _add(self, unit: Unit, graph: OwnerGraph) -> None:
         self.graphs[unit] = graph
@@ -138,6 +162,11 @@ class Linked:
                 if steps and all(step in names or step.isdigit() for step in steps):
                     found.add(below)
         return found
+
+    def replaces_weights(self, path: str) -> str | None:
+        """The path of a forward without a graph around this module that calls modules with other weights than theirs."""
+        around = [failed for failed in self.failures if not failed or f"{path}.".startswith(f"{failed}.")]
+        return next((p for p in around if "functional_call" in self.tracing.attribute_names(p, set())), None)
 
     def _call_of(self, path: str, node: fx.Node) -> Call | None:
         signature = self.tracing.signature(path)
@@ -406,6 +435,8 @@ def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return True
     forward = getattr(type(module).forward, "__module__", "")
+    if "forward" in module.__dict__:
+        return False
     return str(forward).startswith("torch.nn.modules") and module._modules.keys() <= {"parametrizations"}
 
 

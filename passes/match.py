@@ -6,12 +6,12 @@ table: the rules to try, in order. Adding a pattern is adding a rule and naming 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 from .activation_calls import Calls
 from .activations import activation_input
 from .attention import value_path
+from .infinities import may_be_infinite
 from .link import ExampleInputs, Linked, Spot, Unit
 from .multihead import is_multihead, value_path_inside
 from .outcome import Match, Reason
@@ -124,8 +124,8 @@ def anywhere(calls: Calls, spot: Spot) -> Match | Reason:
     if not spot.node.users:
         return Reason("its result is not read: it only overwrites its input", "use the result of the call")
     z = activation_input(spot.node)
-    if z is not None and any(isinstance(value, float) and math.isinf(value) for value in (*z.args, *z.kwargs.values())):
-        return Reason("its input is masked with infinities, and 0 · ∞ is no number")
+    if z is not None and may_be_infinite(calls.linked, Spot(spot.unit, z)):
+        return Reason("its input may hold infinities, and 0 · ∞ is no number", "mask behind the activation")
     channels = calls.channels(spot)
     return channels if isinstance(channels, Reason) else Match("relaxed", "zero", channels)
 

@@ -6,9 +6,13 @@ group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .plan import Affine
 
@@ -20,10 +24,29 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
         AttributeError: the model has no such tensor.
     """
     path, _, attribute = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), attribute)
+    module = model.get_submodule(path)
+    with _at_rest(module, attribute):
+        tensor = getattr(module, attribute)
     if not isinstance(tensor, Tensor):
         raise AttributeError(f"{name} is no tensor")
     return tensor
+
+
+@contextmanager
+def _at_rest(module: nn.Module, attribute: str) -> Iterator[None]:
+    """Keep a reading of a parametrised tensor from being a training step of it: spectral_norm's moves its vectors."""
+    if not is_parametrized(module, attribute):
+        yield
+        return
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    awake = [each for each in module.parametrizations[attribute].modules() if each.training]
+    for each in awake:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in awake:
+            each.training = True
 
 
 def rows(model: nn.Module, affine: Affine) -> Tensor:

@@ -7,17 +7,18 @@ so they are set once for all the forwards of a model.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
-
-from .errors import UntraceableError
+from torch.nn.utils import stateless
 
 
 class Listener(Protocol):
@@ -37,6 +38,12 @@ class Listener(Protocol):
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward called a module; the answer is the result that it sees."""
+
+    def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward made a tensor from nothing; the answer is what it sees."""
+
+    def refuse(self, reason: str) -> NoReturn:
+        """The forward did what no graph can hold; a forward that catches the error has done it all the same."""
 
 
 class Recorder:
@@ -59,7 +66,7 @@ class Recorder:
             return
         self.depth, self.thread = 1, threading.get_ident()
         try:
-            with _hooks(self):
+            with _on_modules(self), _on_switches(self), _on_factories(self), _on_isinstance(self):
                 yield
         finally:
             self.depth = 0
@@ -79,13 +86,9 @@ _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
 
 
 @contextmanager
-def _hooks(recorder: Recorder) -> Iterator[None]:
-    original_getattr, original_setattr = nn.Module.__getattr__, nn.Module.__setattr__
-    original_call, original_enter = nn.Module.__call__, torch.autocast.__enter__
-    original_isinstance = builtins.isinstance
-    original_apply = torch.autograd.Function.__dict__["apply"]
-    saved_tensors = torch.autograd.graph.saved_tensors_hooks  # what checkpoints are made with
-    original_saving = saved_tensors.__enter__
+def _on_modules(recorder: Recorder) -> Iterator[None]:
+    """Reads, calls and writes of torch.nn.Module."""
+    original_getattr, original_setattr, original_call = nn.Module.__getattr__, nn.Module.__setattr__, nn.Module.__call__
 
     def reading(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -107,26 +110,6 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
             raise
         return value if listener is None else listener.read(module, name, value)
 
-    def applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.active() is not None:
-            raise UntraceableError(
-                f"its forward applies the autograd function {cls.__name__}, which a graph can't hold"
-            )
-        return original_apply.__func__(cls, *args, **kwargs)
-
-    def saving(hooks: Any) -> Any:
-        if recorder.active() is not None:
-            raise UntraceableError("its forward uses activation checkpointing, which a graph can't hold")
-        return original_saving(hooks)
-
-    def asking_state(original: Any) -> Any:
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            if recorder.active() is not None and _asked_by_a_forward():
-                raise UntraceableError(f"its forward asks torch.{original.__name__}, which can change between calls")
-            return original(*args, **kwargs)
-
-        return asked
-
     def calling(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = recorder.active()
         return original_call(module, *args, **kwargs) if listener is None else listener.called(module, args, kwargs)
@@ -134,41 +117,112 @@ def _hooks(recorder: Recorder) -> Iterator[None]:
     def writing(module: nn.Module, name: str, value: Any) -> None:
         listener = recorder.active()
         if listener is not None:
-            raise UntraceableError(f"its forward sets the attribute `{name}`, which a graph can't hold")
+            listener.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
         original_setattr(module, name, value)
-
-    def entering(context: Any) -> Any:
-        listener = recorder.active()
-        if listener is not None:
-            raise UntraceableError("its forward switches autocast, which a graph can't hold")
-        return original_enter(context)  # type: ignore[no-untyped-call]
-
-    def asking(value: Any, classes: Any) -> bool:
-        listener = recorder.active()
-        if listener is not None and original_isinstance(value, fx.Proxy) and _asked_by_a_forward():
-            answer = listener.is_instance(value, classes)
-            if answer is not None:
-                return answer
-        return original_isinstance(value, classes)
 
     with _new_patcher() as patcher:
         patcher.patch_method(nn.Module, "__getattr__", reading_registered, deduplicate=False)
         patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
         patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
-        patcher.patch_method(torch.autocast, "__enter__", entering, deduplicate=False)
-        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
-            patcher.patch_method(_as_class(torch), name, asking_state(getattr(torch, name)), deduplicate=False)
-        patcher.patch_method(saved_tensors, "__enter__", saving, deduplicate=False)
         _patch_wrapped_functions(patcher)
         nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
-        builtins.isinstance = asking
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+
+
+@contextmanager
+def _on_switches(recorder: Recorder) -> Iterator[None]:
+    """What a forward does outside its values: switching a mode on, asking for one, and autograd functions."""
+
+    def refused(original: Any, reason: str, always: bool = True) -> Callable[..., Any]:
+        def refusing(*args: Any, **kwargs: Any) -> Any:
+            listener = recorder.active()
+            if listener is not None and (always or asked_by_a_forward()):
+                listener.refuse(reason)
+            return original(*args, **kwargs)
+
+        return refusing
+
+    original_apply = torch.autograd.Function.__dict__["apply"]
+
+    def applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        listener = recorder.active()
+        if listener is not None:
+            listener.refuse(f"its forward applies the autograd function {cls.__name__}, which a graph can't hold")
+        return original_apply.__func__(cls, *args, **kwargs)
+
+    with _new_patcher() as patcher:
+        for cls, reason in _CONTEXTS.items():
+            always = cls.__module__.startswith("torch")
+            patcher.patch_method(
+                cls, "__enter__", refused(cls.__enter__, f"its forward {reason}", always), deduplicate=False
+            )
+        reason = "its forward calls a module with other weights (functional_call), which a graph can't hold"
+        patcher.patch_method(
+            _as_class(stateless), "_functional_call", refused(stateless._functional_call, reason), deduplicate=False
+        )
+        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+            reason = f"its forward asks torch.{name}, which can change between calls"
+            patcher.patch_method(
+                _as_class(torch), name, refused(getattr(torch, name), reason, False), deduplicate=False
+            )
         torch.autograd.Function.apply = classmethod(applying)
         try:
             yield
         finally:
             torch.autograd.Function.apply = original_apply
-            builtins.isinstance = original_isinstance
-            del nn.Module.__getattribute__
+
+
+_CONTEXTS: dict[Any, str] = {
+    torch.autocast: "switches autocast, which a graph can't hold",
+    saved_tensors_hooks: "uses activation checkpointing, which a graph can't hold",  # what checkpoints are made with
+    contextlib._GeneratorContextManager: "enters a context manager, which a graph can't hold",
+}
+
+
+_FACTORY_NAMES = (
+    "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
+)
+FACTORIES = {getattr(torch, name): name for name in _FACTORY_NAMES.split()}
+
+
+@contextmanager
+def _on_factories(recorder: Recorder) -> Iterator[None]:
+    """torch.zeros and the like: run now, they would be frozen in, and they take no traced sizes."""
+
+    def made_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def making(*args: Any, **kwargs: Any) -> Any:
+            listener = recorder.active()
+            by_forward = listener is not None and asked_by_a_forward()
+            return listener.made(factory, args, kwargs) if listener and by_forward else factory(*args, **kwargs)
+
+        return making
+
+    with _new_patcher() as patcher:
+        for factory, name in FACTORIES.items():
+            patcher.patch_method(_as_class(torch), name, made_of(factory), deduplicate=False)
+        yield
+
+
+@contextmanager
+def _on_isinstance(recorder: Recorder) -> Iterator[None]:
+    original = builtins.isinstance
+
+    def asking(value: Any, classes: Any) -> bool:
+        listener = recorder.active()
+        if listener is not None and original(value, fx.Proxy) and asked_by_a_forward():
+            answer = listener.is_instance(value, classes)
+            if answer is not None:
+                return answer
+        return original(value, classes)
+
+    builtins.isinstance = asking
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 def _as_class(module: Any) -> type:
@@ -176,9 +230,12 @@ def _as_class(module: Any) -> type:
     return cast(type, module)
 
 
-def _asked_by_a_forward() -> bool:
-    """Whether the isinstance() that is being answered stands in the user's code, and not in torch's or this compiler's.
+def asked_by_a_forward() -> bool:
+    """Whether what calls the caller of this stands in the user's code, and not in torch's or this compiler's.
 
     `torch.is_tensor`, in the package's own file, asks on behalf of the user.
     """
-    return not str(sys._getframe(2).f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back
+    return not str(frame.f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))

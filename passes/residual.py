@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from .callables import function_of
 from .link import Linked, Spot, Unit
 
 _ADDS = {operator.add, operator.iadd, torch.add}
@@ -56,8 +57,8 @@ def _added_in_source(linked: Linked, inside: Inside) -> list[Unit]:
     """For forwards without a graph, their source is read: `x + self.block(...)` shows that `block` is a branch."""
     found: list[Unit] = []
     for path in linked.failures:
-        cls = type(linked.modules[path])
-        added = {name for method in ("forward", *linked.tracing.methods(path)) for name in _added(getattr(cls, method))}
+        methods = ("forward", *linked.tracing.methods(path))
+        added = {name for method in methods for name in _added(function_of(linked.modules[path], method))}
         found += [unit for unit in linked.methods(path) if unit.method in added]
         children = {f"{path}.{name}".lstrip(".") for name in added}
         found += [unit for child in children for unit in linked.variants(child)]

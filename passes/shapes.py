@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .activations import activation_input
 from .calls import bound_to_placeholders
 from .channels import Channels
-from .link import ExampleInputs, Linked, Spot
+from .link import ExampleInputs, Linked, Spot, Unit
+from .outside import Kept
+from .source import reached
 
 
 class Run:
     """What a run of the model on fake copies of the inputs told; nothing is computed, and no memory is used.
+
+    A model that asks for values, which fakes do not have, is run once more on the inputs themselves.
 
     Attributes:
         channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
@@ -29,38 +34,66 @@ class Run:
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.channels: dict[Spot, Channels] = {}
         self.failure = ""
-        wanted: dict[str, list[Spot]] = {}
+        wanted: dict[Unit, list[Spot]] = {}
         for spot in spots:
-            wanted.setdefault(spot.unit.path, []).append(spot)
+            wanted.setdefault(spot.unit, []).append(spot)
         from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
 
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with _eval_mode(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            hooks = [
-                linked.modules[path].register_forward_pre_hook(self._watch(linked, here), with_kwargs=True)
-                for path, here in wanted.items()
-            ]
+        with _values_kept(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            self._run(linked, wanted, *tree_map_only(Tensor, fake.from_tensor, (args, kwargs)))
+        if self.failure and all(spot in self.channels for spot in spots):
+            self.failure = ""
+        if self.failure and not _has_fakes(
+            linked.model, (args, kwargs)
+        ):  # it asked for values, which fakes do not have
+            self.failure = ""
+            with _values_kept(linked.model):
+                self._run(linked, wanted, *tree_map_only(Tensor, torch.clone, (args, kwargs)))
+
+    def _run(
+        self, linked: Linked, wanted: Mapping[Unit, list[Spot]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        with _left_as_it_was(linked.model), torch.no_grad():
+            undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
-                linked.model(
-                    *tree_map_only(Tensor, fake.from_tensor, args), **tree_map_only(Tensor, fake.from_tensor, kwargs)
-                )
-            except Exception as error:  # the user's model on fake tensors may raise anything; what was seen still holds
+                linked.model.eval()(*args, **kwargs)
+            except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
                 self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             finally:
-                for hook in hooks:
-                    hook.remove()
+                for put_back in reversed(undo):
+                    put_back()
 
-    def _watch(self, linked: Linked, spots: list[Spot]) -> Callable[..., None]:
-        def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> Callable[[], None]:
+        """See the arguments of every call of a unit; the answer ends that."""
+        module, signature = linked.modules[unit.path], linked.tracing.signature(unit.path, unit.method)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             missing = [spot for spot in spots if spot not in self.channels]
-            if not missing:
-                return
-            signature = linked.tracing.signature(missing[0].unit.path)
-            if signature is not None and missing[0].unit.method == "forward":
+            if missing and signature is not None:
                 self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
                 self.channels |= _replay(linked, module, missing, signature, args, kwargs)
 
-        return before_forward
+        if unit.method == "forward":
+            return module.register_forward_pre_hook(before, with_kwargs=True).remove
+        return _shadow(module, unit.method, before)
+
+
+def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Callable[[], None]:
+    """Let a module hold a method of its own that reports each call first; the answer takes it away again."""
+    own, original = dict(module.__dict__), getattr(module, method)
+
+    def reporting(*args: Any, **kwargs: Any) -> Any:
+        before(module, args, kwargs)
+        return original(*args, **kwargs)
+
+    def put_back() -> None:
+        del module.__dict__[method]
+        if method in own:
+            module.__dict__[method] = own[method]
+
+    module.__dict__[method] = reporting
+    return put_back
 
 
 def _replay(
@@ -95,12 +128,33 @@ class _Replay(fx.Interpreter):
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a run that must leave running statistics alone."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced."""
+    kept = Kept()
+    for module in model.modules():
+        kept.keep(module)
+    for cls in {type(module) for module in model.modules()}:
+        for function in reached(cls.forward, cls):
+            kept.keep_surroundings(function)
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        kept.put_back()
+
+
+@contextmanager
+def _values_kept(model: nn.Module) -> Iterator[None]:
+    """Put the values of the buffers and the random numbers back that a run changes: one on fakes may change them too."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _has_fakes(model: nn.Module, inputs: Any) -> bool:
+    """Whether a real run is out of the question: something is on the meta device."""
+    tensors = itertools.chain(model.parameters(), model.buffers(), tree_leaves(inputs))
+    return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)

@@ -24,6 +24,9 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
         return Reason("its owner is called in several ways")
     if not spot.node.users:
         return Reason("its result is not used")
+    replacing = linked.replaces_weights(spot.unit.path)
+    if replacing is not None:
+        return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
     first = _first(linked, spot)
     if isinstance(first, Reason):
         return first

@@ -7,21 +7,21 @@ recorded: a second module of the class shares the graph where it reads the same.
 
 from __future__ import annotations
 
-import dis
 import inspect
-from collections.abc import Callable
+import itertools
 from contextlib import AbstractContextManager
-from functools import cache, cached_property
-from types import CodeType, FunctionType
+from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import NAMES
+from .callables import Function, function_of, is_callable_attribute, signature_of
 from .calls import Call, default_call
 from .errors import UntraceableError
 from .recording import Recorder
+from .source import activations_in, activations_named, codes, trap
 from .tracer import MISSING, OwnerTracer, Read, fingerprint, inherited
 
 
@@ -128,8 +128,8 @@ class Tracing:
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names = ModelNames(model)
         self._recorder = Recorder()
-        self._graphs: dict[tuple[type, str, str], list[OwnerGraph]] = {}
-        self._failures: dict[tuple[type, str, str], list[tuple[tuple[Read, ...], str]]] = {}
+        self._graphs: dict[tuple[Any, ...], list[OwnerGraph]] = {}
+        self._failures: dict[tuple[Any, ...], list[tuple[tuple[Read, ...], str]]] = {}
 
     def session(self) -> AbstractContextManager[None]:
         """Keep the hooks that tracing needs in place: many traces in one session are faster."""
@@ -138,7 +138,7 @@ class Tracing:
     def signature(self, path: str, method: str = "forward") -> inspect.Signature | None:
         """The signature of a module's method, `self` included; None where it is not plain Python code."""
         module = self.modules[path]
-        return None if isinstance(module, torch.jit.ScriptModule) else _signature(getattr(type(module), method))
+        return None if isinstance(module, torch.jit.ScriptModule) else signature_of(function_of(module, method))
 
     def trace(self, path: str, call: Call | None = None, method: str = "forward") -> OwnerGraph:
         """The graph of a method of the module at `path`, called as `call` says (as its defaults say, if None).
@@ -148,10 +148,10 @@ class Tracing:
         """
         module, signature = self.modules[path], self.signature(path, method)
         where = f"{path or 'the model'} ({type(module).__name__})"
-        if signature is None or method in module.__dict__:
+        if signature is None:
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
-        key = (type(module), method, call.key())
+        key = (type(module), method, call.key(), fingerprint(module.__dict__.get(method)))
         for known in self._graphs.get(key, ()):
             if self._read_same(module, known.reads) and self._resolves(path, known):
                 return known
@@ -160,7 +160,7 @@ class Tracing:
                 raise UntraceableError(f"{where}: {reason}")
         tracer = OwnerTracer(self.names, self._recorder, path, module)
         try:
-            traced = self._trace(tracer, getattr(type(module), method), signature, call)
+            traced = self._trace(tracer, function_of(module, method), signature, call)
         except UntraceableError as error:
             self._failures.setdefault(key, []).append((tuple(tracer.reads), str(error)))
             raise UntraceableError(f"{where}: {error}") from error
@@ -169,38 +169,46 @@ class Tracing:
 
     def methods(self, path: str) -> list[str]:
         """The methods that a module's forward calls, at any depth, of classes below torch.nn.Module."""
-        cls = type(self.modules[path])
+        module = self.modules[path]
+        cls = type(module)
         found: dict[str, None] = {}
         todo = ["forward"]
         while todo:
-            for code in _codes(getattr(cls, todo.pop())):
+            for code in codes(function_of(module, todo.pop())):
                 for name in code.co_names:
-                    own = isinstance(getattr(cls, name, None), FunctionType) and not hasattr(nn.Module, name)
-                    if own and name not in found:
+                    method = inspect.getattr_static(cls, name, None)
+                    own = isinstance(method, FunctionType) and not hasattr(nn.Module, name)
+                    if own and name not in found and name not in module.__dict__:
                         found[name] = None
                         todo.append(name)
         return list(found)
 
     def attribute_names(self, path: str, traced: set[str]) -> set[str]:
         """The names that a module's forward and those of its helper methods that are not `traced` mention."""
-        cls = type(self.modules[path])
+        module = self.modules[path]
         untraced = [name for name in ("forward", *self.methods(path)) if name not in traced]
-        codes = [code for name in untraced for code in _codes(getattr(cls, name))]
-        return {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+        mentioning = [code for name in untraced for code in codes(function_of(module, name))]
+        return {name for code in mentioning for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+
+    def callable_attributes(self, path: str, traced: set[str]) -> list[str]:
+        """The callables that a module holds and that its forward, or a helper method that is not `traced`, mentions."""
+        module = self.modules[path]
+        return sorted(n for n in self.attribute_names(path, traced) if is_callable_attribute(module, n))
 
     def mentions(self, path: str) -> list[str]:
-        """The activations that the forward of an untraceable module names, as functions or tensor methods."""
-        found: dict[str, None] = {}
-        for code in _codes(type(self.modules[path]).forward):
-            found |= dict.fromkeys(name for name in map(NAMES.get, code.co_names) if name)
-        return list(found)
+        """The activations that an untraceable forward names, or a function that it may run."""
+        module = self.modules[path]
+        names = ("forward", *self.callable_attributes(path, set()))
+        named = [activations_named(function_of(module, name), type(module)) for name in names]
+        held = [module.__dict__.get(name) for name in self.attribute_names(path, set())]
+        named += [activations_in(value) for value in held if isinstance(value, dict | list | tuple)]
+        return list(dict.fromkeys(itertools.chain.from_iterable(named)))
 
-    def _trace(
-        self, tracer: OwnerTracer, forward: Callable[..., Any], signature: inspect.Signature, call: Call
-    ) -> OwnerGraph:
+    def _trace(self, tracer: OwnerTracer, forward: Function, signature: inspect.Signature, call: Call) -> OwnerGraph:
         module = tracer.root
-        if any(map(_enters_a_context, _codes(forward))):
-            raise UntraceableError("its forward enters a `with` block, which a graph can't hold")
+        why = trap(forward, type(module))
+        if why is not None:
+            raise UntraceableError(why)
         graph = tracer.run(forward, signature, call)
         asked = {where for where, name, _ in tracer.reads if name == "training"}
         if not asked:
@@ -255,26 +263,3 @@ def _look(module: nn.Module, name: str) -> tuple[Any, ...]:
 
 def _text(graph: fx.Graph) -> str:
     return str(graph.python_code("self").src)
-
-
-@cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
-    if not isinstance(inspect.unwrap(forward), FunctionType):
-        return None
-    try:
-        signature = inspect.signature(forward)
-    except (TypeError, ValueError):
-        return None
-    return signature if signature.parameters else None
-
-
-def _codes(forward: Callable[..., Any]) -> list[CodeType]:
-    return [function.__code__ for function in (forward, inspect.unwrap(forward)) if isinstance(function, FunctionType)]
-
-
-@cache
-def _enters_a_context(code: CodeType) -> bool:
-    return any(
-        instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
-        for instruction in dis.get_instructions(code)
-    )

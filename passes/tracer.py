@@ -7,17 +7,19 @@ import operator
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import cache
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .calls import Argument, Call, Constant, Value
+from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
-from .recording import Recorder
+from .foreign import calls_become
+from .outside import Kept
+from .recording import FACTORIES, Recorder, asked_by_a_forward
+from .source import reached, says_something
 
 Read = tuple[str, str, Any]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -33,17 +35,53 @@ class Names(Protocol):
         """The path of a parameter or buffer."""
 
 
-class TracedValue(fx.Proxy):
-    """A traced value."""
+class Traced(fx.Proxy):
+    """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
 
-    def __getattr__(self, k: str) -> Any:
-        tracer: Any = self.tracer
-        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
-            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
-        return super().__getattr__(k)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if asked_by_a_forward():
+            self.refuse(f"sets the attribute `{name}` of a traced value")
+        super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __getattr__(self, k: str) -> Any:
+        return TracedAttribute(self, k)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """End the trace."""
+        cast("OwnerTracer", self.tracer).refuse(f"its forward {reason}, which a graph can't hold")
+
+
+def _refusing(name: str, what: str) -> Callable[..., Any]:
+    original = getattr(fx.Proxy, name, None)
+
+    def answer(self: Any, *args: Any) -> Any:
+        if original is not None and not asked_by_a_forward():
+            return original(self, *args)
+        return self.refuse(what)
+
+    return answer
+
+
+for _names, _what in {
+    ("__hash__",): "uses a traced value as a key",
+    ("__int__", "__float__", "__complex__", "__index__", "__array__", "__len__"): "needs the number that a value holds",
+    ("__copy__", "__deepcopy__"): "copies a traced value as an object",
+}.items():
+    for _name in _names:
+        setattr(Traced, _name, _refusing(_name, _what))
+
+
+def _text(self: Any, *form: Any) -> str:
+    if asked_by_a_forward() and not says_something(sys._getframe(1)):
+        self.refuse("makes a text of a traced value")
+    return f"<{self.node}>"
+
+
+for _name in ("__str__", "__repr__", "__format__"):
+    setattr(Traced, _name, _text)
 
 
 def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -56,7 +94,25 @@ def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return assign
 
 
-class StoredTensor(fx.Proxy):
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(Traced, f"__{_name}__", _augmented(_name))
+
+
+class TracedAttribute(Traced, fx.proxy.Attribute):
+    """`x.shape`, `x.dtype`, `x.view`: a traced value, or a method about to be called."""
+
+
+class TracedValue(Traced):
+    """A traced value."""
+
+    def __getattr__(self, k: str) -> Any:
+        tracer: Any = self.tracer
+        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
+            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        return super().__getattr__(k)
+
+
+class StoredTensor(Traced):
     """A parameter or buffer: a traced value whose shape is known."""
 
     def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
@@ -84,11 +140,6 @@ class StoredTensor(fx.Proxy):
         return len(self.stored)
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    for _class in (TracedValue, StoredTensor):
-        setattr(_class, f"__{_name}__", _augmented(_name))
-
-
 class OwnerTracer(fx.Tracer):
     """Runs one method of a module on traced values; children are leaves.
 
@@ -104,7 +155,8 @@ class OwnerTracer(fx.Tracer):
         self.stored: dict[str, StoredTensor] = {}
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
-        self.branched = False
+        self.refused = ""
+        self.kept = Kept()
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.graph = fx.Graph()
 
@@ -115,8 +167,17 @@ class OwnerTracer(fx.Tracer):
             UntraceableError: it can't be written down as a graph.
         """
         dice = _dice()
+        functions = reached(method, type(self.root))
+        for function in functions:
+            self.kept.keep_surroundings(function)
+        self.kept.keep(self.root)
         try:
-            with torch.enable_grad(), self.recorder.listening(self), _Factories(self):
+            with (
+                torch.enable_grad(),
+                self.recorder.listening(self),
+                _Factories(self),
+                calls_become(self.made, functions),
+            ):
                 args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
                 self.create_node("output", "output", (self.create_arg(result),), {})
@@ -125,8 +186,13 @@ class OwnerTracer(fx.Tracer):
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
             text = str(error).strip().split("\n")[0]
             raise UntraceableError(f"its forward does not trace ({type(error).__name__}: {text})") from error
-        if self.branched:
-            raise UntraceableError("its forward branches on a traced value, and goes on where that fails")
+        finally:
+            changed = self.kept.put_back()
+        if self.refused:
+            raise UntraceableError(f"{self.refused}; its forward goes on where that fails")
+        for thing, new in changed:
+            if not isinstance(thing, nn.Module) or any(isinstance(value, fx.Proxy) for value in new):
+                raise UntraceableError(f"its forward changes a {type(thing).__name__} that outlives the call")
         if any(len(items) != length for items, length in self.given):
             raise UntraceableError("its forward changes a list that it is given")
         for held, copied in self.handed.values():
@@ -136,6 +202,11 @@ class OwnerTracer(fx.Tracer):
                 "its forward draws random numbers that a graph can't hold (Python's, NumPy's or torch's)"
             )
         return self.graph
+
+    def refuse(self, reason: str) -> NoReturn:
+        """End the trace, also where the forward catches the error."""
+        self.refused = self.refused or reason
+        raise UntraceableError(reason)
 
     def arguments(self, signature: inspect.Signature, call: Call) -> tuple[list[Any], dict[str, Any]]:
         """The method's arguments: a placeholder for each value, the constant itself elsewhere."""
@@ -168,11 +239,20 @@ class OwnerTracer(fx.Tracer):
         if isinstance(argument, Value):
             self.containers[proxy.node] = argument.container
             return proxy
-        items = [self.create_proxy("call_function", operator.getitem, (proxy, key), {}) for key in argument.keys]
-        given = (
-            dict(zip(argument.keys, items, strict=True)) if argument.container is dict else argument.container(items)
-        )
-        self.given.append((given, len(argument.keys)))
+        return self.unpacked(proxy, argument)
+
+    def unpacked(self, whole: fx.Proxy, argument: Items) -> Any:
+        """A list, tuple or dict of the method's arguments: constants as they are, the other items taken out of it."""
+
+        def item(key: Any, inner: Argument) -> Any:
+            if isinstance(inner, Constant):
+                return inner.value
+            taken = self.create_proxy("call_function", operator.getitem, (whole, key), {})
+            return self.unpacked(taken, inner) if isinstance(inner, Items) else taken
+
+        items = {key: item(key, inner) for key, inner in argument.items}
+        given = items if argument.container is dict else argument.container(items.values())
+        self.given.append((given, len(items)))
         return given
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -182,10 +262,10 @@ class OwnerTracer(fx.Tracer):
         """What isinstance() answers to the method: for a traced argument, by what the caller passes."""
         if type(value) is StoredTensor:
             return isinstance(value.stored, classes)
-        if type(value) is not TracedValue:
+        if not isinstance(value, TracedValue | TracedAttribute):
             return None
         if value.node not in self.containers:
-            raise UntraceableError("its forward asks for the Python type of a computed value")
+            self.refuse("its forward asks for the Python type of a computed value")
         self.typed.add(str(value.node.target))
         return issubclass(self.containers[value.node], classes)
 
@@ -219,12 +299,17 @@ class OwnerTracer(fx.Tracer):
             raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
         return self.create_proxy("call_module", path, args, kwargs)
 
+    def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor from nothing, or what a function of another library makes of a value, becomes a node."""
+        return self.create_proxy("call_function", factory, args, kwargs)
+
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note a read; parameters and buffers come back as traced values."""
         where = self.names.module(self.path, module)
         if where is None:
             return value
         self.reads[where, name, fingerprint(value)] = None
+        self.kept.keep(module)
         if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
             return self.tensor(value)
         if type(value) in (dict, list, set):
@@ -234,6 +319,7 @@ class OwnerTracer(fx.Tracer):
     def read_inherited(self, module: nn.Module, name: str, value: Any) -> None:
         """Note a read of a class's attribute: plain data by its value, the rest as long as no instance overrides it."""
         where = self.names.module(self.path, module)
+        self.kept.keep(value)
         if where is not None:
             self.reads[where, name, inherited(value)] = None
 
@@ -244,8 +330,13 @@ class OwnerTracer(fx.Tracer):
             self.reads[where, name, MISSING] = None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.branched = True  # the user's code may catch the error that this raises
-        return super().to_bool(obj)
+        self.refuse("its forward branches on a traced value: control flow, which a graph can't hold")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            self.refuse("its forward runs over the items of a traced value")
 
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""
@@ -270,7 +361,7 @@ def _from_parameters(node: fx.Node) -> bool:
 
 
 class _Factories(TorchFunctionMode):
-    """Traces calls that make a tensor from nothing (torch.zeros, torch.rand): run now, they would be frozen in."""
+    """Traces calls that make a tensor from nothing under whatever name the code has them (`from torch import zeros`)."""
 
     def __init__(self, tracer: OwnerTracer) -> None:
         super().__init__()
@@ -278,17 +369,9 @@ class _Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _factories():
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        if func in FACTORIES:
+            return self.tracer.made(func, args, kwargs)
         return func(*args, **kwargs)
-
-
-@cache
-def _factories() -> frozenset[Any]:
-    names = (
-        "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
-    )
-    return frozenset(getattr(torch, name) for name in names.split())
 
 
 MISSING = ("missing",)

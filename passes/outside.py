@@ -1,0 +1,94 @@
+"""What running a user's code on other than real values must leave as it was: modules, containers and plain objects."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import nn
+
+_LONGEST = 64  # items of a container that are looked into
+
+
+class Kept:
+    """Shallow copies of things that code may change, so that a change is seen and put back.
+
+    Of a module, its attributes, its registered names, and the containers and plain objects among its attributes are
+    kept; of a container, its items; of any other object, its attributes.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Any, Any]] = {}
+
+    def keep(self, thing: Any) -> None:
+        """Keep one thing, where it is one that can change."""
+        if id(thing) in self._kept:
+            return
+        if isinstance(thing, nn.Module):
+            self._kept[id(thing)] = (thing, dict(thing.__dict__))
+            for value in thing.__dict__.values():
+                self.keep(value)
+        elif isinstance(thing, dict | list | set | deque):
+            self._kept[id(thing)] = (thing, _items(thing))
+            for value in _items(thing).values() if isinstance(thing, dict) else thing:
+                if len(thing) <= _LONGEST and isinstance(value, dict | list | set | deque):
+                    self.keep(value)
+        elif _is_plain_object(thing):
+            self._kept[id(thing)] = (thing, dict(thing.__dict__))
+
+    def keep_surroundings(self, function: FunctionType) -> None:
+        """Keep what a function may reach by a global name or has closed over."""
+        for name in function.__code__.co_names:
+            self.keep(function.__globals__.get(name))
+        for cell in function.__closure__ or ():
+            if cell != CellType():
+                self.keep(cell.cell_contents)
+
+    def put_back(self) -> list[tuple[Any, list[Any]]]:
+        """Give everything the contents that it had; the answer is what had others, and the values that came new."""
+        changed: list[tuple[Any, list[Any]]] = []
+        for thing, before in self._kept.values():
+            now = _items(thing)
+            if not _same(now, before):
+                changed.append((thing, _added(now, before)))
+                _refill(thing, before)
+        return changed
+
+
+def _is_plain_object(thing: Any) -> bool:
+    library = type(thing).__module__.split(".")[0]
+    own = not isinstance(thing, type) and not callable(thing) and library not in ("torch", "builtins", "numpy")
+    return own and isinstance(getattr(thing, "__dict__", None), dict)
+
+
+def _items(thing: Any) -> Any:
+    if isinstance(thing, dict):
+        return dict(dict.items(thing))
+    return list(thing) if isinstance(thing, list | deque | set) else dict(thing.__dict__)
+
+
+def _same(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
+    return len(now) == len(before) and all(one is other for one, other in zip(now, before, strict=True))
+
+
+def _added(now: Any, before: Any) -> list[Any]:
+    values = list(now.values() if isinstance(now, dict) else now)
+    known = {id(value) for value in (before.values() if isinstance(before, dict) else before)}
+    return [value for value in values if id(value) not in known]
+
+
+def _refill(thing: Any, before: Any) -> None:
+    if isinstance(thing, dict):
+        dict.clear(thing)
+        dict.update(thing, before)
+    elif isinstance(thing, list):
+        thing[:] = before
+    elif isinstance(thing, set | deque):
+        thing.clear()
+        thing.update(before) if isinstance(thing, set) else thing.extend(before)
+    else:
+        thing.__dict__.clear()
+        thing.__dict__.update(before)

@@ -1,0 +1,184 @@
+"""What the bytecode of a forward, and of the functions it calls, says of it: names, activations, and traps of tracing."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property, partial
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from .activations import FUNCTIONS, MODULES, NAMES
+
+_FARTHEST = 200  # functions that are looked at for one forward
+_LONGEST = 64  # items of a container that are looked at
+
+
+def codes(function: Callable[..., Any]) -> list[CodeType]:
+    """The code of a function, of what it wraps, and of the functions that it defines inside."""
+    return [code for each in _layers(function) for code in _nested(each.__code__)]
+
+
+def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[FunctionType]:
+    """The Python functions that a method may run: itself, the class's own methods, and the functions it names.
+
+    torch's own functions are left out: a graph holds calls of them.
+    """
+    found: dict[FunctionType, None] = {}
+    todo = _layers(function)
+    while todo and len(found) < _FARTHEST:
+        here = todo.pop()
+        if here in found or _is_torchs(here):
+            continue
+        found[here] = None
+        todo += [layer for named in _named(here, cls) for layer in _layers(named)]
+    return list(found)
+
+
+def activations_named(function: Callable[..., Any], cls: type[nn.Module]) -> list[str]:
+    """The activations that a method, or a function that it may run, names as functions, tensor methods or classes."""
+    found: dict[str, None] = dict.fromkeys(activations_in(inspect.unwrap(function)))
+    for each in reached(function, cls):
+        for code in _nested(each.__code__):
+            mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
+            found |= dict.fromkeys(NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
+            for name in code.co_names:
+                found |= dict.fromkeys(activations_in(each.__globals__.get(name)))
+    return list(found)
+
+
+def activations_in(value: Any) -> list[str]:
+    """The activations that a value is, or that a container of few items holds: as functions, classes or modules."""
+    if isinstance(value, dict | list | tuple):
+        items = (value.values() if isinstance(value, dict) else value) if len(value) <= _LONGEST else ()
+        return [name for item in items if not isinstance(item, dict | list | tuple) for name in activations_in(item)]
+    if isinstance(value, partial):
+        return activations_in(value.func)
+    known: str | None = None
+    if isinstance(value, type):
+        known = MODULES.get(value)
+    elif callable(value) and not isinstance(value, nn.Module):
+        named = NAMES.get(getattr(value, "__name__", "")) if not isinstance(value, FunctionType) else None
+        known = FUNCTIONS.get(value) or named
+    return [known] if known else []
+
+
+def trap(function: Callable[..., Any], cls: type[nn.Module]) -> str | None:
+    """Why running a method on traced values would not show what it does; None where nothing stands against it."""
+    if any(map(_enters_a_context, codes(function))):
+        return "its forward enters a `with` block, which a graph can't hold"
+    return next(
+        (why for each in reached(function, cls) for code in _nested(each.__code__) if (why := _trap(code))), None
+    )
+
+
+@cache
+def _trap(code: CodeType) -> str | None:
+    """What asks for the identity or the exact type of a value: a traced value answers it wrongly, and unseen."""
+    before: dis.Instruction | None = None
+    asks_type: set[int | None] = set()
+    compares: set[int | None] = set()
+    line: int | None = None
+    for instruction in dis.get_instructions(code):
+        line = instruction.positions.lineno if instruction.positions else line
+        if instruction.opname == "MATCH_CLASS":
+            return f"`{code.co_name}` matches a value by its type, which a traced value does not have"
+        if instruction.opname == "STORE_GLOBAL":
+            return f"`{code.co_name}` sets the global variable `{instruction.argval}`, which a graph can't hold"
+        if instruction.opname == "IS_OP" and not (before and before.opname == "LOAD_CONST"):
+            return f"`{code.co_name}` asks whether two values are the same object, which a trace can't tell"
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
+            asks_type.add(line)
+        if instruction.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP"):
+            compares.add(line)
+        before = instruction
+    if asks_type & compares:
+        return f"`{code.co_name}` compares the exact type of a value, which a traced value does not have"
+    return None
+
+
+def says_something(frame: FrameType) -> bool:
+    """Whether a text that a frame makes now is for people: what an assertion, a warning or a log is called with."""
+    line, told = frame.f_lineno, _messages(frame.f_code)
+    return any(first <= line <= last for first, last in told)
+
+
+@cache
+def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
+    """The lines of calls that tell people something."""
+    told: set[tuple[int, int]] = set()
+    talking: set[int | None] = set()
+    for instruction in dis.get_instructions(code):
+        where = instruction.positions
+        if where is None or where.lineno is None or where.end_lineno is None:
+            continue
+        if instruction.argval in _TELLING and instruction.opname.startswith("LOAD"):
+            talking.add(where.lineno)
+        if instruction.opname.startswith(("CALL", "RAISE")) and where.lineno in talking:
+            told.add((where.lineno, where.end_lineno))
+    return frozenset(told)
+
+
+_TELLING = frozenset(
+    {"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"}
+)
+
+
+@cache
+def _enters_a_context(code: CodeType) -> bool:
+    return any(
+        instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
+        for instruction in dis.get_instructions(code)
+    )
+
+
+@cache
+def _nested(code: CodeType) -> tuple[CodeType, ...]:
+    inner = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in _nested(constant)]
+    return (code, *inner)
+
+
+def _layers(value: Any) -> list[FunctionType]:
+    """The Python functions of a callable: itself, and what it wraps."""
+    if isinstance(value, partial):
+        return _layers(value.func)
+    if isinstance(value, staticmethod | classmethod | MethodType):
+        return _layers(value.__func__)
+    if isinstance(value, property):
+        return _layers(value.fget)
+    if isinstance(value, cached_property):
+        return _layers(value.func)
+    both = (value, inspect.unwrap(value)) if callable(value) and not isinstance(value, type) else ()
+    return [function for function in dict.fromkeys(both) if isinstance(function, FunctionType)]
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return str(function.__module__).split(".")[0] in ("torch", "builtins")
+
+
+def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
+    """What the function's names stand for: methods of the class, globals, functions of modules, and closed-over values."""
+    for code in _nested(function.__code__):
+        spaces: list[ModuleType] = []
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, ModuleType):
+                spaces.append(value)
+            elif value is not None:
+                yield value
+            if not hasattr(nn.Module, name):
+                yield inspect.getattr_static(cls, name, None)
+            for space in spaces:
+                yield getattr(space, name, None) if not _foreign(space) else None
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+
+
+def _foreign(space: ModuleType) -> bool:
+    return space.__name__.split(".")[0] == "torch"
