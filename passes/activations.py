@@ -49,6 +49,7 @@ NAMES: dict[str, str] = {
     **{getattr(fn, "__name__", ""): name for fn, name in FUNCTIONS.items()},
     **{cls.__name__: name for cls, name in MODULES.items()},
     **METHODS,
+    F.scaled_dot_product_attention.__name__: "attention",
 }
 
 

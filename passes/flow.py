@@ -89,7 +89,7 @@ class Flow:
             here = self.linked.source(Spot(here.unit, inputs[0]))
             same.append(here)
         root = here
-        while root.node.target in _MOVES and (inputs := root.node.all_input_nodes):
+        while _moves(root.node) and (inputs := root.node.all_input_nodes):
             root = self.linked.source(Spot(root.unit, inputs[0]))
         known = origins.value(root) if root is not here else None
         rank = len(positions) + 1
@@ -183,7 +183,7 @@ class Flow:
             value = self.value(Spot(spot.unit, inner))
             return value if moves else tree_map_only(Tensor, _emptied, value)
 
-        moves = node.target in _MOVES and (spot.unit == self.home or modes_agree(self.linked.graphs[spot.unit]))
+        moves = _moves(node) and (spot.unit == self.home or modes_agree(self.linked.graphs[spot.unit]))
         moves = moves and not any(
             overwritten(self.linked, Spot(spot.unit, value), node) for value in node.all_input_nodes
         )
@@ -195,6 +195,14 @@ class Flow:
             return call(*args, **kwargs)
         except Exception as error:  # a user's call on tensors of the wrong size may raise anything
             raise UnknownError from error
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether the call moves the elements of a tensor, or repeats them, and does nothing else to them."""
+    library = str(getattr(node.target, "__module__", "")).partition(".")[0]
+    return node.target in _MOVES or (
+        library == "einops" and getattr(node.target, "__name__", "") in ("rearrange", "repeat")
+    )
 
 
 def _emptied(value: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch.nn.functional as F
+
 from .activation_calls import Calls
 from .activations import activation_input
 from .attention import value_path
@@ -83,9 +85,11 @@ def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
 
 
 def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
-    """Activations called as functions in forwards that have no graph."""
+    """Activations, and attention, called as functions in forwards that have no graph."""
     for path, error in linked.failures.items():
         traced = {name for unit in linked.methods(path) for name in linked.activations_in(unit)}
+        calls = (node for unit in linked.methods(path) for node in linked.graphs[unit].graph.nodes)
+        traced |= {"attention" for node in calls if node.target is F.scaled_dot_product_attention}
         for activation in [name for name in linked.tracing.mentions(path) if name not in traced]:
             reason = Reason(
                 str(error), "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"

@@ -333,6 +333,10 @@ class OwnerTracer(fx.Tracer):
         self.refuse("its forward branches on a traced value: control flow, which a graph can't hold")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        parts = _parts(obj.node)
+        if parts is not None:
+            value: Any = obj
+            return (value[index] for index in range(parts))
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:
@@ -347,6 +351,22 @@ class OwnerTracer(fx.Tracer):
             kept, new = len(held) == len(copied) and all(map(operator.is_, held, copied)), []
         if not kept or not all(type(item) is TracedValue and _from_parameters(item.node) for item in new):
             raise UntraceableError("its forward changes a list or dict that its module holds")
+
+
+_SPLITS: set[Any] = {
+    "chunk", "split", "tensor_split", "split_with_sizes", torch.chunk, torch.split, torch.tensor_split,
+    torch.split_with_sizes,
+}  # fmt: skip
+
+
+def _parts(node: fx.Node) -> int | None:
+    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`."""
+    if node.target not in _SPLITS:
+        return None
+    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if isinstance(how, list | tuple):
+        return len(how) + ("tensor_split" in str(node.target))
+    return how if isinstance(how, int) and "chunk" in str(node.target) else None
 
 
 def _dice() -> Any:

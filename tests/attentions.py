@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 HEADS = 2
@@ -62,7 +65,7 @@ class Separate(nn.Module):
         k, v = (
             y.unsqueeze(1).expand(batch, HEADS, tokens, head).reshape(-1, tokens, head) for y in (self.k(x), self.v(x))
         )
-        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * head**-0.5, dim=-1)
+        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / math.sqrt(head), dim=-1)
         mixed = torch.bmm(weights, v).view(batch, HEADS, tokens, head).transpose(1, 2)
         return self.out(mixed.reshape(batch, tokens, channels))  # type: ignore[no-any-return]
 
@@ -74,6 +77,15 @@ class Einsum(Attention):
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, self.head)).unbind(2)
         weights = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
         return self.proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))  # type: ignore[no-any-return]
+
+
+class Rearranged(Attention):
+    """The heads are split and joined by einops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=HEADS) for y in self.qkv(x).chunk(3, dim=-1))
+        weights = (q @ k.transpose(-1, -2)).softmax(dim=-1)
+        return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)"))  # type: ignore[no-any-return]
 
 
 class CrossCovariance(Attention):
@@ -137,6 +149,6 @@ class Parted(nn.Module):
 ATTENTIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
     for cls in (
-        Attention, Product, Interleaved, Separate, Einsum, CrossCovariance, Convolutional, Multihead, Parted,
+        Attention, Product, Interleaved, Separate, Einsum, Rearranged, CrossCovariance, Convolutional, Multihead, Parted,
     )
 }  # fmt: skip

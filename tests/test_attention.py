@@ -232,3 +232,11 @@ def test_attention_compiles_in_one_graph(x: Tensor) -> None:
             net.get_parameter(site.parameter).normal_()
     compiled = torch.compile(net, fullgraph=True)
     assert torch.allclose(compiled(x), net(x), atol=1e-12)
+
+
+def test_attention_in_a_forward_without_a_graph_is_refused() -> None:
+    class Branching(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else F.scaled_dot_product_attention(x, x, x)
+
+    assert "branches on a traced value" in refusal(Branching())
