@@ -83,25 +83,27 @@ class Flow:
 
         A value that W's input is a reshape of, as a map of features is of tokens, has the axes that its channels tell.
         """
-        here = self.linked.source(read)
-        same = [here]
-        while (inputs := here.node.all_input_nodes) and _keeps_shape(here.node, self.linked.module(here)):
-            here = self.linked.source(Spot(here.unit, inputs[0]))
-            same.append(here)
-        root = here
-        while _moves(root.node) and (inputs := root.node.all_input_nodes):
-            root = self.linked.source(Spot(root.unit, inputs[0]))
-        known = origins.value(root) if root is not here else None
-        rank = len(positions) + 1
-        axis = known.axis - rank if known is not None and known.axis > 0 else known.axis if known is not None else 0
-        if known is not None and -rank <= axis < 0:
-            self.known[root] = torch.empty(_shape(positions, axis, known.width), device="meta")
+        same = self._back(read, lambda spot: _keeps_shape(spot.node, self.linked.module(spot)))
+        here = same[-1]
+        root = self._back(here, lambda spot: _moves(spot.node))[-1]
+        known = origins.value(root) if root != here else None
+        if known is not None:
+            axis = known.axis - (len(positions) + 1) * (known.axis > 0)  # a BatchNorm's is counted from the front
+            if -1 - len(positions) <= axis:
+                self.known[root] = torch.empty(_shape(positions, axis, known.width), device="meta")
             try:
                 return tuple(self.tensor(here).shape)
             except UnknownError:
                 self.known.clear()
         self.known |= dict.fromkeys(same, torch.empty(shape, device="meta"))
         return shape
+
+    def _back(self, spot: Spot, passes: Callable[[Spot], bool]) -> list[Spot]:
+        """The spots from here back to the first that does not pass its first input on."""
+        found = [self.linked.source(spot)]
+        while len(found) < CALLS and passes(found[-1]) and (inputs := found[-1].node.all_input_nodes):
+            found.append(self.linked.source(Spot(found[-1].unit, inputs[0])))
+        return found
 
     def value(self, spot: Spot) -> Any:
         """The value at a spot: a numbered tensor, a tensor without data, or a size.
@@ -211,6 +213,7 @@ def _emptied(value: Tensor) -> Tensor:
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """torch.broadcast_shapes, with types."""
     return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 

@@ -170,6 +170,7 @@ def bias_is_free(linked: Linked, affine: Affine) -> bool:
 
 
 def label(linked: Linked, spot: Spot) -> str:
+    """A spot's name for a reader: the module it calls, the argument or the function that it is."""
     module = linked.module(spot)
     if module is not None:
         return f"{linked.child(*spot)} ({type(module).__name__})"
