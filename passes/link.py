@@ -166,6 +166,13 @@ class Linked:
             return None
         return unit
 
+    def unit_called(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Unit | None:
+        """The unit of a module that runs for these run-time arguments; its first one where no graph calls it so."""
+        signature = self.tracing.signature(path)
+        call = call_of(signature, args, kwargs) if signature else None
+        exact = self._calls.get((path, call.key())) if call else None
+        return exact or next(iter(self.variants(path)), None)
+
     def own_unit(self, path: str) -> list[Unit]:
         """The unit of a leaf module's own forward, traced now; empty where it has no graph."""
         try:

@@ -1,96 +1,120 @@
-"""Channels from example inputs: where provenance does not settle them, one run on fake tensors tells the shapes."""
+"""Shapes from example inputs: one run on fake tensors tells the shape of every value that is asked for."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from .activations import activation_input
 from .calls import bound_to_placeholders
 from .channels import Channels
-from .link import ExampleInputs, Linked, Spot
+from .link import ExampleInputs, Linked, Spot, Unit
 
 
 class Run:
     """What a run of the model on fake copies of the inputs told; nothing is computed, and no memory is used.
 
     Attributes:
-        channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
-            any other along its last.
+        shapes: the shapes of the values asked for, where the run reached them.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
-    def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
-        self.channels: dict[Spot, Channels] = {}
+    def __init__(self, linked: Linked, values: Iterable[Spot], inputs: ExampleInputs) -> None:
+        self.shapes: dict[Spot, tuple[int, ...]] = {}
         self.failure = ""
-        wanted: dict[str, list[Spot]] = {}
-        for spot in spots:
-            wanted.setdefault(spot.unit.path, []).append(spot)
+        self._linked = linked
+        self._wanted: dict[Unit, set[fx.Node]] = {}
+        self._replayed: set[Unit] = set()
+        for unit, node in values:
+            self._wanted.setdefault(unit, set()).add(node)
         from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
 
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with _eval_mode(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            hooks = [
-                linked.modules[path].register_forward_pre_hook(self._watch(linked, here), with_kwargs=True)
-                for path, here in wanted.items()
-            ]
+        with _eval_mode(linked.model), self._watching(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             try:
-                linked.model(
-                    *tree_map_only(Tensor, fake.from_tensor, args), **tree_map_only(Tensor, fake.from_tensor, kwargs)
-                )
+                with torch.no_grad():
+                    linked.model(
+                        *tree_map_only(Tensor, fake.from_tensor, args),
+                        **tree_map_only(Tensor, fake.from_tensor, kwargs),
+                    )
             except Exception as error:  # the user's model on fake tensors may raise anything; what was seen still holds
                 self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            finally:
-                for hook in hooks:
-                    hook.remove()
 
-    def _watch(self, linked: Linked, spots: list[Spot]) -> Callable[..., None]:
-        def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            missing = [spot for spot in spots if spot not in self.channels]
-            if not missing:
-                return
-            signature = linked.tracing.signature(missing[0].unit.path)
-            if signature is not None and missing[0].unit.method == "forward":
-                self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
-                self.channels |= _replay(linked, module, missing, signature, args, kwargs)
+    def channels(self, spot: Spot) -> Channels | None:
+        """The channels of a value: along axis 1 where it has four or five axes, else along its last."""
+        shape = self.shapes.get(spot)
+        if not shape:
+            return None
+        axis = 1 if len(shape) in (4, 5) else -1
+        return Channels(shape[axis], axis)
 
-        return before_forward
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Inside, the forwards and helper methods that hold wanted values are replayed when they are first called."""
+        modules = {path: self._linked.modules[path] for path in {unit.path for unit in self._wanted}}
+        hooks = [
+            module.register_forward_pre_hook(partial(self._before_forward, path), with_kwargs=True)
+            for path, module in modules.items()
+        ]
+        helpers = [unit for unit in self._wanted if unit.method != "forward"]
+        for unit in helpers:
+            modules[unit.path].__dict__[unit.method] = self._replayed_first(unit)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for unit in helpers:
+                del modules[unit.path].__dict__[unit.method]
 
+    def _before_forward(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        unit = self._linked.unit_called(path, args, kwargs)
+        if unit is not None:
+            self._replay(unit, args, kwargs)
 
-def _replay(
-    linked: Linked,
-    module: nn.Module,
-    spots: list[Spot],
-    signature: inspect.Signature,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> dict[Spot, Channels]:
-    """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
-    graph = linked.graphs[spots[0].unit].graph
-    given = bound_to_placeholders(signature, args, kwargs)
-    values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-    replay = _Replay(module, {z: spot for spot in spots if (z := activation_input(spot.node))}, graph)
-    replay.run(*values)
-    return replay.found
+    def _replayed_first(self, unit: Unit) -> Callable[..., Any]:
+        original = getattr(self._linked.modules[unit.path], unit.method)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            self._replay(unit, args, kwargs)
+            return original(*args, **kwargs)
+
+        return method
+
+    def _replay(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values."""
+        wanted = self._wanted.get(unit)
+        signature = self._linked.tracing.signature(unit.path, unit.method)
+        if not wanted or signature is None or unit in self._replayed:
+            return
+        self._replayed.add(unit)  # before the run: children that are called below end here
+        graph = self._linked.graphs[unit].graph
+        given = bound_to_placeholders(signature, args, kwargs)
+        values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
+        _Replay(self._linked.modules[unit.path], graph, unit, wanted, self.shapes).run(*values)
 
 
 class _Replay(fx.Interpreter):
-    def __init__(self, module: nn.Module, wanted: dict[fx.Node, Spot], graph: fx.Graph) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        unit: Unit,
+        wanted: set[fx.Node],
+        shapes: dict[Spot, tuple[int, ...]],
+    ) -> None:
         super().__init__(module, graph=graph)
-        self.wanted = wanted
-        self.found: dict[Spot, Channels] = {}
+        self.unit, self.wanted, self.shapes = unit, wanted, shapes
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor) and value.dim():
-            axis = 1 if value.dim() in (4, 5) else -1
-            self.found[self.wanted[n]] = Channels(value.shape[axis], axis)
+        if n in self.wanted and isinstance(value, Tensor):
+            self.shapes[Spot(self.unit, n)] = tuple(map(int, value.shape))
         return value
 
 
