@@ -1,0 +1,164 @@
+"use strict";
+
+/** The nested graph: which part of it can be seen, and where that lies. dagre lays out each module's inside on its own. */
+class NestedGraph {
+  constructor(data, measure) {
+    this.nodes = new Map(data.nodes.map((node) => [node.id, node]));
+    this.edges = data.edges;
+    this.measure = measure;
+    this.open = new Set();
+    this.stage = "before";
+    this.chains = new Map();
+    this.inside = { before: this.readChildren("before"), after: this.readChildren("after") };
+    this.levels = {};
+    this.layouts = new Map();
+    this.root = data.nodes[0].id;
+  }
+
+  has(thing, stage = this.stage) {
+    return !thing.stage || thing.stage === stage;
+  }
+
+  isModule(id) {
+    return this.nodes.get(id).role === "module";
+  }
+
+  readChildren(stage) {
+    const children = new Map();
+    for (const node of this.nodes.values()) {
+      if (node.parent === undefined || !this.has(node, stage)) continue;
+      if (!children.has(node.parent)) children.set(node.parent, []);
+      children.get(node.parent).push(node.id);
+    }
+    return children;
+  }
+
+  children(id) {
+    return this.inside[this.stage].get(id) || [];
+  }
+
+  /** The node with the modules around it, outermost first. */
+  chain(id) {
+    let chain = this.chains.get(id);
+    if (!chain) {
+      const parent = this.nodes.get(id).parent;
+      chain = parent === undefined ? [id] : [...this.chain(parent), id];
+      this.chains.set(id, chain);
+    }
+    return chain;
+  }
+
+  /** What shows a node: itself, or the outermost closed module around it. */
+  shownBy(id) {
+    const chain = this.chain(id);
+    return chain.find((step) => step === id || !this.open.has(step));
+  }
+
+  setOpen(id, open) {
+    if (open) this.open.add(id);
+    else this.open.delete(id);
+    for (const step of this.chain(id)) this.layouts.delete(`${this.stage} ${step}`);
+    const other = this.stage === "before" ? "after" : "before";
+    for (const step of this.chain(id)) this.layouts.delete(`${other} ${step}`);
+  }
+
+  /** Open the modules around a node. */
+  reveal(id) {
+    for (const step of this.chain(id)) if (step !== id && !this.open.has(step)) this.setOpen(step, true);
+  }
+
+  /** Open modules, outer ones first, as long as not more than `budget` nodes can be seen. */
+  openUpTo(budget) {
+    this.setOpen(this.root, true);
+    let seen = this.children(this.root).length;
+    const queue = [...this.children(this.root)];
+    while (queue.length) {
+      const id = queue.shift();
+      const inner = this.children(id);
+      if (!this.isModule(id) || seen + inner.length > budget) continue;
+      seen += inner.length;
+      this.setOpen(id, true);
+      queue.push(...inner);
+    }
+  }
+
+  /** Edges between the children of each module: an edge belongs to the innermost module that holds both its ends. */
+  levelEdges(id) {
+    if (!this.levels[this.stage]) {
+      const levels = new Map();
+      for (const edge of this.edges) {
+        if (!this.has(edge)) continue;
+        const from = this.chain(edge.source), to = this.chain(edge.target);
+        let depth = 0;
+        while (from[depth] === to[depth]) depth += 1;
+        const level = from[depth - 1];
+        if (!levels.has(level)) levels.set(level, new Map());
+        levels.get(level).set(`${from[depth]} ${to[depth]}`, [from[depth], to[depth]]);
+      }
+      this.levels[this.stage] = levels;
+    }
+    return this.levels[this.stage].get(id) || new Map();
+  }
+
+  size(id) {
+    if (!this.open.has(id)) return this.measure(this.nodes.get(id));
+    const { width, height } = this.layout(id);
+    return { width: width + 2 * NestedGraph.PADDING, height: height + 2 * NestedGraph.PADDING + NestedGraph.TITLE };
+  }
+
+  /** The inside of an open module: size, the centres of its children, and the bends of the edges between them. */
+  layout(id) {
+    const key = `${this.stage} ${id}`;
+    if (this.layouts.has(key)) return this.layouts.get(key);
+    const graph = new dagre.graphlib.Graph();
+    graph.setGraph({ rankdir: "TB", nodesep: 16, ranksep: 26, edgesep: 8 });
+    for (const child of this.children(id)) graph.setNode(child, this.size(child));
+    for (const [edge, [from, to]] of this.levelEdges(id)) graph.setEdge(from, to, { id: edge });
+    dagre.layout(graph);
+    const places = new Map(graph.nodes().map((child) => [child, graph.node(child)]));
+    const bends = new Map(graph.edges().map((edge) => [`${edge.v} ${edge.w}`, graph.edge(edge).points.slice(1, -1)]));
+    const { width = 0, height = 0 } = graph.graph();
+    const found = { width: Math.max(width, 0), height: Math.max(height, 0), places, bends };
+    this.layouts.set(key, found);
+    return found;
+  }
+
+  /** All that can be seen, with places: {nodes: [{id, x, y, width, height}], edges: [{id, source, target, bends, seen}]}. */
+  visible() {
+    const nodes = [], origins = new Map();
+    const place = (id, left, top) => {
+      origins.set(id, { left, top });
+      for (const [child, spot] of this.layout(id).places) {
+        const open = this.open.has(child);
+        nodes.push({ id: child, x: left + spot.x, y: top + spot.y, width: spot.width, height: spot.height, open });
+        if (open) {
+          const corner = [left + spot.x - spot.width / 2, top + spot.y - spot.height / 2];
+          place(child, corner[0] + NestedGraph.PADDING, corner[1] + NestedGraph.PADDING + NestedGraph.TITLE);
+        }
+      }
+    };
+    place(this.root, 0, 0);
+    const edges = new Map();
+    for (const edge of this.edges) {
+      if (!this.has(edge)) continue;
+      const source = this.shownBy(edge.source), target = this.shownBy(edge.target);
+      const id = `${source} ${target}`;
+      if (source === target || edges.has(id)) continue;
+      edges.set(id, { id, source, target, seen: edge.seen !== false, bends: this.bends(edge, origins) });
+    }
+    return { nodes, edges: [...edges.values()] };
+  }
+
+  bends(edge, origins) {
+    const from = this.chain(edge.source), to = this.chain(edge.target);
+    let depth = 0;
+    while (from[depth] === to[depth]) depth += 1;
+    const level = from[depth - 1];
+    const points = this.layout(level).bends.get(`${from[depth]} ${to[depth]}`) || [];
+    const { left, top } = origins.get(level);
+    return points.map((point) => ({ x: left + point.x, y: top + point.y }));
+  }
+}
+
+NestedGraph.PADDING = 12;
+NestedGraph.TITLE = 18;
