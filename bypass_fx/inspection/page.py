@@ -45,7 +45,7 @@ def page_data(inspection: Inspection, picture: Picture, run: Residuals | None = 
         "nodes": [_short(asdict(node), stage="both") for node in picture.nodes],
         "edges": [_short(asdict(edge), stage="both", seen=True) for edge in picture.edges],
         "sites": {site.name: asdict(panel(inspection, site)) for site in plan.sites},
-        "refusals": {refusal.name: {"kind": "refused", **asdict(refusal)} for refusal in plan.refusals},
+        "refusals": {refusal.name: asdict(refusal) for refusal in plan.refusals},
         "run": asdict(run) if run else None,
     }
 

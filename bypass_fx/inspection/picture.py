@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,7 +23,8 @@ Stage = Literal["both", "before", "after"]
 class Node:
     """A module (others lie in it) or a value; `parent` is the module it lies in.
 
-    `site` and `refusal` name what the plan says of an activation call; `shape` is "" where it is not known.
+    `site` and `refusal` name what the plan says of an activation call, and `kind` is the site's constraint, or "refused".
+    `shape` is "" where it is not known.
     """
 
     id: str
@@ -36,6 +36,7 @@ class Node:
     shape: str = ""
     site: str = ""
     refusal: str = ""
+    kind: str = ""
     stage: Stage = "both"
 
 
@@ -78,6 +79,9 @@ class _Drawing:
                 self.value(unit, node)
         for path in self.linked.failures:
             self.opaque(path)
+        for unit in self.units:
+            if unit.method != "forward":
+                self.helper(unit)
         for path in sorted(self.linked.unseen):
             self.unseen(path)
         self.connect()
@@ -151,6 +155,12 @@ class _Drawing:
         name = f"{path}#forward" if path else f"{ROOT}#forward"
         self.nodes[name] = Node(name, self.module(path), "opaque", "forward", "no graph", reason)
 
+    def helper(self, unit: Unit) -> None:
+        """A helper method of a forward without a graph, which calls it."""
+        for node in self.linked.graphs[unit].graph.nodes:
+            if node.op == "placeholder":
+                self.join(f"{unit.path or ROOT}#forward", _name(unit, node), seen=False)
+
     def unseen(self, path: str) -> None:
         """A module that code without a graph may call: an edge from the nearest such code, and a node if it has none."""
         caller = next((above for above in _above(path) if above in self.linked.failures), None)
@@ -192,12 +202,12 @@ class _Drawing:
         plan = self.inspection.plan
         for site in plan.sites:
             name = _name(*self.inspection.spots[site.name])
-            self.nodes[name] = replace(self.nodes[name], site=site.name)
+            self.nodes[name] = replace(self.nodes[name], site=site.name, kind=site.constraint)
         for refusal in plan.refusals:
             spot = self.inspection.spots.get(refusal.name)
             name = _name(*spot) if spot else f"{refusal.owner or ROOT}#forward"
             if name in self.nodes:
-                self.nodes[name] = replace(self.nodes[name], refusal=refusal.name)
+                self.nodes[name] = replace(self.nodes[name], refusal=refusal.name, kind="refused")
 
     def bypass(self, unit: Unit) -> None:
         """What the surgery adds to a unit: ψ with its δ behind every σ, read off the rewritten graph."""
@@ -216,7 +226,9 @@ class _Drawing:
         name, coefficients = _name(unit, node), _name(unit, delta)
         detail = f"ψ(z) = σ(z) + D z, σ = {site.activation}"
         shape = self.nodes[here].shape
-        self.nodes[name] = Node(name, parent, "op", "ψ", "D-activation", detail, shape, site.name, stage="after")
+        self.nodes[name] = Node(
+            name, parent, "op", "ψ", "D-activation", detail, shape, site.name, kind=site.constraint, stage="after"
+        )
         about = f"D = diag(δ), {site.width} coefficients, 0 at first"
         self.nodes[coefficients] = Node(
             coefficients, parent, "parameter", site.delta, "δ", about, str(site.width), stage="after"
@@ -242,7 +254,12 @@ class _Drawing:
 
 
 def _is_drawn(linked: Linked, unit: Unit) -> bool:
-    """Whether a unit's inside is shown: an activation or an affine look-alike is a node, unless no graph calls it."""
+    """Whether a unit's inside is shown: activations and affine look-alikes are nodes, unless no graph calls them, and a
+    helper method is shown where it calls a module or an activation.
+    """
+    if unit.method != "forward":
+        calls_module = any(node.op == "call_module" for node in linked.graphs[unit].graph.nodes)
+        return calls_module or bool(linked.activations_in(unit))
     leaf = linked.activation_module(unit.path) or linked.look_alike(unit.path)
     return not leaf or unit.path in linked.unseen
 
@@ -269,12 +286,3 @@ def _arguments(node: fx.Node) -> str:
     given += [f"{key}={value!r}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
     return ", ".join(given)[:200]
 
-
-def kinds(picture: Picture) -> Counter[Role]:
-    """How many nodes of each role a picture has.
-
-    Example:
-        >>> kinds(Picture("net", (Node("(model)", None, "module", "net"),), ()))
-        Counter({'module': 1})
-    """
-    return Counter(node.role for node in picture.nodes)

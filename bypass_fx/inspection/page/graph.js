@@ -67,18 +67,15 @@ class NestedGraph {
     for (const step of this.chain(id)) if (step !== id && !this.open.has(step)) this.setOpen(step, true);
   }
 
-  /** Open modules, outer ones first, as long as not more than `budget` nodes can be seen. */
+  /** Open the modules that hold sites or refusals, level by level, as long as at most `budget` nodes can be seen. */
   openUpTo(budget) {
-    this.setOpen(this.root, true);
-    let seen = this.children(this.root).length;
-    const queue = [...this.children(this.root)];
-    while (queue.length) {
-      const id = queue.shift();
-      const inner = this.children(id);
-      if (!this.isModule(id) || seen + inner.length > budget) continue;
+    let seen = 0, level = [this.root];
+    while (level.length) {
+      const inner = level.flatMap((id) => this.children(id));
       seen += inner.length;
-      this.setOpen(id, true);
-      queue.push(...inner);
+      if (seen > budget && level[0] !== this.root) return;
+      for (const id of level) this.setOpen(id, true);
+      level = inner.filter((id) => this.isModule(id) && this.nodes.get(id).kind);
     }
   }
 
@@ -102,8 +99,14 @@ class NestedGraph {
 
   size(id) {
     if (!this.open.has(id)) return this.measure(this.nodes.get(id));
-    const { width, height } = this.layout(id);
+    const { height } = this.layout(id);
+    const width = this.innerWidth(id);
     return { width: width + 2 * NestedGraph.PADDING, height: height + 2 * NestedGraph.PADDING + NestedGraph.TITLE };
+  }
+
+  /** How wide the inside of an open module is: at least as wide as its title. */
+  innerWidth(id) {
+    return Math.max(this.layout(id).width, this.measure(this.nodes.get(id), true).width - 2 * NestedGraph.PADDING);
   }
 
   /** The inside of an open module: size, the centres of its children, and the bends of the edges between them. */
@@ -123,17 +126,18 @@ class NestedGraph {
     return found;
   }
 
-  /** All that can be seen, with places: {nodes: [{id, x, y, width, height}], edges: [{id, source, target, bends, seen}]}. */
+  /** All that can be seen, with places: {nodes: [{id, x, y, width, height, open, inner}], edges: [{id, source, target, bends, seen}]}. */
   visible() {
     const nodes = [], origins = new Map();
     const place = (id, left, top) => {
       origins.set(id, { left, top });
       for (const [child, spot] of this.layout(id).places) {
         const open = this.open.has(child);
-        nodes.push({ id: child, x: left + spot.x, y: top + spot.y, width: spot.width, height: spot.height, open });
+        const inner = open ? this.innerWidth(child) : 0;
+        nodes.push({ id: child, x: left + spot.x, y: top + spot.y, width: spot.width, height: spot.height, open, inner });
         if (open) {
-          const corner = [left + spot.x - spot.width / 2, top + spot.y - spot.height / 2];
-          place(child, corner[0] + NestedGraph.PADDING, corner[1] + NestedGraph.PADDING + NestedGraph.TITLE);
+          const corner = top + spot.y - spot.height / 2;
+          place(child, left + spot.x - this.layout(child).width / 2, corner + NestedGraph.PADDING + NestedGraph.TITLE);
         }
       }
     };

@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const made = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
-const BUDGET = 45, LISTED = 200;
+const BUDGET = 60, LISTED = 200;
 const KINDS = { folded: "strict, folded", augmented: "strict, augmented", zero: "relaxed", refused: "refused" };
 
 const pen = document.createElement("canvas").getContext("2d");
@@ -18,10 +18,7 @@ function widthOf(line) {
 function countKinds(graph) {
   const counts = new Map();
   for (const node of graph.nodes.values()) {
-    const about = data.sites[node.site] || data.refusals[node.refusal];
-    if (!about) continue;
-    node.kind = about.kind;
-    if (node.stage === "after") continue;
+    if (!node.kind || node.stage === "after" || node.role === "module") continue;
     for (const step of graph.chain(node.id).slice(0, -1)) {
       const count = counts.get(step) || {};
       count[node.kind] = (count[node.kind] || 0) + 1;
@@ -37,8 +34,8 @@ function countKinds(graph) {
   }
 }
 
-const graph = new NestedGraph(data, (node) => {
-  const lines = view.label(node, false).split("\n");
+const graph = new NestedGraph(data, (node, open = false) => {
+  const lines = view.label(node, open).split("\n");
   return { width: Math.max(34, 18 + Math.max(...lines.map(widthOf))), height: 12 + 13 * lines.length };
 });
 let view = { label: View.prototype.label };
@@ -233,7 +230,7 @@ function start() {
   for (const [kind, words] of Object.entries(KINDS)) byId("legend").append(made("i", "", kind), words);
   byId("legend").append(" · a dashed edge: code without a graph may make this call");
   view.draw();
-  view.fit();
+  view.begin();
   prepareRun();
   search();
   showPanel(graph.root);
@@ -244,8 +241,8 @@ function start() {
   byId("fit").onclick = () => view.fit();
   byId("zoom-in").onclick = () => view.zoomBy(1.25);
   byId("zoom-out").onclick = () => view.zoomBy(0.8);
-  byId("close-all").onclick = () => { for (const id of [...graph.open]) if (id !== graph.root) graph.setOpen(id, false); view.draw(); view.fit(); };
-  byId("open-sites").onclick = () => { for (const node of siteNodes.slice(0, LISTED)) graph.reveal(node.id); view.draw(); view.fit(); };
+  byId("close-all").onclick = () => { for (const id of [...graph.open]) if (id !== graph.root) graph.setOpen(id, false); view.draw(); view.begin(); };
+  byId("open-sites").onclick = () => { for (const node of siteNodes.slice(0, LISTED)) graph.reveal(node.id); view.draw(); view.begin(); };
   document.addEventListener("keydown", pressed);
   requestAnimationFrame(() => requestAnimationFrame(() => { window.drawnAfter = performance.now(); }));
 }

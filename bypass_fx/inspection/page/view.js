@@ -7,7 +7,7 @@ class View {
     this.data = data;
     this.heat = null;
     this.cy = cytoscape({
-      container, style: [], layout: { name: "preset" }, minZoom: 0.05, maxZoom: 3, wheelSensitivity: 0.3,
+      container, style: [], layout: { name: "preset" }, minZoom: 0.05, maxZoom: 3,
       autoungrabify: true, boxSelectionEnabled: false, selectionType: "single",
     });
     this.cy.on("tap", "node", (event) => choose(event.target.id()));
@@ -55,7 +55,7 @@ class View {
     const parent = node.parent === this.graph.root ? undefined : node.parent;
     const classes = [node.role, place.open ? "open" : "closed"];
     if (node.kind) classes.push("kind");
-    const data = { id: node.id, label: this.label(node, place.open), width: place.width, height: place.height };
+    const data = { id: node.id, label: this.label(node, place.open), width: place.width, height: place.height, inner: place.inner };
     if (node.kind) data.kind = node.kind;
     if (parent) data.parent = parent;
     const element = { group: "nodes", data, classes: classes.join(" ") };
@@ -116,9 +116,21 @@ class View {
     this.cy.center(this.cy.getElementById(id));
   }
 
+  /** All in sight, where that is not too small to read; else the beginning. */
+  begin() {
+    this.fit();
+    if (this.cy.zoom() >= View.READABLE) return;
+    this.cy.zoom(View.READABLE);
+    const box = this.cy.elements().boundingBox();
+    this.cy.pan({ x: this.cy.width() / 2 - (box.x1 + box.w / 2) * View.READABLE, y: 24 - box.y1 * View.READABLE });
+  }
+
   fit() {
     this.cy.fit(undefined, 24);
-    if (this.cy.zoom() > 1.2) this.cy.zoom({ level: 1.2, renderedPosition: this.middle() }), this.cy.center();
+    if (this.cy.zoom() > 1.2) {
+      this.cy.zoom(1.2);
+      this.cy.center();
+    }
   }
 
   middle() {
@@ -154,8 +166,9 @@ class View {
       } },
       { selector: "node.module", style: { "background-color": of("module"), "border-color": of("faint") } },
       { selector: "node.open", style: {
-        "text-valign": "top", "text-margin-y": NestedGraph.TITLE, "background-opacity": 0.55, padding: NestedGraph.PADDING,
-        "compound-sizing-wrt-labels": "exclude", color: of("faint"), "min-height": 10,
+        "text-valign": "top", "text-margin-y": -2, "background-opacity": 0.55, padding: NestedGraph.PADDING,
+        "compound-sizing-wrt-labels": "exclude", color: of("ink"), "min-width": "data(inner)",
+        "text-background-color": of("ground"), "text-background-opacity": 0.85, "text-background-padding": 1,
       } },
       { selector: "node.input, node.output", style: { shape: "ellipse", color: of("faint"), "border-style": "dashed" } },
       { selector: "node.parameter", style: { shape: "cut-rectangle", color: of("faint") } },
@@ -172,3 +185,5 @@ class View {
     ]).update();
   }
 }
+
+View.READABLE = 0.65;
