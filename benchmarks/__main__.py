@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+
+import bypass_fx
+from bypass_fx import zoo_sites
 
 from . import coverage, digits, exactness, planning
 from .results_file import RESULTS
@@ -22,8 +26,10 @@ def _program() -> None:
 
 @app.command("coverage")
 def run_coverage(only: Pattern = "") -> None:
-    """Plan, extend and contract every model of timm and torchvision."""
-    _write("coverage.md", coverage.summary(coverage.run(only)))
+    """Plan, extend and contract every model of timm and torchvision; `bypass-fx list` shows what was found."""
+    file = coverage.run(only)
+    Path(bypass_fx.__file__).with_name(zoo_sites.FILE).write_text(coverage.listing(file))
+    _write("coverage.md", coverage.summary(file))
 
 
 @app.command("exactness")

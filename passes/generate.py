@@ -52,9 +52,7 @@ def generated_class(
     return _classes[key]
 
 
-def source_of(
-    original: type[nn.Module], methods: Mapping[str, Sequence[Variant]]
-) -> tuple[str, dict[str, Any]]:
+def source_of(original: type[nn.Module], methods: Mapping[str, Sequence[Variant]]) -> tuple[str, dict[str, Any]]:
     """The Python code of the methods, and the objects that it names."""
     scope: dict[str, Any] = {}
     sources = [

@@ -27,13 +27,12 @@ def render(picture: Picture, form: str, stage: Stage = "before", depth: int | No
     from graphviz import ExecutableNotFound
 
     shown = closed(picture, stage, depth)
-    source = _dot(shown)
-    if form == "dot":
-        return source.source.encode()
+    graph = _dot(shown)
     try:
-        return bytes(source.pipe(format=form))
+        content: bytes = graph.source.encode() if form == "dot" else graph.pipe(format=form)
     except ExecutableNotFound:
         return _by_networkx(shown, form)
+    return content
 
 
 def closed(picture: Picture, stage: Stage = "before", depth: int | None = None) -> Picture:
@@ -123,8 +122,7 @@ def _by_networkx(picture: Picture, form: str) -> bytes:
         for component in layer:
             for name in whole.nodes[component]["members"]:
                 graph.nodes[name]["subset"] = depth
-    places = nx.multipartite_layout(graph, align="horizontal")
-    places = {name: (x, -y) for name, (x, y) in places.items()}
+    places = {name: (x, -y) for name, (x, y) in nx.multipartite_layout(graph, align="horizontal").items()}
     layers = Counter(graph.nodes[name]["subset"] for name in graph)
     figure = Figure(figsize=(max(6, 1.6 * max(layers.values(), default=1)), max(4, 0.5 * len(layers))))
     axes = figure.add_axes((0, 0, 1, 1))

@@ -72,8 +72,8 @@ def facts(model: nn.Module, site: Site, z: Shape | None) -> Facts:
         return Facts(z, None, None, 2 * site.width, site.width)
     w, a = rows(model, site.first), columns(model, site.second, site.width)
     flops, entries = _product_cost(w.shape, a.shape, site.constraint == "augmented")
-    stored = (tuple(tensor_named(model, affine.weight).shape) for affine in (site.first, site.second))
-    return Facts(z, *stored, flops, entries)
+    w_stored, a_stored = (tuple(tensor_named(model, affine.weight).shape) for affine in (site.first, site.second))
+    return Facts(z, w_stored, a_stored, flops, entries)
 
 
 def _product_cost(w: torch.Size, a: torch.Size, augmented: bool) -> tuple[int, int]:
@@ -86,9 +86,7 @@ def _product_cost(w: torch.Size, a: torch.Size, augmented: bool) -> tuple[int, i
     return scaled + 2 * n * high * wide, scaled + cells * high * wide
 
 
-def costs(
-    model: nn.Module, plan: Plan, found: Iterable[Facts], batch: int | None, forward_flops: int | None
-) -> Costs:
+def costs(model: nn.Module, plan: Plan, found: Iterable[Facts], batch: int | None, forward_flops: int | None) -> Costs:
     """The sums over a plan's sites; `batch` samples made the shapes, and `forward_flops` (all samples together)."""
     found = list(found)
     shapes = [fact.z for fact in found]

@@ -9,9 +9,10 @@ from torch import nn
 
 from bypass_fx.passes.activation_calls import Calls
 from bypass_fx.passes.activations import activation_input
+from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.link import ExampleInputs, Linked, Spot
 from bypass_fx.passes.match import match
-from bypass_fx.passes.plan import Mode, Plan
+from bypass_fx.passes.plan import Mode, Plan, Site
 from bypass_fx.passes.shapes import Run
 from bypass_fx.surgery import Select, linked_plan
 from bypass_fx.usual_inputs import usual_inputs
@@ -41,10 +42,20 @@ class Inspection:
     @cached_property
     def run(self) -> Run | None:
         """The shapes of all values, from one run on fake tensors."""
-        if self.inputs is None:
-            return None
         values = [Spot(unit, node) for unit, owned in self.linked.graphs.items() for node in owned.graph.nodes]
-        return Run(self.linked, values, self.inputs)
+        return Run(self.linked, values, self.inputs) if self.inputs is not None else None
+
+    @cached_property
+    def run_to_sites(self) -> Run | None:
+        """As `run`, for the inputs of the sites alone, which takes a part of the time."""
+        if self.inputs is None or "run" in self.__dict__:
+            return self.run
+        return Run(self.linked, [self.z(site) for site in self.plan.sites], self.inputs)
+
+    def z(self, site: Site) -> Spot:
+        """The value that a site's activation reads; the call itself, of the same shape, where that is no traced value."""
+        spot = self.spots[site.name]
+        return Spot(spot.unit, activation_input(spot.node) or spot.node)
 
     def shape(self, spot: Spot) -> Shape | None:
         """The shape of a value; None where no run reached it."""
@@ -53,12 +64,8 @@ class Inspection:
     @cached_property
     def facts(self) -> dict[str, Facts]:
         """Shapes and costs of every site, by name."""
-        found: dict[str, Facts] = {}
-        for site in self.plan.sites:
-            spot = self.spots[site.name]
-            z = Spot(spot.unit, activation_input(spot.node) or spot.node)
-            found[site.name] = facts(self.linked.model, site, self.shape(z))
-        return found
+        shapes = self.run_to_sites.shapes if self.run_to_sites else {}
+        return {site.name: facts(self.linked.model, site, shapes.get(self.z(site))) for site in self.plan.sites}
 
     @cached_property
     def costs(self) -> Costs:
@@ -101,5 +108,14 @@ def inspect(
         (3, 8)
     """
     linked, found = linked_plan(model, mode, select, example_inputs)
+    if plan is not None:
+        _check_fit(linked, plan)
     inputs = example_inputs if example_inputs is not None else usual_inputs(linked.model)
     return Inspection(name or type(linked.model).__name__, model, linked, plan or found, inputs)
+
+
+def _check_fit(linked: Linked, plan: Plan) -> None:
+    known = {name for name, _, _ in Calls(linked).all()}
+    missing = next((site.name for site in plan.sites if site.name not in known), None)
+    if missing is not None:
+        raise PlanError(f"the model has no activation call {missing!r} as in the plan; plan this model anew")

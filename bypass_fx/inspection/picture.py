@@ -285,4 +285,3 @@ def _arguments(node: fx.Node) -> str:
     given = [repr(value) for value in node.args if not isinstance(value, fx.Node)]
     given += [f"{key}={value!r}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
     return ", ".join(given)[:200]
-

@@ -36,9 +36,7 @@ def read_residuals(folder: Path) -> Residuals:
         residuals = {name: tuple(row["residuals"].get(name) for row in rows) for name in names}
         steps, phases = tuple(row["step"] for row in rows), tuple(row["phase"] for row in rows)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise RunError(
-            f"{str(file)!r} can't be read as a run's history ({error}); give the folder of a run"
-        ) from error
+        raise RunError(f"{str(file)!r} can't be read as a run's history ({error}); give the folder of a run") from error
     if not rows:
         raise RunError(
             f"{str(file)!r} holds no residual norms of single sites: it was written by a version before; run it again"
