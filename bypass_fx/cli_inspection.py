@@ -72,12 +72,13 @@ def inspect(
     if model is None and run is None:
         raise UsageError(f"name a model ({_MODEL[:-1]}), or give --run the folder of a run")
     with terminal.warnings_as_lines():
-        network, made = _model(model or str(run))
+        network, made, inputs = _model(model or str(run))
         if made is not None and select is None and mode == "auto":
             mode = made.mode
         else:
             made = None
-        inputs = tuple(_sample(size) for size in sizes) if sizes else None
+        if sizes:
+            inputs = tuple(_sample(size) for size in sizes)
         name = model or str(run)
         found = inspection.inspect(
             network, name, mode=cast(Mode, mode), select=select, example_inputs=inputs, plan=made
@@ -90,7 +91,7 @@ def inspect(
         return
     screen = terminal.console()
     if found.plan.sites:
-        screen.print(tables.site_table(found.plan, norms))
+        screen.print(tables.site_table(found.plan, screen.width, norms))
     if found.plan.refusals:
         screen.print()
         screen.print(tables.refusal_table(found.plan))
@@ -104,20 +105,26 @@ def inspect(
         screen.print("--out PAGE.html draws the graph, coloured by these norms, with a slider over the steps")
 
 
-def _model(name: str) -> tuple[nn.Module, Plan | None]:
-    """A model by its name, or a run's with its plan."""
+def _model(name: str) -> tuple[nn.Module, Plan | None, tuple[Tensor, ...] | None]:
+    """A model by its name; a run's with its plan, and an input of its data's shape."""
     from bypass_fx import models
     from bypass_fx.passes.plan import Plan
 
     folder = Path(name)
     if not folder.is_dir():
-        return models.build_empty(name), None
+        network = models.build_empty(name)
+        shape = models.BUILTIN[name][1].shape if name in models.BUILTIN else None
+        return network, None, (_sample("x".join(map(str, shape))),) if shape else None
     try:
         about = json_format.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        fit = models.Fit(tuple(about["shape"]), about["outputs"]) if "shape" in about else None
-        return models.build_empty(about["model"], fit), Plan.load(folder / "plan.json")
+        fit = models.Fit(tuple(about["shape"]), about["outputs"])
+        inputs = (_sample("x".join(map(str, fit.shape))),)
+        return models.build_empty(about["model"], fit), Plan.load(folder / "plan.json"), inputs
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{name!r} is a folder, but not that of a run ({error}); {_MODEL}") from error
+        raise UsageError(
+            f"{name!r} is a folder, but not that of a run with all its files "
+            f"({type(error).__name__}: {error}); {_MODEL}"
+        ) from error
 
 
 def _sample(text: str) -> Tensor:
@@ -160,10 +167,10 @@ def list_models(
         return
     screen = terminal.console()
     measured_with, every = zoo_sites.read()
-    screen.print(tables.zoo_table(rows))
+    screen.print(tables.zoo_table(rows, screen.width))
     screen.print(f"\n{len(rows)} of {len(every)} models; measured with {measured_with}", soft_wrap=True)
     screen.print(
-        "folded and augmented: sites with --mode strict, exact: those exact in training mode too; "
+        "folded, augm.: sites with --mode strict, exact: those exact in training mode too; "
         "relaxed, auto, all: sites with that mode",
         style="dim",
     )

@@ -22,6 +22,7 @@ from .panel import si
 from .residuals import Residuals
 
 _KINDS = {"strict": "[blue]strict[/]", "relaxed": "[yellow]relaxed[/]"}
+_WIDE = 120  # columns that the whole table of a usual model takes
 _DIFF = {"+": "green", "-": "red", "@": "cyan"}
 
 
@@ -29,26 +30,34 @@ def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def site_table(plan: Plan, run: Residuals | None = None) -> Table:
-    """The sites of a plan: where, of which kind, and between which affine maps; with their residual norms in a run."""
+def site_table(plan: Plan, width: int, run: Residuals | None = None) -> Table:
+    """The sites of a plan: where, of which kind, and between which affine maps; with their residual norms in a run.
+
+    On a narrow screen W → A stands below the name, and "(eval)" beside a constraint whose fold is exact in eval mode only.
+    """
+    wide = width >= _WIDE
     table = _table()
-    for header in HEADERS:
+    for header in HEADERS if wide else HEADERS[:6]:
         table.add_column(header, overflow="fold", justify="right" if header in ("width", "") else "left")
     for header in ("highest ‖·‖", "last ‖·‖") if run else ():
         table.add_column(header, justify="right")
     for row, text in zip(site_rows(plan.sites), cells(plan), strict=True):
         shown = [_KINDS.get(cell, escape(cell)) for cell in text]
+        if not wide:
+            *shown, w, a, exact = shown
+            shown[0] += f"\n  [dim]{w} → {a}[/]" if row.sites[0].first else ""
+            shown[3] += "" if exact == "always" else " (eval)"
         table.add_row(*shown, *(_norms(run, [site.name for site in row.sites]) if run else ()))
     return table
 
 
 def _norms(run: Residuals, names: Iterable[str]) -> tuple[str, str]:
-    """The highest norm over the run and the last one, of the sites of a row."""
+    """The highest norm over the run and the highest last one, of the sites of a row."""
     series = [[value for value in run.residuals.get(name, ()) if value is not None] for name in names]
-    highest, last = (max((value for value in each if value is not None), default=None) for each in (
-        (max(values, default=None) for values in series), (values[-1] if values else None for values in series)
-    ))  # fmt: skip
-    return tuple("-" if value is None else number(value) for value in (highest, last))  # type: ignore[return-value]
+    known = [values for values in series if values]
+    if not known:
+        return "-", "-"
+    return number(max(map(max, known))), number(max(values[-1] for values in known))
 
 
 def refusal_table(plan: Plan) -> Table:
@@ -126,13 +135,17 @@ def diff(changes: Iterable[Rewritten]) -> Group:
     return Group(*parts)
 
 
-def zoo_table(rows: Iterable[ModelSites]) -> Table:
-    """Models with the sites they offer."""
+def zoo_table(rows: Iterable[ModelSites], width: int) -> Table:
+    """Models with the sites they offer; the narrow table leaves out how large they are."""
+    wide = width >= _WIDE
     table = _table()
     table.add_column("model", overflow="fold")
-    for header in ("parameters", "activations", "folded", "augmented", "exact", "relaxed", "auto", "all"):
+    for header in ("parameters", "activations") if wide else ():
         table.add_column(header, justify="right")
+    for header in ("folded", "augm.", "exact", "relaxed", "auto", "all"):
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        counts = (row.activations, row.folded, row.augmented, row.exact, row.relaxed, row.auto, row.all)
-        table.add_row(escape(row.model), f"{si(row.parameters)}".strip(), *map(str, counts))
+        size = (si(row.parameters).strip(), str(row.activations)) if wide else ()
+        counts = (row.folded, row.augmented, row.exact, row.relaxed, row.auto, row.all)
+        table.add_row(escape(row.model), *size, *map(str, counts))
     return table

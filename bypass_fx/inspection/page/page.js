@@ -68,7 +68,7 @@ function rows(pairs) {
 
 function showPanel(id) {
   const node = graph.nodes.get(id), panel = byId("panel");
-  panel.replaceChildren(made("h2", node.id.endsWith("#forward") ? node.id.slice(0, -8) : node.label), made("p", node.id, "quiet"));
+  panel.replaceChildren(made("h2", node.label), made("p", pathOf(node), "quiet"));
   const site = data.sites[node.site], refusal = data.refusals[node.refusal];
   if (site) {
     panel.append(made("span", KINDS[site.kind], `badge ${site.kind}`));
@@ -93,7 +93,7 @@ function showPanel(id) {
 function list(nodes, heading) {
   byId("found").textContent = heading;
   byId("list").replaceChildren(...nodes.slice(0, LISTED).map((node) => {
-    const entry = made("li"), button = made("button", node.site || node.refusal || node.id);
+    const entry = made("li"), button = made("button", node.site || node.refusal || pathOf(node));
     button.dataset.id = node.id;
     if (node.kind) button.style.borderColor = `var(--${node.kind})`;
     button.onclick = () => go(node.id);
@@ -102,7 +102,8 @@ function list(nodes, heading) {
   }));
 }
 
-const names = data.nodes.map((node) => [`${node.id} ${node.type || ""}`.toLowerCase(), node]);
+const pathOf = (node) => node.id.replace("(model)#", "").replace("#", ".");
+const names = data.nodes.map((node) => [`${pathOf(node)} ${node.type || ""}`.toLowerCase(), node]);
 function search() {
   const text = byId("search").value.trim().toLowerCase();
   if (!text) {
