@@ -11,7 +11,7 @@ import typer
 import bypass_fx
 from bypass_fx import zoo_sites
 
-from . import coverage, digits, exactness, planning
+from . import coverage, digits, exactness, pages, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -48,6 +48,12 @@ def run_planning(only: Pattern = "") -> None:
 def run_digits(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10) -> None:
     """The main job with its default settings, over seeds."""
     _write("digits.md", digits.summary(digits.run(seeds)))
+
+
+@app.command("pages")
+def run_pages(only: Pattern = "") -> None:
+    """The pages of `bypass-fx inspect` in headless Chromium: first paint, interactions, screenshots."""
+    _write("pages.md", pages.summary(pages.run(only)))
 
 
 def _write(name: str, text: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_map_only
 
 from .calls import bound_to_placeholders
@@ -55,48 +55,54 @@ class Run:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Inside, the forwards and helper methods that hold wanted values are replayed when they are first called."""
-        modules = {path: self._linked.modules[path] for path in {unit.path for unit in self._wanted}}
-        hooks = [
-            module.register_forward_pre_hook(partial(self._before_forward, path), with_kwargs=True)
-            for path, module in modules.items()
-        ]
-        helpers = [unit for unit in self._wanted if unit.method != "forward"]
-        for unit in helpers:
-            modules[unit.path].__dict__[unit.method] = self._replayed_first(unit)
+        """Inside, the graphs of the methods that hold wanted values run in place of their first calls."""
+        methods = {(unit.path, unit.method) for unit in self._wanted}
+        watched = [(self._linked.modules[path], method, self._graph_first(path, method)) for path, method in methods]
+        # torch's fused inference paths skip a module's methods unless it has hooks
+        hooks = [module.register_forward_pre_hook(lambda *_: None) for module, *_ in watched]
+        for module, method, graph_first in watched:
+            module.__dict__[method] = graph_first
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for unit in helpers:
-                del modules[unit.path].__dict__[unit.method]
+            for module, method, _ in watched:
+                del module.__dict__[method]
 
-    def _before_forward(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        unit = self._linked.unit_called(path, args, kwargs)
-        if unit is not None:
-            self._replay(unit, args, kwargs)
+    def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
+        original = getattr(self._linked.modules[path], method)
 
-    def _replayed_first(self, unit: Unit) -> Callable[..., Any]:
-        original = getattr(self._linked.modules[unit.path], unit.method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            unit = self._linked.unit_called(path, args, kwargs) if method == "forward" else Unit(path, 0, method)
+            replayed = self._replay(unit, args, kwargs) if unit is not None else None
+            return replayed[0] if replayed else original(*args, **kwargs)
 
-        def method(*args: Any, **kwargs: Any) -> Any:
-            self._replay(unit, args, kwargs)
-            return original(*args, **kwargs)
+        return call
 
-        return method
+    def _replay(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values.
 
-    def _replay(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values."""
+        Returns its result in a tuple; None where it is not run.
+        """
         wanted = self._wanted.get(unit)
         signature = self._linked.tracing.signature(unit.path, unit.method)
         if not wanted or signature is None or unit in self._replayed:
-            return
+            return None
         self._replayed.add(unit)  # before the run: children that are called below end here
         graph = self._linked.graphs[unit].graph
         given = bound_to_placeholders(signature, args, kwargs)
         values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-        _Replay(self._linked.modules[unit.path], graph, unit, wanted, self.shapes).run(*values)
+        return (_plain(_Replay(self._linked.modules[unit.path], graph, unit, wanted, self.shapes).run(*values)),)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts that can be changed, for fx's immutable ones: the code that called may go on with them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_plain(item) for item in value)
+    return {key: _plain(item) for key, item in value.items()} if type(value) is immutable_dict else value
 
 
 class _Replay(fx.Interpreter):

@@ -73,6 +73,7 @@ class _Drawing:
         self.inspection, self.linked = inspection, inspection.linked
         self.nodes: dict[str, Node] = {}
         self.edges: dict[tuple[str, str, Stage], Edge] = {}
+        self.read_by: dict[str, list[Edge]] = {}
         self.units = [unit for unit in self.linked.graphs if _is_drawn(self.linked, unit)]
         for unit in self.units:
             for node in self.linked.graphs[unit].graph.nodes:
@@ -184,8 +185,10 @@ class _Drawing:
                 self.join(f"{caller or ROOT}#forward", target, seen=False)
 
     def join(self, source: str, target: str, stage: Stage = "both", seen: bool = True) -> None:
-        if source in self.nodes and target in self.nodes and source != target:
-            self.edges.setdefault((source, target, stage), Edge(source, target, stage, seen))
+        known = source in self.nodes and target in self.nodes and source != target
+        if known and (source, target, stage) not in self.edges:
+            self.edges[source, target, stage] = edge = Edge(source, target, stage, seen)
+            self.read_by.setdefault(source, []).append(edge)
 
     def connect(self) -> None:
         """The edges of the linked dataflow, with each call of a traced module replaced by what stands in its box."""
@@ -239,11 +242,10 @@ class _Drawing:
             self.nodes[copy] = Node(copy, parent, "op", "clone", "", "σ overwrites z", stage="after")
             self.join(self.names_of(unit, before), copy, "after")
             z = copy
-        for (source, target, stage), edge in list(self.edges.items()):
-            if source == here and stage != "after":
-                del self.edges[source, target, stage]
-                self.join(source, target, "before", edge.seen)
-                self.join(name, target, "after", edge.seen)
+        for edge in self.read_by.pop(here, []):
+            del self.edges[here, edge.target, edge.stage]
+            self.join(here, edge.target, "before", edge.seen)
+            self.join(name, edge.target, "after", edge.seen)
         for value in (here, z, coefficients):
             self.join(value, name, "after")
 

@@ -47,7 +47,7 @@ def vit(browser: Page, folder: Path) -> Page:
 
 def test_it_opens_with_the_blocks_closed_and_no_complaint(vit: Page) -> None:
     shown = vit.shown()
-    assert {"blocks", "blocks.0", "blocks.11"} <= set(shown) and not any(id.startswith("blocks.0.") for id in shown)
+    assert {"blocks", "blocks.0", "blocks.11"} <= set(shown) and not any(name.startswith("blocks.0.") for name in shown)
     assert vit.text("h1").startswith("timm:vit_tiny_patch16_224")
     assert vit.text("#found") == "12 sites, 0 refused"
     assert vit.complaints() == []
@@ -70,7 +70,7 @@ def test_a_double_click_opens_a_module_and_closes_it_again(vit: Page) -> None:
     vit.click("blocks.1.mlp#act")
     assert "ψ(z) = gelu(z) + D z" in vit.text("#panel")
     vit.js("view.toggle('blocks.1')")
-    assert not any(id.startswith("blocks.1.") for id in vit.shown())
+    assert not any(name.startswith("blocks.1.") for name in vit.shown())
 
 
 def test_modules_lie_inside_the_ones_around_and_beside_each_other(vit: Page) -> None:

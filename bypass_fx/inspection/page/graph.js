@@ -109,6 +109,15 @@ class NestedGraph {
     return Math.max(this.layout(id).width, this.measure(this.nodes.get(id), true).width - 2 * NestedGraph.PADDING);
   }
 
+  /** The width inside an open module, and how much of it lies left and right of the children (edges may run there). */
+  room(id) {
+    const inner = this.innerWidth(id), { width, places } = this.layout(id);
+    const spots = [...places.values()];
+    const beside = (inner - width) / 2;
+    const left = beside + Math.min(...spots.map((spot) => spot.x - spot.width / 2));
+    return { inner, left, right: inner - beside - Math.max(...spots.map((spot) => beside + spot.x + spot.width / 2)) + beside };
+  }
+
   /** The inside of an open module: size, the centres of its children, and the bends of the edges between them. */
   layout(id) {
     const key = `${this.stage} ${id}`;
@@ -126,15 +135,15 @@ class NestedGraph {
     return found;
   }
 
-  /** All that can be seen, with places: {nodes: [{id, x, y, width, height, open, inner}], edges: [{id, source, target, bends, seen}]}. */
+  /** All that can be seen, with places: {nodes: [{id, x, y, width, height, open, inner, left, right}], edges: [{id, source, target, bends, seen}]}. */
   visible() {
     const nodes = [], origins = new Map();
     const place = (id, left, top) => {
       origins.set(id, { left, top });
       for (const [child, spot] of this.layout(id).places) {
         const open = this.open.has(child);
-        const inner = open ? this.innerWidth(child) : 0;
-        nodes.push({ id: child, x: left + spot.x, y: top + spot.y, width: spot.width, height: spot.height, open, inner });
+        const room = open ? this.room(child) : {};
+        nodes.push({ id: child, x: left + spot.x, y: top + spot.y, width: spot.width, height: spot.height, open, ...room });
         if (open) {
           const corner = top + spot.y - spot.height / 2;
           place(child, left + spot.x - this.layout(child).width / 2, corner + NestedGraph.PADDING + NestedGraph.TITLE);

@@ -30,10 +30,9 @@ class View {
       for (const node of nodes) {
         const shown = this.describe(node);
         const known = cy.getElementById(node.id);
-        if (known.length) {
-          known.data(shown.data);
-          if (!node.open) known.position(shown.position);
-        } else made.push(shown);
+        if (!known.length) made.push(shown);
+        else if (node.open) known.data(shown.data);
+        else known.position(shown.position);
       }
       cy.add(made);
       const places = new Map(nodes.map((node) => [node.id, node]));
@@ -55,7 +54,7 @@ class View {
     const parent = node.parent === this.graph.root ? undefined : node.parent;
     const classes = [node.role, place.open ? "open" : "closed"];
     if (node.kind) classes.push("kind");
-    const data = { id: node.id, label: this.label(node, place.open), width: place.width, height: place.height, inner: place.inner };
+    const data = { id: node.id, label: this.label(node, place.open), width: place.width, height: place.height, inner: place.inner, left: place.left, right: place.right };
     if (node.kind) data.kind = node.kind;
     if (parent) data.parent = parent;
     const element = { group: "nodes", data, classes: classes.join(" ") };
@@ -78,13 +77,15 @@ class View {
       const to = { x: bend.x - source.x, y: bend.y - source.y };
       return [(to.x * along.x + to.y * along.y) / squared, (to.y * along.x - to.x * along.y) / length];
     });
+    const bent = parts.some(([, beside]) => Math.abs(beside) > 3);
+    const weights = parts.map(([weight]) => weight.toFixed(4)).join(" ");
+    const distances = parts.map(([, beside]) => beside.toFixed(1)).join(" ");
     const drawn = this.cy.getElementById(this.edgeId(edge));
-    if (parts.some(([, beside]) => Math.abs(beside) > 3)) {
-      drawn.style({
-        "curve-style": "round-segments", "edge-distances": "node-position",
-        "segment-weights": parts.map(([weight]) => weight), "segment-distances": parts.map(([, beside]) => beside),
-      });
-    } else drawn.style({ "curve-style": "straight" });
+    if (drawn.scratch("route") === `${bent} ${weights} ${distances}`) return;
+    drawn.scratch("route", `${bent} ${weights} ${distances}`);
+    drawn.style(bent ? {
+      "curve-style": "round-segments", "edge-distances": "node-position", "segment-weights": weights, "segment-distances": distances,
+    } : { "curve-style": "straight" });
   }
 
   toggle(id) {
@@ -168,6 +169,7 @@ class View {
       { selector: "node.open", style: {
         "text-valign": "top", "text-margin-y": -2, "background-opacity": 0.55, padding: NestedGraph.PADDING,
         "compound-sizing-wrt-labels": "exclude", color: of("ink"), "min-width": "data(inner)",
+        "min-width-bias-left": "data(left)", "min-width-bias-right": "data(right)",
         "text-background-color": of("ground"), "text-background-opacity": 0.85, "text-background-padding": 1,
       } },
       { selector: "node.input, node.output", style: { shape: "ellipse", color: of("faint"), "border-style": "dashed" } },
