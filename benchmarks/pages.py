@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from bypass_fx import models
@@ -122,11 +123,10 @@ def command() -> dict[str, Any]:
     }
 
 
-def screenshots(folder: Path) -> Iterator[Path]:
-    """The page of one model with a site chosen, light and after the surgery dark."""
-    found = inspect(_model(SHOT)[0], SHOT)
+def screenshots(folder: Path) -> None:
+    """The page of one model with a site chosen, light, and after the surgery, dark; and six models on one sheet."""
     file = folder / "page.html"
-    write(found, file)
+    write(inspect(_model(SHOT)[0], SHOT), file)
     for theme in ("light", "dark"):
         with browsing(1280, 860, dark=theme == "dark") as page:
             page.open(file)
@@ -134,9 +134,19 @@ def screenshots(folder: Path) -> Iterator[Path]:
             if theme == "dark":
                 page.js("setStage('after')")
             time.sleep(0.5)
-            target = RESULTS / f"page-{theme}.png"
-            page.driver.save_screenshot(str(target))
-            yield target
+            page.driver.save_screenshot(str(RESULTS / f"page-{theme}.png"))
+    tile = (640, 420)
+    sheet = Image.new("RGB", (2 * tile[0], 3 * tile[1]))
+    with browsing(1280, 860) as page:
+        for index, name in enumerate(NAMES[:6]):
+            model, inputs = _model(name)
+            write(inspect(model, name, example_inputs=inputs), file)
+            page.open(file)
+            page.js("view.fit()")
+            time.sleep(0.5)
+            shot = Image.open(BytesIO(page.driver.get_screenshot_as_png())).convert("RGB").resize(tile)
+            sheet.paste(shot, (index % 2 * tile[0], index // 2 * tile[1]))
+    sheet.quantize(64).save(RESULTS / "pages.png", optimize=True)
 
 
 def run(pattern: str = "", results: str = "pages.jsonl") -> ResultsFile:
@@ -153,7 +163,7 @@ def run(pattern: str = "", results: str = "pages.jsonl") -> ResultsFile:
                 version = page.driver.capabilities["browserVersion"]
                 file.add({**measure(name, page, folder), "chromium": version})
             gc.collect()
-        list(screenshots(folder))
+        screenshots(folder)
     return file
 
 

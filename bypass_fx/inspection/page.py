@@ -15,7 +15,7 @@ from .panel import panel
 from .picture import Picture
 from .residuals import Residuals
 
-_LIBRARIES = ("vendor/cytoscape.min.js", "vendor/dagre.min.js")
+_LIBRARIES = ("cytoscape", "dagre")
 _SCRIPTS = ("graph.js", "view.js", "page.js")
 
 
@@ -26,7 +26,7 @@ def as_html(inspection: Inspection, picture: Picture, run: Residuals | None = No
         "TITLE": html.escape(f"{inspection.name}: bypass_fx"),
         "STYLE": _asset("page.css"),
         "DATA": data.replace("<", "\\u003c"),
-        "LIBRARIES": "\n".join(map(_asset, _LIBRARIES)),
+        "LIBRARIES": "\n".join(map(_library, _LIBRARIES)),
         "SCRIPT": "\n".join(map(_asset, _SCRIPTS)),
     }
     page = _asset("page.html")
@@ -52,6 +52,11 @@ def page_data(inspection: Inspection, picture: Picture, run: Residuals | None = 
 
 def _short(entry: dict[str, Any], **usual: Any) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if value not in ("", None) and usual.get(key) != value}
+
+
+def _library(name: str) -> str:
+    """A library with its licence, which goes wherever the page goes."""
+    return f"/*!\n{_asset(f'vendor/{name}.LICENSE').strip()}\n*/\n{_asset(f'vendor/{name}.min.js')}"
 
 
 def _asset(name: str) -> str:
