@@ -60,4 +60,4 @@ def _library(name: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("bypass_fx.inspection").joinpath("page", name).read_text(encoding="utf-8")
+    return files("bypass_fx.inspection").joinpath("web", name).read_text(encoding="utf-8")

@@ -135,8 +135,8 @@ def test_a_narrow_table_fits_and_breaks_no_name() -> None:
 
 def test_a_wide_table_has_a_column_for_everything() -> None:
     lines = plain(in_terminal(200, "inspect", "mlp"))
-    assert lines[0].split() == "site kind constraint activation width W A exact".split()
-    assert lines[1].split() == "1 strict A D W = 0 relu 5 0 2 always".split()
+    assert lines[0].split() == ["site", "kind", "constraint", "activation", "width", "W", "A", "exact"]
+    assert lines[1].split() == ["1", "strict", "A", "D", "W", "=", "0", "relu", "5", "0", "2", "always"]
     assert max(map(len, lines)) <= 200
 
 
