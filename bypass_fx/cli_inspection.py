@@ -15,6 +15,7 @@ from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from bypass_fx.passes.plan import Plan
@@ -78,7 +79,7 @@ def inspect(
         else:
             made = None
         if sizes:
-            inputs = tuple(_sample(size) for size in sizes)
+            inputs = tuple(_sample(network, *_shape(size)) for size in sizes)
         name = model or str(run)
         found = inspection.inspect(
             network, name, mode=cast(Mode, mode), select=select, example_inputs=inputs, plan=made
@@ -113,13 +114,13 @@ def _model(name: str) -> tuple[nn.Module, Plan | None, tuple[Tensor, ...] | None
     folder = Path(name)
     if not folder.is_dir():
         network = models.build_empty(name)
-        shape = models.BUILTIN[name][1].shape if name in models.BUILTIN else None
-        return network, None, (_sample("x".join(map(str, shape))),) if shape else None
+        known = name in models.BUILTIN
+        return network, None, (_sample(network, models.BUILTIN[name][1].shape),) if known else None
     try:
         about = json_format.loads((folder / "summary.json").read_text(encoding="utf-8"))
         fit = models.Fit(tuple(about["shape"]), about["outputs"])
-        inputs = (_sample("x".join(map(str, fit.shape))),)
-        return models.build_empty(about["model"], fit), Plan.load(folder / "plan.json"), inputs
+        network = models.build_empty(about["model"], fit)
+        return network, Plan.load(folder / "plan.json"), (_sample(network, fit.shape),)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{name!r} is a folder, but not that of a run with all its files "
@@ -127,19 +128,24 @@ def _model(name: str) -> tuple[nn.Module, Plan | None, tuple[Tensor, ...] | None
         ) from error
 
 
-def _sample(text: str) -> Tensor:
-    """A batch of one, of the shape and dtype that the text names: 3x224x224, or 128:int64."""
+def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype that a text names: 3x224x224, or 128:int64."""
     import torch
 
     size, _, dtype_name = text.partition(":")
     dtype = getattr(torch, dtype_name or "float32", None)
-    try:
-        shape = [int(side) for side in size.split("x")]
-        if min(shape) < 1 or not isinstance(dtype, torch.dtype):
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"--input {text!r} is no shape; write 3x224x224, or 128:int64 for whole numbers") from None
-    return torch.empty(1, *shape, dtype=dtype, device="meta")
+    sides = size.split("x")
+    if not all(side.isdigit() and int(side) for side in sides) or not isinstance(dtype, torch.dtype):
+        raise UsageError(f"--input {text!r} is no shape; write 3x224x224, or 128:int64 for whole numbers")
+    return tuple(map(int, sides)), dtype
+
+
+def _sample(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """A batch of one, on the device of the model."""
+    import torch
+
+    device = next((parameter.device for parameter in network.parameters()), None)
+    return torch.empty(1, *shape, dtype=dtype, device=device)
 
 
 def list_models(

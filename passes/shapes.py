@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,9 @@ from torch.utils._pytree import tree_map_only
 from .calls import bound_to_placeholders
 from .channels import Channels
 from .link import ExampleInputs, Linked, Spot, Unit
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Run:
@@ -32,18 +36,15 @@ class Run:
         self._replayed: set[Unit] = set()
         for unit, node in values:
             self._wanted.setdefault(unit, set()).add(node)
-        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
-
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with _eval_mode(linked.model), self._watching(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with _eval_mode(linked.model), self._watching(), on_fakes() as fake:
             try:
-                with torch.no_grad():
-                    linked.model(
-                        *tree_map_only(Tensor, fake.from_tensor, args),
-                        **tree_map_only(Tensor, fake.from_tensor, kwargs),
-                    )
+                linked.model(
+                    *tree_map_only(Tensor, fake.from_tensor, args), **tree_map_only(Tensor, fake.from_tensor, kwargs)
+                )
             except Exception as error:  # the user's model on fake tensors may raise anything; what was seen still holds
-                self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                text = str(error).strip().splitlines()[0] if str(error) else ""
+                self.failure = f"{type(error).__name__}: {text}".rstrip(".: ")
 
     def channels(self, spot: Spot) -> Channels | None:
         """The channels of a value: along axis 1 where it has four or five axes, else along its last."""
@@ -122,6 +123,21 @@ class _Replay(fx.Interpreter):
         if n in self.wanted and isinstance(value, Tensor):
             self.shapes[Spot(self.unit, n)] = tuple(map(int, value.shape))
         return value
+
+
+@contextmanager
+def on_fakes() -> Iterator[FakeTensorMode]:
+    """Inside, models run on fake tensors without gradients; a model that fails there is no error to log."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            yield fake
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

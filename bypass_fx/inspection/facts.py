@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from bypass_fx.passes.link import ExampleInputs
 from bypass_fx.passes.matrices import columns, rows, tensor_named
 from bypass_fx.passes.plan import Plan, Site
+from bypass_fx.passes.shapes import on_fakes
 
 Shape = tuple[int, ...]
 _PSI_FORWARD, _PSI_BACKWARD = 2, 4
@@ -117,21 +118,17 @@ def psi_flops(elements: int) -> tuple[int, int]:
 
 def forward_flops(model: nn.Module, inputs: ExampleInputs) -> int | None:
     """FLOPs of one forward pass in its matrix products and convolutions, counted on fake tensors; None where it fails."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     args, kwargs = (tuple(inputs), {}) if isinstance(inputs, tuple) else ((), dict(inputs))
     counter = FlopCounterMode(display=False)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def faked(value: Any) -> Any:
-        return tree_map_only(Tensor, fake.from_tensor, value)
-
-    try:
-        with fake, torch.no_grad(), counter:
-            model(*faked(args), **faked(kwargs))
-    except Exception:  # the user's model may raise anything; the estimate then says that it is not known
-        return None
+    with on_fakes() as fake:
+        faked = partial(tree_map_only, Tensor, fake.from_tensor)
+        try:
+            with counter:
+                model(*faked(args), **faked(kwargs))
+        except Exception:  # the user's model may raise anything; the estimate then says that it is not known
+            return None
     return int(counter.get_total_flops())
 
 

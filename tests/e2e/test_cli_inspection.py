@@ -67,10 +67,13 @@ def test_inspect_shows_folded_sites_refusals_and_totals(run: Run) -> None:
 
 
 def test_inspect_takes_a_mode_a_selection_and_an_input(run: Run) -> None:
-    result = run("inspect", "2c2d", "--select", "relu*", "--input", "3x64x64", "--mode", "all")
+    result = run("inspect", "2c2d", "--select", "relu*", "--mode", "all")
     assert result.code == 0
     assert re.search(r"strict +A D W = 0 +relu +1024 +fc1 +fc2 +always", result.out)
-    assert "ended early" in result.out and "give --input for totals" in result.out  # its head is for 32x32
+    elements = 32 * 28 * 28 + 64 * 10 * 10 + 1024
+    assert f"ψ adds {2 * elements / 1000:.3g} kFLOP a sample forward" in result.out
+    larger = run("inspect", "2c2d", "--input", "3x64x64")  # its fc1 is for 32x32
+    assert "1×3×64×64; the run ended early: RuntimeError: " in larger.out and larger.err == ""
 
 
 def test_inspect_shows_the_code_that_the_surgery_writes(run: Run) -> None:

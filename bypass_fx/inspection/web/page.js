@@ -231,10 +231,11 @@ function start() {
   for (const [kind, words] of Object.entries(KINDS)) byId("legend").append(made("i", "", kind), words);
   byId("legend").append(" · a dashed edge: code without a graph may make this call");
   view.draw();
-  view.begin();
   prepareRun();
   search();
   showPanel(graph.root);
+  view.cy.resize();
+  view.begin();
   byId("search").oninput = search;
   byId("search").onkeydown = (event) => { if (event.key === "Enter") byId("list").querySelector("button")?.click(); };
   for (const input of document.querySelectorAll("input[name=stage]")) input.onchange = () => setStage(input.value);

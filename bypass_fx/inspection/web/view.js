@@ -7,7 +7,7 @@ class View {
     this.data = data;
     this.heat = null;
     this.cy = cytoscape({
-      container, style: [], layout: { name: "preset" }, minZoom: 0.05, maxZoom: 3,
+      container, style: [], layout: { name: "preset" }, minZoom: 0.005, maxZoom: 3,
       autoungrabify: true, boxSelectionEnabled: false, selectionType: "single",
     });
     this.cy.on("tap", "node", (event) => choose(event.target.id()));
