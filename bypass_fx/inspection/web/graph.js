@@ -12,6 +12,7 @@ class NestedGraph {
     this.inside = { before: this.readChildren("before"), after: this.readChildren("after") };
     this.levels = {};
     this.layouts = new Map();
+    this.arranged = new Map();
     this.root = data.nodes[0].id;
   }
 
@@ -122,16 +123,32 @@ class NestedGraph {
   layout(id) {
     const key = `${this.stage} ${id}`;
     if (this.layouts.has(key)) return this.layouts.get(key);
+    const children = this.children(id), place = new Map(children.map((child, index) => [child, index]));
+    const edges = [...this.levelEdges(id).values()].map(([from, to]) => [place.get(from), place.get(to)]);
+    const found = this.arrange(children.map((child) => this.size(child)), edges);
+    const places = new Map(children.map((child, index) => [child, found.places[index]]));
+    const bends = new Map(edges.map(([from, to], index) => [`${children[from]} ${children[to]}`, found.bends[index]]));
+    const layout = { width: found.width, height: found.height, places, bends };
+    this.layouts.set(key, layout);
+    return layout;
+  }
+
+  /** dagre's layout of boxes and edges between them; blocks that look alike share it. */
+  arrange(sizes, edges) {
+    const key = JSON.stringify([sizes, edges]);
+    if (this.arranged.has(key)) return this.arranged.get(key);
     const graph = new dagre.graphlib.Graph();
     graph.setGraph({ rankdir: "TB", nodesep: 16, ranksep: 26, edgesep: 8 });
-    for (const child of this.children(id)) graph.setNode(child, this.size(child));
-    for (const [edge, [from, to]] of this.levelEdges(id)) graph.setEdge(from, to, { id: edge });
+    sizes.forEach(({ width, height }, index) => graph.setNode(String(index), { width, height }));
+    for (const [from, to] of edges) graph.setEdge(String(from), String(to), {});
     dagre.layout(graph);
-    const places = new Map(graph.nodes().map((child) => [child, graph.node(child)]));
-    const bends = new Map(graph.edges().map((edge) => [`${edge.v} ${edge.w}`, graph.edge(edge).points.slice(1, -1)]));
-    const { width = 0, height = 0 } = graph.graph();
-    const found = { width: Math.max(width, 0), height: Math.max(height, 0), places, bends };
-    this.layouts.set(key, found);
+    const found = {
+      width: graph.graph().width,
+      height: graph.graph().height,
+      places: sizes.map((_, index) => graph.node(String(index))),
+      bends: edges.map(([from, to]) => graph.edge(String(from), String(to)).points.slice(1, -1)),
+    };
+    this.arranged.set(key, found);
     return found;
   }
 

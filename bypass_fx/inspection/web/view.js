@@ -31,8 +31,8 @@ class View {
         const shown = this.describe(node);
         const known = cy.getElementById(node.id);
         if (!known.length) made.push(shown);
-        else if (node.open) known.data(shown.data);
-        else known.position(shown.position);
+        else if (node.open) ["inner", "left", "right"].forEach((side) => known.data(side) !== node[side] && known.data(side, node[side]));
+        else if (known.position("x") !== node.x || known.position("y") !== node.y) known.position(shown.position);
       }
       cy.add(made);
       const places = new Map(nodes.map((node) => [node.id, node]));
