@@ -84,6 +84,12 @@ def test_modules_lie_inside_the_ones_around_and_beside_each_other(vit: Page) -> 
         }
         return found;""")
     assert overlaps == []
+    off = vit.js("""
+        return graph.visible().nodes.filter(({open}) => open).map(({id, x, width}) => {
+          const box = view.cy.getElementById(id).boundingBox({includeLabels: false, includeOverlays: false});
+          return [id, Math.abs(box.x1 - (x - width / 2)), Math.abs(box.x2 - (x + width / 2))];
+        });""")
+    assert len(off) == 3 and all(max(left, right) < 8 for _, left, right in off), off
     assert vit.js("return view.cy.getElementById('blocks.2.mlp').parent().id()") == "blocks.2"
 
 
