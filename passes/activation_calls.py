@@ -78,7 +78,7 @@ class Calls:
         """The channels by provenance, else by a run on the example inputs."""
         known = self.provenance(spot)
         if known is None and self.run is not None:
-            known = self.run.channels(_input(spot))
+            known = self.run.channels.get(spot)
         if known is not None and known.width:
             return known
         text = "the number of its channels is not known from its neighbours"
@@ -92,7 +92,7 @@ class Calls:
         """A run of the model on the example inputs, for the activations that provenance does not settle."""
         if self.example_inputs is None:
             return None
-        unsettled = [_input(spot) for _, spot, _ in self.all() if self.provenance(spot) is None]
+        unsettled = [spot for _, spot, _ in self.all() if self.provenance(spot) is None]
         return Run(self.linked, unsettled, self.example_inputs)
 
     def gates(self, spot: Spot) -> bool:
@@ -109,11 +109,6 @@ class Calls:
                 if through(Layout(-3), use.node, self.linked.module(use)) or use.node.target in _SPREADS:
                     todo.append(use)
         return False
-
-
-def _input(spot: Spot) -> Spot:
-    """The value z that an activation reads; the call itself, which has z's shape, where that is no traced value."""
-    return Spot(spot.unit, activation_input(spot.node) or spot.node)
 
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}

@@ -53,9 +53,7 @@ def made_of(linked: Linked, units: list[Unit], sites: Iterable[Site], psi: Psi) 
 
 def extended_class(original: type[nn.Module], made: Made) -> type[nn.Module]:
     """The subclass that runs the rewritten methods, and rewrites a method again where it is called in another way."""
-    # this imports the compiler, which is slow: not before a class is made
-    uncompiled = torch.compiler.disable(_rewrite_for_call)  # type: ignore[no-untyped-call]
-    return generated_class(original, made.methods, made.flags, partial(uncompiled, made))
+    return generated_class(original, made.methods, made.flags, partial(_rewrite_for_call, made))
 
 
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:
@@ -76,6 +74,7 @@ def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
     }
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _rewrite_for_call(
     made: Made, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

@@ -44,21 +44,16 @@ def generated_class(
     `flags` are the attributes that the code was made for, with their fingerprints: the subclass lets no other value in.
     `rewriter` is asked to give a module a class that knows one more way of calling a method.
     """
-    source, scope = source_of(original, methods)
+    scope: dict[str, Any] = {}
+    sources = [
+        _source(name, inspect.signature(getattr(original, name)), variants, scope) for name, variants in methods.items()
+    ]
+    source = "\n\n".join(sources)
     objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
     key = (original, source, objects, tuple(sorted(flags.items(), key=str)))
     if key not in _classes:
         _classes[key] = _new_class(original, list(methods), source, scope, flags, rewriter)
     return _classes[key]
-
-
-def source_of(original: type[nn.Module], methods: Mapping[str, Sequence[Variant]]) -> tuple[str, dict[str, Any]]:
-    """The Python code of the methods, and the objects that it names."""
-    scope: dict[str, Any] = {}
-    sources = [
-        _source(name, inspect.signature(getattr(original, name)), variants, scope) for name, variants in methods.items()
-    ]
-    return "\n\n".join(sources), scope
 
 
 def is_extended_owner(module: nn.Module) -> bool:

@@ -44,7 +44,8 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
     edits: list[Edit] = []
     shared: dict[Hashable, type[nn.Module]] = {}
     for path, sites in owners.items():
-        units = units_of(linked, sites)
+        units = [unit for site in sites for unit in _units(linked, site)]
+        units = list(dict.fromkeys(units))
         module = linked.modules[path]
         key = _same_code(linked, module, units, sites)
         if key not in shared:
@@ -53,15 +54,6 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
         deltas = tuple((site.delta, _new_delta(linked, site)) for site in sites)
         edits.append(Edit(module, shared[key], deltas, hooked=any(site.method != "forward" for site in sites)))
     return edits
-
-
-def units_of(linked: Linked, sites: Iterable[Site]) -> list[Unit]:
-    """The units in which an owner's sites are written.
-
-    Raises:
-        PlanError: the owner has none.
-    """
-    return list(dict.fromkeys(unit for site in sites for unit in _units(linked, site)))
 
 
 def _units(linked: Linked, site: Site) -> list[Unit]:

@@ -1,143 +1,97 @@
-"""Shapes from example inputs: one run on fake tensors tells the shape of every value that is asked for."""
+"""Channels from example inputs: where provenance does not settle them, one run on fake tensors tells the shapes."""
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_map_only
 
+from .activations import activation_input
 from .calls import bound_to_placeholders
 from .channels import Channels
-from .link import ExampleInputs, Linked, Spot, Unit
-
-if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+from .link import ExampleInputs, Linked, Spot
 
 
 class Run:
     """What a run of the model on fake copies of the inputs told; nothing is computed, and no memory is used.
 
     Attributes:
-        shapes: the shapes of the values asked for, where the run reached them.
+        channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
+            any other along its last.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
-    def __init__(self, linked: Linked, values: Iterable[Spot], inputs: ExampleInputs) -> None:
-        self.shapes: dict[Spot, tuple[int, ...]] = {}
+    def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
+        self.channels: dict[Spot, Channels] = {}
         self.failure = ""
-        self._linked = linked
-        self._wanted: dict[Unit, set[fx.Node]] = {}
-        self._replayed: set[Unit] = set()
-        for unit, node in values:
-            self._wanted.setdefault(unit, set()).add(node)
+        wanted: dict[str, list[Spot]] = {}
+        for spot in spots:
+            wanted.setdefault(spot.unit.path, []).append(spot)
+        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with _eval_mode(linked.model), self._watching(), on_fakes() as fake:
+        with _eval_mode(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            hooks = [
+                linked.modules[path].register_forward_pre_hook(self._watch(linked, here), with_kwargs=True)
+                for path, here in wanted.items()
+            ]
             try:
                 linked.model(
                     *tree_map_only(Tensor, fake.from_tensor, args), **tree_map_only(Tensor, fake.from_tensor, kwargs)
                 )
             except Exception as error:  # the user's model on fake tensors may raise anything; what was seen still holds
-                text = str(error).strip().splitlines()[0] if str(error) else ""
-                self.failure = f"{type(error).__name__}: {text}".rstrip(".: ")
+                self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
-    def channels(self, spot: Spot) -> Channels | None:
-        """The channels of a value: along axis 1 where it has four or five axes, else along its last."""
-        shape = self.shapes.get(spot)
-        if not shape:
-            return None
-        axis = 1 if len(shape) in (4, 5) else -1
-        return Channels(shape[axis], axis)
+    def _watch(self, linked: Linked, spots: list[Spot]) -> Callable[..., None]:
+        def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            missing = [spot for spot in spots if spot not in self.channels]
+            if not missing:
+                return
+            signature = linked.tracing.signature(missing[0].unit.path)
+            if signature is not None and missing[0].unit.method == "forward":
+                self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
+                self.channels |= _replay(linked, module, missing, signature, args, kwargs)
 
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Inside, the graphs of the methods that hold wanted values run in place of their first calls."""
-        methods = {(unit.path, unit.method) for unit in self._wanted}
-        watched = [(self._linked.modules[path], method, self._graph_first(path, method)) for path, method in methods]
-        # torch's fused inference paths skip a module's methods unless it has hooks
-        hooks = [module.register_forward_pre_hook(lambda *_: None) for module, *_ in watched]
-        for module, method, graph_first in watched:
-            module.__dict__[method] = graph_first
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, method, _ in watched:
-                del module.__dict__[method]
-
-    def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
-        original = getattr(self._linked.modules[path], method)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            unit = self._linked.unit_called(path, args, kwargs) if method == "forward" else Unit(path, 0, method)
-            replayed = self._replay(unit, args, kwargs) if unit is not None else None
-            return replayed[0] if replayed else original(*args, **kwargs)
-
-        return call
-
-    def _replay(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values.
-
-        Returns its result in a tuple; None where it is not run.
-        """
-        wanted = self._wanted.get(unit)
-        signature = self._linked.tracing.signature(unit.path, unit.method)
-        if not wanted or signature is None or unit in self._replayed:
-            return None
-        self._replayed.add(unit)  # before the run: children that are called below end here
-        graph = self._linked.graphs[unit].graph
-        given = bound_to_placeholders(signature, args, kwargs)
-        values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-        return (_plain(_Replay(self._linked.modules[unit.path], graph, unit, wanted, self.shapes).run(*values)),)
+        return before_forward
 
 
-def _plain(value: Any) -> Any:
-    """Lists and dicts that can be changed, for fx's immutable ones: the code that called may go on with them."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_plain(item) for item in value)
-    return {key: _plain(item) for key, item in value.items()} if type(value) is immutable_dict else value
+def _replay(
+    linked: Linked,
+    module: nn.Module,
+    spots: list[Spot],
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[Spot, Channels]:
+    """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
+    graph = linked.graphs[spots[0].unit].graph
+    given = bound_to_placeholders(signature, args, kwargs)
+    values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
+    replay = _Replay(module, {z: spot for spot in spots if (z := activation_input(spot.node))}, graph)
+    replay.run(*values)
+    return replay.found
 
 
 class _Replay(fx.Interpreter):
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph,
-        unit: Unit,
-        wanted: set[fx.Node],
-        shapes: dict[Spot, tuple[int, ...]],
-    ) -> None:
+    def __init__(self, module: nn.Module, wanted: dict[fx.Node, Spot], graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
-        self.unit, self.wanted, self.shapes = unit, wanted, shapes
+        self.wanted = wanted
+        self.found: dict[Spot, Channels] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor):
-            self.shapes[Spot(self.unit, n)] = tuple(map(int, value.shape))
+        if n in self.wanted and isinstance(value, Tensor) and value.dim():
+            axis = 1 if value.dim() in (4, 5) else -1
+            self.found[self.wanted[n]] = Channels(value.shape[axis], axis)
         return value
-
-
-@contextmanager
-def on_fakes() -> Iterator[FakeTensorMode]:
-    """Inside, models run on fake tensors without gradients; a model that fails there is no error to log."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
-
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            yield fake
-    finally:
-        log.setLevel(level)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import linecache
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,12 +13,11 @@ from torch import nn
 
 from bypass_fx.activation import psi
 from bypass_fx.extension import root_of
-from bypass_fx.passes.extended import made_of
 from bypass_fx.passes.folding import fold_names
-from bypass_fx.passes.generate import is_extended_owner, original_class, source_of
-from bypass_fx.passes.insert import units_of
+from bypass_fx.passes.generate import is_extended_owner, original_class
+from bypass_fx.passes.insert import prepare
 from bypass_fx.passes.link import Linked
-from bypass_fx.passes.plan import Plan, Site
+from bypass_fx.passes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,23 @@ class Rewritten:
 
 def rewritten(linked: Linked, plan: Plan) -> list[Rewritten]:
     """The code of every owner of a plan, those that share it together; the model is not changed."""
-    owners: dict[str, list[Site]] = {}
-    for site in plan.sites:
-        owners.setdefault(site.owner, []).append(site)
+    paths = {id(module): path for path, module in linked.modules.items()}
     groups: dict[tuple[type[nn.Module], str, str], list[str]] = {}
-    for path, sites in owners.items():
-        units, cls = units_of(linked, sites), type(linked.modules[path])
-        before, after = (source_of(cls, made_of(linked, units, some, psi).methods)[0] for some in ([], sites))
-        groups.setdefault((cls, before, after), []).append(path)
-    return [Rewritten(tuple(paths), key[0].__name__, *key[1:]) for key, paths in groups.items()]
+    for edit in prepare(linked, plan, psi):
+        path = paths[id(edit.owner)]
+        methods = dict.fromkeys(site.method for site in plan.sites if site.owner == path)
+        before = "\n".join(_before(linked, path, method) for method in methods)
+        groups.setdefault((type(edit.owner), before, "\n".join(_codes(edit.extended))), []).append(path)
+    return [Rewritten(tuple(owners), cls.__name__, before, after) for (cls, before, after), owners in groups.items()]
+
+
+def _before(linked: Linked, path: str, method: str) -> str:
+    """The method as traced, one text for each way of calling it; its own source where it has no graph."""
+    units = [unit for unit in (*linked.variants(path), *linked.methods(path)) if unit.method == method]
+    texts = [linked.graphs[unit].graph.python_code("self").src.strip("\n") + "\n" for unit in units]
+    if not texts:
+        return textwrap.dedent(inspect.getsource(getattr(type(linked.modules[path]), method)))
+    return "\n".join(text.replace("def forward(", f"def {method}(", 1) for text in texts)
 
 
 def print_readable(model: nn.Module, print_output: bool = True) -> str:

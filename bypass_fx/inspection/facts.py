@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from bypass_fx.passes.link import ExampleInputs
 from bypass_fx.passes.matrices import columns, rows, tensor_named
 from bypass_fx.passes.plan import Plan, Site
-from bypass_fx.passes.shapes import on_fakes
+from bypass_fx.passes.value_shapes import on_fakes
 
 Shape = tuple[int, ...]
 _PSI_FORWARD, _PSI_BACKWARD = 2, 4

@@ -13,7 +13,7 @@ from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.link import ExampleInputs, Linked, Spot
 from bypass_fx.passes.match import match
 from bypass_fx.passes.plan import Mode, Plan, Site
-from bypass_fx.passes.shapes import Run
+from bypass_fx.passes.value_shapes import ValueShapes
 from bypass_fx.surgery import Select, linked_plan
 from bypass_fx.usual_inputs import usual_inputs
 
@@ -40,17 +40,17 @@ class Inspection:
         return {name: spot for name, spot, _ in Calls(self.linked, self.inputs).all()}
 
     @cached_property
-    def run(self) -> Run | None:
+    def run(self) -> ValueShapes | None:
         """The shapes of all values, from one run on fake tensors."""
         values = [Spot(unit, node) for unit, owned in self.linked.graphs.items() for node in owned.graph.nodes]
-        return Run(self.linked, values, self.inputs) if self.inputs is not None else None
+        return ValueShapes(self.linked, values, self.inputs) if self.inputs is not None else None
 
     @cached_property
-    def run_to_sites(self) -> Run | None:
+    def run_to_sites(self) -> ValueShapes | None:
         """As `run`, for the inputs of the sites alone, which takes a part of the time."""
         if self.inputs is None or "run" in self.__dict__:
             return self.run
-        return Run(self.linked, [self.z(site) for site in self.plan.sites], self.inputs)
+        return ValueShapes(self.linked, [self.z(site) for site in self.plan.sites], self.inputs)
 
     def z(self, site: Site) -> Spot:
         """The value that a site's activation reads; the call itself, of the same shape, where that is no traced value."""
