@@ -166,10 +166,8 @@ class Linked:
             return None
         return unit
 
-    def unit_called(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Unit | None:
-        """The unit of a module that runs for these run-time arguments; its first one where no graph calls it so."""
-        signature = self.tracing.signature(path)
-        call = call_of(signature, args, kwargs) if signature else None
+    def unit_called(self, path: str, call: Call | None) -> Unit | None:
+        """The unit of a module that runs for a call; its first one where no graph calls it so."""
         exact = self._calls.get((path, call.key())) if call else None
         return exact or next(iter(self.variants(path)), None)
 

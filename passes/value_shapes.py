@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_map_only
 
-from .calls import bound_to_placeholders
+from .calls import bound_to_placeholders, call_of
 from .link import ExampleInputs, Linked, Spot, Unit
 
 if TYPE_CHECKING:
@@ -63,29 +63,27 @@ class ValueShapes:
                 del module.__dict__[method]
 
     def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
-        original = getattr(self._linked.modules[path], method)
+        original, signature = getattr(self._linked.modules[path], method), self._linked.tracing.signature(path, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            unit = self._linked.unit_called(path, args, kwargs) if method == "forward" else Unit(path, 0, method)
-            replayed = self._replay(unit, args, kwargs) if unit is not None else None
-            return replayed[0] if replayed else original(*args, **kwargs)
+            if signature is None:
+                return original(*args, **kwargs)
+            unit: Unit | None = Unit(path, 0, method)
+            if method == "forward":
+                unit = self._linked.unit_called(path, call_of(signature, args, kwargs))
+            if unit not in self._wanted or unit in self._replayed:
+                return original(*args, **kwargs)
+            self._replayed.add(unit)  # before the run: children that are called below end here
+            return self._replay(unit, bound_to_placeholders(signature, args, kwargs))
 
         return call
 
-    def _replay(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values.
-
-        Returns its result in a tuple; None where it is not run.
-        """
-        wanted = self._wanted.get(unit)
-        signature = self._linked.tracing.signature(unit.path, unit.method)
-        if not wanted or signature is None or unit in self._replayed:
-            return None
-        self._replayed.add(unit)  # before the run: children that are called below end here
+    def _replay(self, unit: Unit, given: Mapping[str, Any]) -> Any:
+        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values."""
         graph = self._linked.graphs[unit].graph
-        given = bound_to_placeholders(signature, args, kwargs)
         values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-        return (_plain(_Replay(self._linked.modules[unit.path], graph, unit, wanted, self.shapes).run(*values)),)
+        replay = _Replay(self._linked.modules[unit.path], graph, unit, self._wanted[unit], self.shapes)
+        return _plain(replay.run(*values))
 
 
 def _plain(value: Any) -> Any:

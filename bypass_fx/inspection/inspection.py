@@ -50,12 +50,15 @@ class Inspection:
         """As `run`, for the inputs of the sites alone, which takes a part of the time."""
         if self.inputs is None or "run" in self.__dict__:
             return self.run
-        return ValueShapes(self.linked, [self.z(site) for site in self.plan.sites], self.inputs)
+        return ValueShapes(self.linked, filter(None, map(self.z, self.plan.sites)), self.inputs)
 
-    def z(self, site: Site) -> Spot:
-        """The value that a site's activation reads; the call itself, of the same shape, where that is no traced value."""
-        spot = self.spots[site.name]
-        return Spot(spot.unit, activation_input(spot.node) or spot.node)
+    def z(self, site: Site) -> Spot | None:
+        """The value that a site's activation reads; the call itself, of the same shape, where that is no traced value.
+
+        None where the site stands in code without a graph.
+        """
+        spot = self.spots.get(site.name)
+        return spot and Spot(spot.unit, activation_input(spot.node) or spot.node)
 
     def shape(self, spot: Spot) -> Shape | None:
         """The shape of a value; None where no run reached it."""
@@ -65,7 +68,8 @@ class Inspection:
     def facts(self) -> dict[str, Facts]:
         """Shapes and costs of every site, by name."""
         shapes = self.run_to_sites.shapes if self.run_to_sites else {}
-        return {site.name: facts(self.linked.model, site, shapes.get(self.z(site))) for site in self.plan.sites}
+        known = {site.name: shapes.get(z) for site in self.plan.sites if (z := self.z(site))}
+        return {site.name: facts(self.linked.model, site, known.get(site.name)) for site in self.plan.sites}
 
     @cached_property
     def costs(self) -> Costs:
@@ -109,13 +113,13 @@ def inspect(
     """
     linked, found = linked_plan(model, mode, select, example_inputs)
     if plan is not None:
-        _check_fit(linked, plan)
+        _check_fit(found, plan)
     inputs = example_inputs if example_inputs is not None else usual_inputs(linked.model)
     return Inspection(name or type(linked.model).__name__, model, linked, plan or found, inputs)
 
 
-def _check_fit(linked: Linked, plan: Plan) -> None:
-    known = {name for name, _, _ in Calls(linked).all()}
+def _check_fit(found: Plan, plan: Plan) -> None:
+    known = {call.name for call in (*found.sites, *found.refusals)}
     missing = next((site.name for site in plan.sites if site.name not in known), None)
     if missing is not None:
         raise PlanError(f"the model has no activation call {missing!r} as in the plan; plan this model anew")

@@ -73,6 +73,7 @@ class _Drawing:
         self.inspection, self.linked = inspection, inspection.linked
         self.nodes: dict[str, Node] = {}
         self.edges: dict[tuple[str, str, Stage], Edge] = {}
+        self.calls: dict[str, str] = {}  # the first call of each module that is a node, by its path
         self.read_by: dict[str, list[Edge]] = {}
         self.units = [unit for unit in self.linked.graphs if _is_drawn(self.linked, unit)]
         for unit in self.units:
@@ -124,7 +125,9 @@ class _Drawing:
         text = " × ".join(map(str, shape)) if shape is not None else ""
         made = Node(_name(unit, node), self.module(unit.path), "op", str(node.target), shape=text)
         if node.op == "call_module":
-            module = self.linked.modules[self.linked.child(unit, node)]
+            path = self.linked.child(unit, node)
+            self.calls.setdefault(path, made.id)
+            module = self.linked.modules[path]
             made = replace(made, role="call", type=type(module).__name__, detail=module.extra_repr())
         elif node.op == "get_attr":
             made = replace(made, role="parameter")
@@ -179,6 +182,7 @@ class _Drawing:
             above = path.rpartition(".")[0]
             made = Node(f"{path}#call", self.module(above), "call", path.rpartition(".")[2], type(module).__name__)
             self.nodes[made.id] = replace(made, detail=module.extra_repr())
+            self.calls.setdefault(path, made.id)
             targets = [made.id]
         if caller is not None:
             for target in targets:
@@ -204,13 +208,16 @@ class _Drawing:
         """Note the plan's sites and refusals on their nodes."""
         plan = self.inspection.plan
         for site in plan.sites:
-            name = _name(*self.inspection.spots[site.name])
-            self.nodes[name] = replace(self.nodes[name], site=site.name, kind=site.constraint)
+            self.note(site.name, site.owner, site=site.name, kind=site.constraint)
         for refusal in plan.refusals:
-            spot = self.inspection.spots.get(refusal.name)
-            name = _name(*spot) if spot else f"{refusal.owner or ROOT}#forward"
-            if name in self.nodes:
-                self.nodes[name] = replace(self.nodes[name], refusal=refusal.name, kind="refused")
+            self.note(refusal.name, refusal.owner, refusal=refusal.name, kind="refused")
+
+    def note(self, call: str, owner: str, **marks: str) -> None:
+        """Mark an activation call; where it is no value of a graph, its owner, or the owner's code."""
+        spot = self.inspection.spots.get(call)
+        name = _name(*spot) if spot else self.calls.get(owner, f"{owner or ROOT}#forward")
+        if name in self.nodes:
+            self.nodes[name] = replace(self.nodes[name], **marks)  # type: ignore[arg-type]
 
     def bypass(self, unit: Unit) -> None:
         """What the surgery adds to a unit: ψ with its δ behind every σ, read off the rewritten graph."""

@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vit(browser: Page, folder: Path) -> Page:
     file = folder / "vit.html"
     if not file.exists():
-        write(inspect(models.build_empty("timm:vit_tiny_patch16_224"), "timm:vit_tiny_patch16_224"), file)
+        model = models.build_empty("timm:vit_tiny_patch16_224")
+        write(inspect(model, "timm:vit_tiny_patch16_224", select="*.mlp.act"), file)
     browser.open(file)
     return browser
 
