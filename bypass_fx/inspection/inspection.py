@@ -119,7 +119,7 @@ def inspect(
 
 
 def _check_fit(found: Plan, plan: Plan) -> None:
-    known = {call.name for call in (*found.sites, *found.refusals)}
+    known = {site.name for site in found.sites} | {refusal.name for refusal in found.refusals}
     missing = next((site.name for site in plan.sites if site.name not in known), None)
     if missing is not None:
         raise PlanError(f"the model has no activation call {missing!r} as in the plan; plan this model anew")
