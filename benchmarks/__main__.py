@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from . import coverage, digits, exactness, planning
+import bypass_fx
+from bypass_fx import zoo_sites
+
+from . import coverage, digits, exactness, pages, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -22,8 +26,10 @@ def _program() -> None:
 
 @app.command("coverage")
 def run_coverage(only: Pattern = "") -> None:
-    """Plan, extend and contract every model of timm and torchvision."""
-    _write("coverage.md", coverage.summary(coverage.run(only)))
+    """Plan, extend and contract every model of timm and torchvision; `bypass-fx list` shows what was found."""
+    file = coverage.run(only)
+    Path(bypass_fx.__file__).with_name(zoo_sites.FILE).write_text(coverage.listing(file))
+    _write("coverage.md", coverage.summary(file))
 
 
 @app.command("exactness")
@@ -42,6 +48,12 @@ def run_planning(only: Pattern = "") -> None:
 def run_digits(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10) -> None:
     """The main job with its default settings, over seeds."""
     _write("digits.md", digits.summary(digits.run(seeds)))
+
+
+@app.command("pages")
+def run_pages(only: Pattern = "") -> None:
+    """The pages of `bypass-fx inspect` in headless Chromium: first paint, interactions, screenshots."""
+    _write("pages.md", pages.summary(pages.run(only)))
 
 
 def _write(name: str, text: str) -> None:

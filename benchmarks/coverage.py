@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 import bypass_fx
+from bypass_fx import zoo_sites
 from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
 from bypass_fx.passes.plan import MODES
@@ -127,3 +128,28 @@ def summary(file: ResultsFile) -> str:
     seconds = sorted(sum(row["seconds"].values()) for row in rows)
     lines += ["", f"Seconds a model: median {seconds[len(seconds) // 2]:.2f}, highest {seconds[-1]:.2f}."]
     return "\n".join(lines) + "\n"
+
+
+def listing(file: ResultsFile) -> str:
+    """The table that `bypass-fx list` reads."""
+    rows = [_listed(row) for row in file if "error" not in row]
+    versions = ", ".join(f"{name} {file.header[name]}" for name in ("python", "torch", "timm", "torchvision"))
+    return zoo_sites.write(rows, f"{file.header['command']}: {versions}")
+
+
+def _listed(row: dict[str, Any]) -> zoo_sites.ModelSites:
+    strict = row["sites"]["strict"]
+
+    def count(word: str) -> int:
+        return sum(number for kind, number in strict.items() if word in kind.split())
+
+    totals = (sum(row["sites"][mode].values()) for mode in ("relaxed", "auto", "all"))
+    return zoo_sites.ModelSites(
+        row["model"],
+        row["parameters"],
+        row["activations"],
+        count("folded"),
+        count("augmented"),
+        count("always"),
+        *totals,
+    )

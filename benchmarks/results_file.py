@@ -20,11 +20,11 @@ class ResultsFile:
     def __init__(self, name: str, packages: tuple[str, ...] = ("torch",)) -> None:
         self.path = RESULTS / name
         self.rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            _, *self.rows = map(json.loads, self.path.read_text().splitlines())
-        else:
+        if not self.path.exists():
             RESULTS.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(_header(packages)) + "\n")
+        self.header: dict[str, Any]
+        self.header, *self.rows = map(json.loads, self.path.read_text().splitlines())
 
     def done(self, key: str) -> set[Any]:
         """The values of a field in the rows that are there."""

@@ -15,6 +15,7 @@ from .schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from .surgery import ContractionReport, contract, extend, plan, sites
 
 if TYPE_CHECKING:
+    from .inspection import print_readable
     from .trainer import Trainer
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "norms",
     "penalty",
     "plan",
+    "print_readable",
     "sites",
 ]
 
@@ -51,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from .trainer import Trainer
 
         return Trainer
+    if name == "print_readable":
+        from .inspection import print_readable
+
+        return print_readable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

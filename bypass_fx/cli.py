@@ -1,4 +1,4 @@
-"""The command line: `bypass-fx train` runs the main job, `bypass-fx inspect` shows where a model can be bypassed."""
+"""The command line: `bypass-fx train` runs the main job; `inspect` and `list` are in `cli_inspection`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import sys
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
-from bypass_fx import terminal
+from bypass_fx import cli_inspection, terminal
 from bypass_fx.passes.errors import BypassError
-from bypass_fx.passes.plan import Mode
 from bypass_fx.settings import Settings
 
 _DEFAULT = Settings()
 _PHASES = "Phases, in epochs"
 _TRAIN_NEEDS = {"timm", "torchvision", "sklearn", "matplotlib", "PIL"}
 
-app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -35,7 +34,14 @@ def _option(panel: str, text: str) -> Any:
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[str, _option("Job", "mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")] = "mlp",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.",
+            rich_help_panel="Job",
+            autocompletion=cli_inspection.complete_model,
+        ),
+    ] = "mlp",
     data: Annotated[str, _option("Job", "digits, eggholder, cifar10:DIR or imagefolder:DIR.")] = "digits",
     weights: Annotated[Path | None, _option("Job", "Start from these weights (.safetensors or a state dict).")] = None,
     image_size: Annotated[int, _option("Job", "Side of an image folder's images, in pixels.")] = 64,
@@ -86,7 +92,14 @@ def train(
     network = models.build(model, models.Fit(examples.shape, examples.outputs))
     if weights:
         run_folder.load_weights(network, weights)
-    about = {"model": model, "data": data, "weights": str(weights) if weights else None, "settings": asdict(settings)}
+    about = {
+        "model": model,
+        "data": data,
+        "shape": examples.shape,
+        "outputs": examples.outputs,
+        "weights": str(weights) if weights else None,
+        "settings": asdict(settings),
+    }
     _train(network, examples, settings, folder, about)
 
 
@@ -111,43 +124,8 @@ def _train(network: Any, examples: Any, settings: Settings, folder: Path, about:
     screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
 
 
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")],
-    mode: Annotated[str, typer.Option(help="auto, strict, relaxed or all.")] = "auto",
-    select: Annotated[str | None, typer.Option(help="Only sites whose name fits this pattern.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-) -> None:
-    """Show where a model can be bypassed, and why not elsewhere.
-
-    For timm's and torchvision's models no weights are made or downloaded; large ones need no memory.
-
-    [bold]Examples[/]
-
-    bypass-fx inspect timm:resnet18
-
-    bypass-fx inspect torchvision:vit_b_16 --mode all
-
-    bypass-fx inspect my_package.nets:make --json > plan.json
-    """
-    from bypass_fx import models, surgery
-
-    with terminal.warnings_as_lines():
-        network = models.build_empty(model)
-        plan = surgery.plan(network, mode=cast(Mode, mode), select=select)
-    if json:
-        typer.echo(plan.to_json())
-        return
-    screen = terminal.console()
-    if plan.sites:
-        screen.print(terminal.site_table(plan))
-    if plan.refusals:
-        screen.print("", terminal.refusal_table(plan))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    screen.print(
-        f"\n{len(plan)} sites, {plan.coefficients} coefficients beside {parameters} parameters; "
-        f"{len(plan.refusals)} activations refused"
-    )
+app.command()(cli_inspection.inspect)
+app.command("list")(cli_inspection.list_models)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +20,8 @@ class Record:
     """The mean training loss of both arms over the steps since the record before, up to `step`.
 
     `residual` is the sum over the sites of ‖ADW‖ or ‖D‖ at that step. `baseline` is None in train1, where there is one
-    arm only; `residual` is None outside opt1 and opt2. `seconds` counts from the start of the run.
+    arm only; `residual` is None outside opt1 and opt2. `seconds` counts from the start of the run. `residuals` holds the
+    terms of `residual` by the names of the sites.
     """
 
     step: int
@@ -29,6 +31,7 @@ class Record:
     baseline: float | None
     residual: float | None
     seconds: float
+    residuals: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,15 +97,15 @@ def takes_vectors(name: str) -> bool:
     return name == "mlp"
 
 
-def build_empty(name: str) -> nn.Module:
-    """The model called `name` for its own defaults, to look at: timm's and torchvision's hold no memory for weights.
+def build_empty(name: str, fit: Fit | None = None) -> nn.Module:
+    """The model called `name`, to look at: as `build`, but timm's and torchvision's hold no memory for weights.
 
     Raises:
         ModelError: as `build`.
     """
     library = name.startswith(("timm:", "torchvision:"))
     with torch.device("meta" if library else "cpu"):
-        return build(name)
+        return build(name, fit)
 
 
 def build(name: str, fit: Fit | None = None) -> nn.Module:

@@ -84,10 +84,22 @@ def plan(
         >>> [site.name for site in plan(net)]
         ['1']
     """
+    return linked_plan(model, mode, select, example_inputs)[1]
+
+
+def linked_plan(
+    model: nn.Module, mode: Mode = "auto", select: Select | None = None, example_inputs: ExampleInputs | None = None
+) -> tuple[Linked, Plan]:
+    """As `plan`, with the linked graphs of the model that the plan was made from.
+
+    Raises:
+        PlanError, SurgeryError: as `plan`.
+    """
     model = _unwrapped(model)
     _refuse_extended(model)
     _refuse_unready(model)
-    return _plan(Linked(model, example_inputs), mode, select, example_inputs)
+    linked = Linked(model, example_inputs)
+    return linked, _plan(linked, mode, select, example_inputs)
 
 
 def _plan(linked: Linked, mode: Mode, select: Select | None, example_inputs: ExampleInputs | None) -> Plan:

@@ -1,9 +1,8 @@
-"""What the command line shows: live progress, the closing table of a run, the tables of an inspection, and errors."""
+"""What the command line shows: live progress, the closing table of a run, and errors."""
 
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bypass_fx.history import Event, History, Moment, Record, Score
-from bypass_fx.passes.plan import Affine, Plan
 
 _PIPED_WIDTH = 160  # where there is no terminal, lines are for grep, not for the eye
 
@@ -128,37 +126,6 @@ def _cells(score: Score) -> list[str]:
     return [number(score.train_loss), number(score.test_loss), *(f"{value:.1%}" for value in accuracies)]
 
 
-def site_table(plan: Plan) -> Table:
-    """The sites of a plan: where, of which kind, and between which affine maps."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for header in ("site", "kind", "constraint", "activation"):
-        table.add_column(header, overflow="fold")
-    table.add_column("width", justify="right")
-    for header in ("W", "A", "exact"):
-        table.add_column(header, overflow="fold")
-    for site in plan.sites:
-        constraint = {"folded": "A D W = 0", "augmented": "A D [W b] = 0", "zero": "D = 0"}[site.constraint]
-        ends = _affine(site.first), _affine(site.second)
-        cells = (site.name, site.kind, constraint, site.activation, str(site.width), *ends, site.exact)
-        table.add_row(*map(escape, cells))
-    return table
-
-
-def refusal_table(plan: Plan) -> Table:
-    """The refusals of a plan, those of one reason together."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for refusal in plan.refusals:
-        groups[refusal.reason, refusal.remedy].append(refusal.name)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("refused", justify="right")
-    for header in ("reason", "what would help", "where"):
-        table.add_column(header, overflow="fold")
-    for (reason, remedy), names in sorted(groups.items(), key=lambda group: -len(group[1])):
-        where = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        table.add_row(str(len(names)), *map(escape, (reason, remedy, where)))
-    return table
-
-
 def number(value: float) -> str:
     """A loss or a norm in four figures or so.
 
@@ -169,10 +136,6 @@ def number(value: float) -> str:
     if 1e-3 <= abs(value) < 1e6 or value == 0:
         return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.2e}"
-
-
-def _affine(affine: Affine | None) -> str:
-    return str(affine) if affine else "-"
 
 
 def _one_line(message: str) -> str:

@@ -143,7 +143,7 @@ class Trainer:
             if step == self.total_steps:
                 break
             losses = self._step(bypass, batch, phase, schedule), self._step(baseline, batch, phase)
-            log.note(batch, phase, *losses, partial(_residual, self.model, schedule, phase))
+            log.note(batch, phase, *losses, partial(_residuals, self.model, schedule, phase))
             step = batch.step
         moment("end", step)
         records, moments = tuple(log.records), tuple(log.moments)
@@ -209,6 +209,9 @@ class Trainer:
         return Score(train_loss, test_loss, train_accuracy, test_accuracy)
 
 
+_Norms = dict[str, float] | None
+
+
 class _Log:
     """Gathers the losses of the steps into records, and keeps records and moments in order."""
 
@@ -226,11 +229,11 @@ class _Log:
         return time.perf_counter() - self._started
 
     def note(
-        self, batch: _Batch, phase: Phase, loss: float, baseline: float | None, residual: Callable[[], float | None]
+        self, batch: _Batch, phase: Phase, loss: float, baseline: float | None, residuals: Callable[[], _Norms]
     ) -> None:
         """Count one step in; a record is due every so many steps, and at each moment."""
         self._pending.append((loss, baseline))
-        self._close = partial(self._record, batch.step, batch.epoch, phase, residual)
+        self._close = partial(self._record, batch.step, batch.epoch, phase, residuals)
         if len(self._pending) == self._every:
             self._close()
 
@@ -241,20 +244,22 @@ class _Log:
         self.moments.append(moment)
         self._on_event(moment)
 
-    def _record(self, step: int, epoch: float, phase: Phase, residual: Callable[[], float | None]) -> None:
+    def _record(self, step: int, epoch: float, phase: Phase, residuals: Callable[[], _Norms]) -> None:
         losses = [loss for loss, _ in self._pending]
         others = [other for _, other in self._pending if other is not None]
         baseline = fmean(others) if others else None
-        self.records.append(Record(step, epoch, phase, fmean(losses), baseline, residual(), self.seconds()))
+        norms = residuals()
+        residual = sum(norms.values()) if norms is not None else None
+        self.records.append(Record(step, epoch, phase, fmean(losses), baseline, residual, self.seconds(), norms))
         self._pending.clear()
         self._on_event(self.records[-1])
 
 
-def _residual(model: nn.Module, schedule: BypassSchedule, phase: Phase) -> float | None:
-    """Σ‖ADW‖ or ‖D‖ over the sites; the schedule has it from the last step of opt2, after which the sites are gone."""
+def _residuals(model: nn.Module, schedule: BypassSchedule, phase: Phase) -> _Norms:
+    """‖ADW‖ or ‖D‖ of each site; the schedule has them from the last step of opt2, after which the sites are gone."""
     if phase == "opt1":
-        return sum(norm.item() for norm in constraint.norms(model).values())
-    return sum(schedule.norms.values()) if phase == "opt2" else None
+        return {name: norm.item() for name, norm in constraint.norms(model).items()}
+    return dict(schedule.norms) if phase == "opt2" else None
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -197,6 +197,11 @@ class Linked:
             return None
         return unit
 
+    def unit_called(self, path: str, call: Call | None) -> Unit | None:
+        """The unit of a module that runs for a call; its first one where no graph calls it so."""
+        exact = self._calls.get((path, call.key())) if call else None
+        return exact or next(iter(self.variants(path)), None)
+
     def own_unit(self, path: str) -> list[Unit]:
         """The unit of a leaf module's own forward, traced now; empty where it has no graph."""
         try:

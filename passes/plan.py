@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from . import plan_text
 from .errors import PlanError
 
 Kind = Literal["strict", "relaxed"]
@@ -92,9 +93,11 @@ class Refusal:
     remedy: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """The sites of a model and the refusals, in the order in which the model defines them.
+
+    A plan prints as a table, repeated blocks folded into one line; notebooks show it as an HTML table.
 
     Example:
         >>> import torch, bypass_fx
@@ -113,6 +116,12 @@ class Plan:
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
+
+    def __repr__(self) -> str:
+        return plan_text.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return plan_text.as_html(self)
 
     @property
     def coefficients(self) -> int:

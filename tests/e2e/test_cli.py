@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import bypass_fx
 from bypass_fx import cli, models, terminal
 from bypass_fx.run_folder import FILES
 from tests.cifar10 import write_cifar10
@@ -169,30 +168,7 @@ def test_a_package_that_is_not_installed_is_named(run: Run, monkeypatch: pytest.
     assert result.code == 2 and "timm is not installed; run: pip install 'bypass_fx[train]'" in result.err
 
 
-def test_inspect_shows_sites_refusals_and_totals(run: Run) -> None:
-    result = run("inspect", "timm:resnet18")
-    assert result.code == 0, result.err
-    assert re.search(r"^layer1\.0\.act1 +relaxed +D = 0 +relu +64 ", result.out, re.MULTILINE)
-    assert "16 sites, 3840 coefficients beside 11689512 parameters; 1 activations refused" in result.out
-
-
-def test_inspect_shows_the_affine_maps_of_a_strict_site(run: Run) -> None:
-    result = run("inspect", "2c2d", "--select", "relu*")
-    assert result.code == 0
-    assert re.search(r"strict +A D W = 0 +relu +1024 +fc1 +fc2 +always", result.out)
-
-
-def test_inspect_writes_a_plan_that_can_be_read(run: Run) -> None:
-    result = run("inspect", "mlp", "--mode", "strict", "--json")
-    assert bypass_fx.Plan.from_json(result.out) == bypass_fx.plan(models.build("mlp"), mode="strict")
-
-
-@pytest.mark.parametrize("arguments", [["inspect", "mlpp"], ["inspect", "mlp", "--mode", "strikt"]])
-def test_inspect_refuses_what_it_does_not_know(run: Run, tmp_path: Path, arguments: list[str]) -> None:
-    _expect_refusal(run(*arguments), "(did you mean|is none of)", tmp_path)
-
-
-@pytest.mark.parametrize("command", [[], ["train"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["inspect"], ["list"]])
 def test_help_has_examples(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.code == 0

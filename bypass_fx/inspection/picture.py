@@ -1,0 +1,296 @@
+"""The graph of a model as plain data: nested modules, values, and the edges between them, before and after the surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import fx
+
+from bypass_fx.activation import psi
+from bypass_fx.passes.link import Linked, Spot, Unit
+from bypass_fx.passes.plan import Site
+from bypass_fx.passes.rewrite import rewrite
+
+from .inspection import Inspection
+
+Role = Literal["module", "input", "output", "call", "op", "parameter", "opaque"]
+Stage = Literal["both", "before", "after"]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A module (others lie in it) or a value; `parent` is the module it lies in.
+
+    `site` and `refusal` name what the plan says of an activation call, and `kind` is the site's constraint, or "refused".
+    `shape` is "" where it is not known.
+    """
+
+    id: str
+    parent: str | None
+    role: Role
+    label: str
+    type: str = ""
+    detail: str = ""
+    shape: str = ""
+    site: str = ""
+    refusal: str = ""
+    kind: str = ""
+    stage: Stage = "both"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A value that one node hands to another; `seen` is False for a call that code without a graph may make."""
+
+    source: str
+    target: str
+    stage: Stage = "both"
+    seen: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The graph of a model; every parent stands before the nodes in it."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+
+ROOT = "(model)"
+
+
+def draw(inspection: Inspection) -> Picture:
+    """The picture of an inspected model."""
+    drawing = _Drawing(inspection)
+    return Picture(inspection.name, tuple(drawing.in_order()), tuple(drawing.edges.values()))
+
+
+class _Drawing:
+    def __init__(self, inspection: Inspection) -> None:
+        self.inspection, self.linked = inspection, inspection.linked
+        self.nodes: dict[str, Node] = {}
+        self.edges: dict[tuple[str, str, Stage], Edge] = {}
+        self.calls: dict[str, str] = {}  # the first call of each module that is a node, by its path
+        self.read_by: dict[str, list[Edge]] = {}
+        self.units = [unit for unit in self.linked.graphs if _is_drawn(self.linked, unit)]
+        for unit in self.units:
+            for node in self.linked.graphs[unit].graph.nodes:
+                self.value(unit, node)
+        for path in self.linked.failures:
+            self.opaque(path)
+        for unit in self.units:
+            if unit.method != "forward":
+                self.helper(unit)
+        for path in sorted(self.linked.unseen):
+            self.unseen(path)
+        self.connect()
+        self.mark()
+        for unit in self.units:
+            self.bypass(unit)
+        joined = {end for edge in self.edges.values() for end in (edge.source, edge.target)}
+        for node in list(self.nodes.values()):  # what no code calls, such as a dropout that a fused function took over
+            if node.role != "module" and node.id not in joined and not (node.site or node.refusal):
+                del self.nodes[node.id]
+
+    def in_order(self) -> Iterator[Node]:
+        """The nodes, modules that hold any first, outer ones before inner ones."""
+        around: set[str] = set()
+        for node in self.nodes.values():
+            parent = node.parent if node.role != "module" else None
+            while parent is not None and parent not in around:
+                around.add(parent)
+                parent = self.nodes[parent].parent
+        modules = [self.nodes[name] for name in around]
+        yield from sorted(modules, key=lambda node: (node.id != ROOT, node.id.count("."), node.id))
+        yield from (node for node in self.nodes.values() if node.role != "module")
+
+    def module(self, path: str) -> str:
+        """The box of a module, inside those of the modules around it."""
+        name = path or ROOT
+        if name not in self.nodes:
+            module = self.linked.modules[path]
+            parent = self.module(path.rpartition(".")[0]) if path else None
+            label = path.rpartition(".")[2] or self.inspection.name
+            self.nodes[name] = Node(name, parent, "module", label, type(module).__name__)
+        return name
+
+    def value(self, unit: Unit, node: fx.Node) -> None:
+        """One value of a unit; calls of modules with a graph are those modules' boxes."""
+        if self.stands_for(unit, node) != _name(unit, node) or (node.op == "placeholder" and not node.users):
+            return
+        shape = self.inspection.shape(Spot(unit, node))
+        text = " × ".join(map(str, shape)) if shape is not None else ""
+        made = Node(_name(unit, node), self.module(unit.path), "op", str(node.target), shape=text)
+        if node.op == "call_module":
+            path = self.linked.child(unit, node)
+            self.calls.setdefault(path, made.id)
+            module = self.linked.modules[path]
+            made = replace(made, role="call", type=type(module).__name__, detail=module.extra_repr())
+        elif node.op == "get_attr":
+            made = replace(made, role="parameter")
+        elif node.op == "placeholder":
+            made = replace(made, role="input")
+        elif node.op == "output":
+            made = replace(made, role="output", label="result")
+        elif node.op == "call_function":
+            made = replace(made, label=getattr(node.target, "__name__", made.label), detail=_arguments(node))
+        else:
+            made = replace(made, label=f".{node.target}", detail=_arguments(node))
+        self.nodes[made.id] = made
+
+    def stands_for(self, unit: Unit, node: fx.Node) -> str:
+        """The id of the node that shows the value: for a module's call, what stands inside that module's box."""
+        if node.op == "call_module":
+            callee = self.linked.callee(Spot(unit, node))
+            if callee is not None:
+                output = next(iter(reversed(self.linked.graphs[callee].graph.nodes)))
+                return _name(callee, output)
+            child = self.linked.child(unit, node)
+            if child in self.linked.failures:
+                return f"{child}#forward"
+        return _name(unit, node)
+
+    def opaque(self, path: str) -> None:
+        """A forward without a graph."""
+        reason = str(self.linked.failures[path])
+        name = f"{path}#forward" if path else f"{ROOT}#forward"
+        self.nodes[name] = Node(name, self.module(path), "opaque", "forward", "no graph", reason)
+
+    def helper(self, unit: Unit) -> None:
+        """A helper method of a forward without a graph, which calls it."""
+        for node in self.linked.graphs[unit].graph.nodes:
+            if node.op == "placeholder":
+                self.join(f"{unit.path or ROOT}#forward", _name(unit, node), seen=False)
+
+    def unseen(self, path: str) -> None:
+        """A module that code without a graph may call: an edge from the nearest such code, and a node if it has none."""
+        caller = next((above for above in _above(path) if above in self.linked.failures), None)
+        module = self.linked.modules[path]
+        targets = [
+            node.id
+            for unit in self.linked.variants(path)
+            if unit in self.units
+            for node in self.nodes.values()
+            if node.role == "input" and node.id.startswith(_prefix(unit))
+        ]
+        if path in self.linked.failures:
+            targets = [f"{path}#forward"]
+        elif not self.linked.variants(path) and not module._modules:
+            above = path.rpartition(".")[0]
+            made = Node(f"{path}#call", self.module(above), "call", path.rpartition(".")[2], type(module).__name__)
+            self.nodes[made.id] = replace(made, detail=module.extra_repr())
+            self.calls.setdefault(path, made.id)
+            targets = [made.id]
+        if caller is not None:
+            for target in targets:
+                self.join(f"{caller or ROOT}#forward", target, seen=False)
+
+    def join(self, source: str, target: str, stage: Stage = "both", seen: bool = True) -> None:
+        known = source in self.nodes and target in self.nodes and source != target
+        if known and (source, target, stage) not in self.edges:
+            self.edges[source, target, stage] = edge = Edge(source, target, stage, seen)
+            self.read_by.setdefault(source, []).append(edge)
+
+    def connect(self) -> None:
+        """The edges of the linked dataflow, with each call of a traced module replaced by what stands in its box."""
+        alias: dict[tuple[str, int, str, str], str] = {}
+        for unit in self.units:
+            for node in self.linked.graphs[unit].graph.nodes:
+                alias[*unit, node.name] = self.stands_for(unit, node)
+        for source, target in self.linked.digraph.edges:
+            if source in alias and target in alias:
+                self.join(alias[source], alias[target])
+
+    def mark(self) -> None:
+        """Note the plan's sites and refusals on their nodes."""
+        plan = self.inspection.plan
+        for site in plan.sites:
+            self.note(site.name, site.owner, site=site.name, kind=site.constraint)
+        for refusal in plan.refusals:
+            self.note(refusal.name, refusal.owner, refusal=refusal.name, kind="refused")
+
+    def note(self, call: str, owner: str, **marks: str) -> None:
+        """Mark an activation call; where it is no value of a graph, its owner, or the owner's code."""
+        spot = self.inspection.spots.get(call)
+        name = _name(*spot) if spot else self.calls.get(owner, f"{owner or ROOT}#forward")
+        if name in self.nodes:
+            self.nodes[name] = replace(self.nodes[name], **marks)  # type: ignore[arg-type]
+
+    def bypass(self, unit: Unit) -> None:
+        """What the surgery adds to a unit: ψ with its δ behind every σ, read off the rewritten graph."""
+        sites = [site for site in self.inspection.plan.sites if (site.owner, site.method) == (unit.path, unit.method)]
+        if not sites:
+            return
+        owned = self.linked.graphs[unit]
+        graph = rewrite(self.linked, unit, owned, sites, psi)
+        at = {owned.names[site.call].name: site for site in sites}
+        for node in [node for node in graph.nodes if node.target is psi]:
+            self.write_psi(unit, node, at[node.args[0].name])
+
+    def write_psi(self, unit: Unit, node: fx.Node, site: Site) -> None:
+        sigma, kept, delta = (value for value in node.args[:3] if isinstance(value, fx.Node))
+        parent, here = self.module(unit.path), _name(unit, sigma)
+        name, coefficients = _name(unit, node), _name(unit, delta)
+        detail = f"ψ(z) = σ(z) + D z, σ = {site.activation}"
+        shape = self.nodes[here].shape
+        self.nodes[name] = Node(
+            name, parent, "op", "ψ", "D-activation", detail, shape, site.name, kind=site.constraint, stage="after"
+        )
+        about = f"D = diag(δ), {site.width} coefficients, 0 at first"
+        self.nodes[coefficients] = Node(
+            coefficients, parent, "parameter", site.delta, "δ", about, str(site.width), stage="after"
+        )
+        z = self.names_of(unit, kept)
+        if kept.name not in {other.name for other in self.linked.graphs[unit].graph.nodes}:
+            copy, before = _name(unit, kept), kept.all_input_nodes[0]
+            self.nodes[copy] = Node(copy, parent, "op", "clone", "", "σ overwrites z", stage="after")
+            self.join(self.names_of(unit, before), copy, "after")
+            z = copy
+        for edge in self.read_by.pop(here, []):
+            del self.edges[here, edge.target, edge.stage]
+            self.join(here, edge.target, "before", edge.seen)
+            self.join(name, edge.target, "after", edge.seen)
+        for value in (here, z, coefficients):
+            self.join(value, name, "after")
+
+    def names_of(self, unit: Unit, copied: fx.Node) -> str:
+        """The id of a value of the rewritten graph, which names values as the original does."""
+        original = next((node for node in self.linked.graphs[unit].graph.nodes if node.name == copied.name), None)
+        return self.stands_for(unit, original) if original is not None else _name(unit, copied)
+
+
+def _is_drawn(linked: Linked, unit: Unit) -> bool:
+    """Whether a unit's inside is shown: activations and affine look-alikes are nodes, unless no graph calls them, and a
+    helper method is shown where it calls a module or an activation.
+    """
+    if unit.method != "forward":
+        calls_module = any(node.op == "call_module" for node in linked.graphs[unit].graph.nodes)
+        return calls_module or bool(linked.activations_in(unit))
+    leaf = linked.activation_module(unit.path) or linked.look_alike(unit.path)
+    return not leaf or unit.path in linked.unseen
+
+
+def _prefix(unit: Unit) -> str:
+    variant = f"@{unit.variant}" if unit.variant else ""
+    method = f".{unit.method}" if unit.method != "forward" else ""
+    return f"{unit.path or ROOT}{method}{variant}#"
+
+
+def _name(unit: Unit, node: fx.Node) -> str:
+    return _prefix(unit) + node.name
+
+
+def _above(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _arguments(node: fx.Node) -> str:
+    """The plain arguments of a call."""
+    given = [repr(value) for value in node.args if not isinstance(value, fx.Node)]
+    given += [f"{key}={value!r}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
+    return ", ".join(given)[:200]

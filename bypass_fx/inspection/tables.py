@@ -1,0 +1,151 @@
+"""An inspection in the terminal: the sites folded by repeated blocks, the refusals by reason, the totals, and code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from bypass_fx.passes.folding import refusal_rows, site_rows, summary
+from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.plan_text import HEADERS, cells
+from bypass_fx.terminal import number
+from bypass_fx.zoo_sites import ModelSites
+
+from .code import Rewritten
+from .facts import Costs, Shape
+from .inspection import Inspection
+from .panel import si
+from .residuals import Residuals
+
+_KINDS = {"strict": "[blue]strict[/]", "relaxed": "[yellow]relaxed[/]"}
+_WIDE = 120  # columns that the whole table of a usual model takes
+_DIFF = {"+": "green", "-": "red", "@": "cyan"}
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def site_table(plan: Plan, width: int, run: Residuals | None = None) -> Table:
+    """The sites of a plan: where, of which kind, and between which affine maps; with their residual norms in a run.
+
+    On a narrow screen W → A stands below the name, and "(eval)" beside a constraint whose fold is exact in eval mode only.
+    """
+    wide = width >= _WIDE
+    table = _table()
+    for header in HEADERS if wide else HEADERS[:6]:
+        table.add_column(header, overflow="fold", justify="right" if header in ("width", "") else "left")
+    for header in ("highest ‖·‖", "last ‖·‖") if run else ():
+        table.add_column(header, justify="right")
+    for row, text in zip(site_rows(plan.sites), cells(plan), strict=True):
+        shown = [_KINDS.get(cell, escape(cell)) for cell in text]
+        if not wide:
+            *shown, w, a, exact = shown
+            shown[0] += f"\n  [dim]{w} → {a}[/]" if row.sites[0].first else ""
+            shown[3] += "" if exact == "always" else " (eval)"
+        table.add_row(*shown, *(_norms(run, [site.name for site in row.sites]) if run else ()))
+    return table
+
+
+def _norms(run: Residuals, names: Iterable[str]) -> tuple[str, str]:
+    """The highest norm over the run and the highest last one, of the sites of a row."""
+    series = [[value for value in run.residuals.get(name, ()) if value is not None] for name in names]
+    known = [values for values in series if values]
+    if not known:
+        return "-", "-"
+    return number(max(map(max, known))), number(max(values[-1] for values in known))
+
+
+def refusal_table(plan: Plan) -> Table:
+    """The refusals of a plan, those of one reason together."""
+    table = _table()
+    table.add_column("refused", justify="right")
+    for header in ("reason", "what would help", "where"):
+        table.add_column(header, overflow="fold")
+    for row in refusal_rows(plan.refusals):
+        where = ", ".join(row.names[:3]) + (", …" if len(row.names) > 3 else "")
+        table.add_row(str(row.count), *map(escape, (row.reason, row.remedy, where)))
+    return table
+
+
+def totals(inspection: Inspection) -> Text:
+    """What the plan adds to the model, estimated from shapes, with what the figures count."""
+    costs = inspection.costs
+    lines = [f"{summary(inspection.plan)}; {_share(costs)} of the model's {costs.parameters} parameters"]
+    if inspection.plan.sites:
+        lines += [f"opt1: {_walk(costs)}", f"opt2: {_return(costs)}", _basis(inspection)]
+    return Text("\n".join(lines))
+
+
+def _share(costs: Costs) -> str:
+    return (
+        f"{costs.share:.2g}".rstrip(".")
+        if costs.share >= 1
+        else f"{costs.share:.2%}"
+        if costs.share >= 1e-4
+        else "<0.01%"
+    )
+
+
+def _walk(costs: Costs) -> str:
+    memory = f"δ, its gradient and Adam's two moments take {si(costs.coefficient_bytes)}B"
+    if costs.psi_flops is None or costs.kept_bytes is None:
+        return f"ψ adds 2 FLOP per element of z forward, 4 backward; {memory}; give --input for totals"
+    of = f" ({costs.psi_flops / costs.forward_flops:.2%} of the model's)" if costs.forward_flops else ""
+    return (
+        f"ψ adds {si(costs.psi_flops)}FLOP a sample forward{of}, twice that backward, and keeps z, at most "
+        f"{si(costs.kept_bytes)}B a sample; {memory}"
+    )
+
+
+def _return(costs: Costs) -> str:
+    flops, memory = si(costs.product_flops), si(costs.product_bytes)
+    beside = f" ({costs.product_flops / costs.forward_flops:.2g} samples' forward)" if costs.forward_flops else ""
+    return (
+        f"where the way back asks for the constraint, its products add {flops}FLOP{beside} and {memory}B a step; "
+        "a penalty's backward takes about twice that"
+    )
+
+
+def _basis(inspection: Inspection) -> str:
+    if inspection.inputs is None:
+        return "Estimates from shapes; the sizes of z are not known, as nothing tells this model's input."
+    given = inspection.inputs.values() if not isinstance(inspection.inputs, tuple) else inspection.inputs
+    tensors = [item for value in given for item in (value if isinstance(value, list) else [value])]
+    shapes = ", ".join(_by(tuple(tensor.shape)) for tensor in tensors if hasattr(tensor, "shape"))
+    run = inspection.run_to_sites
+    failed = f"; the run ended early: {run.failure}" if run and run.failure else ""
+    return f"Estimates from shapes, for an input of {shapes}{failed}."
+
+
+def _by(shape: Shape) -> str:
+    return "×".join(map(str, shape))
+
+
+def diff(changes: Iterable[Rewritten]) -> Group:
+    """The forwards before and after the surgery, as coloured diffs."""
+    parts: list[Text] = []
+    for change in changes:
+        parts += [Text(""), Text(change.title, style="bold")]
+        parts += [Text(line.rstrip(), style=_DIFF.get(line[:1], "")) for line in change.diff()]
+    return Group(*parts)
+
+
+def zoo_table(rows: Iterable[ModelSites], width: int) -> Table:
+    """Models with the sites they offer; the narrow table leaves out how large they are."""
+    wide = width >= _WIDE
+    table = _table()
+    table.add_column("model", overflow="fold")
+    for header in ("parameters", "activations") if wide else ():
+        table.add_column(header, justify="right")
+    for header in ("folded", "augm.", "exact", "relaxed", "auto", "all"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        size = (si(row.parameters).strip(), str(row.activations)) if wide else ()
+        counts = (row.folded, row.augmented, row.exact, row.relaxed, row.auto, row.all)
+        table.add_row(escape(row.model), *size, *map(str, counts))
+    return table

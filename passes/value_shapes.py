@@ -1,0 +1,141 @@
+"""The shapes of a model's values, for people to see: one run on fake tensors in which each graph runs once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
+from torch.utils._pytree import tree_map_only
+
+from .calls import bound_to_placeholders, call_of
+from .link import ExampleInputs, Linked, Spot, Unit
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class ValueShapes:
+    """What a run of the model on fake copies of the inputs showed; nothing is computed, and no memory is used.
+
+    Attributes:
+        shapes: the shapes of the values asked for, where the run reached them.
+        failure: why the run ended early, if it did; "" otherwise.
+    """
+
+    def __init__(self, linked: Linked, values: Iterable[Spot], inputs: ExampleInputs) -> None:
+        self.shapes: dict[Spot, tuple[int, ...]] = {}
+        self.failure = ""
+        self._linked = linked
+        self._wanted: dict[Unit, set[fx.Node]] = {}
+        self._replayed: set[Unit] = set()
+        for unit, node in values:
+            self._wanted.setdefault(unit, set()).add(node)
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        with _eval_mode(linked.model), self._watching(), on_fakes() as fake:
+            try:
+                linked.model(
+                    *tree_map_only(Tensor, fake.from_tensor, args), **tree_map_only(Tensor, fake.from_tensor, kwargs)
+                )
+            except Exception as error:  # the user's model on fake tensors may raise anything; what was seen still holds
+                text = str(error).strip().splitlines()[0] if str(error) else ""
+                self.failure = f"{type(error).__name__}: {text}".rstrip(".: ")
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Inside, the graphs of the methods that hold wanted values run in place of their first calls."""
+        methods = {(unit.path, unit.method) for unit in self._wanted}
+        watched = [(self._linked.modules[path], method, self._graph_first(path, method)) for path, method in methods]
+        # torch's fused inference paths skip a module's methods unless it has hooks
+        hooks = [module.register_forward_pre_hook(lambda *_: None) for module, *_ in watched]
+        for module, method, graph_first in watched:
+            module.__dict__[method] = graph_first
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, method, _ in watched:
+                del module.__dict__[method]
+
+    def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
+        original, signature = getattr(self._linked.modules[path], method), self._linked.tracing.signature(path, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if signature is None:
+                return original(*args, **kwargs)
+            unit: Unit | None = Unit(path, 0, method)
+            if method == "forward":
+                unit = self._linked.unit_called(path, call_of(signature, args, kwargs))
+            if unit not in self._wanted or unit in self._replayed:
+                return original(*args, **kwargs)
+            self._replayed.add(unit)  # before the run: children that are called below end here
+            return self._replay(unit, bound_to_placeholders(signature, args, kwargs))
+
+        return call
+
+    def _replay(self, unit: Unit, given: Mapping[str, Any]) -> Any:
+        """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values."""
+        graph = self._linked.graphs[unit].graph
+        values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
+        replay = _Replay(self._linked.modules[unit.path], graph, unit, self._wanted[unit], self.shapes)
+        return _plain(replay.run(*values))
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts that can be changed, for fx's immutable ones: the code that called may go on with them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_plain(item) for item in value)
+    return {key: _plain(item) for key, item in value.items()} if type(value) is immutable_dict else value
+
+
+class _Replay(fx.Interpreter):
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        unit: Unit,
+        wanted: set[fx.Node],
+        shapes: dict[Spot, tuple[int, ...]],
+    ) -> None:
+        super().__init__(module, graph=graph)
+        self.unit, self.wanted, self.shapes = unit, wanted, shapes
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted and isinstance(value, Tensor):
+            self.shapes[Spot(self.unit, n)] = tuple(map(int, value.shape))
+        return value
+
+
+@contextmanager
+def on_fakes() -> Iterator[FakeTensorMode]:
+    """Inside, models run on fake tensors without gradients; a model that fails there is no error to log."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            yield fake
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a run that must leave running statistics alone."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

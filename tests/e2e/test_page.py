@@ -1,0 +1,196 @@
+"""The page in headless Chromium: sites are clicked and read, modules opened and closed, things found, keys pressed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bypass_fx import models
+from bypass_fx.inspection import Residuals, inspect, write
+from tests.browser import Page, browsing, needs_browser
+
+pytestmark = needs_browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    with browsing() as page:
+        yield page
+
+
+def opened(browser: Page, folder: Path, model: nn.Module, inputs: Any = None, **options: Any) -> Page:
+    file = folder / "page.html"
+    write(inspect(model, "net", example_inputs=inputs), file, **options)
+    browser.open(file)
+    return browser
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture
+def vit(browser: Page, folder: Path) -> Page:
+    file = folder / "vit.html"
+    if not file.exists():
+        model = models.build_empty("timm:vit_tiny_patch16_224")
+        write(inspect(model, "timm:vit_tiny_patch16_224", select="*.mlp.act"), file)
+    browser.open(file)
+    return browser
+
+
+def test_it_opens_with_the_blocks_closed_and_no_complaint(vit: Page) -> None:
+    shown = vit.shown()
+    assert {"blocks", "blocks.0", "blocks.11"} <= set(shown) and not any(name.startswith("blocks.0.") for name in shown)
+    assert vit.text("h1").startswith("timm:vit_tiny_patch16_224")
+    assert vit.text("#found") == "12 sites, 0 refused"
+    assert vit.complaints() == []
+
+
+def test_a_site_in_the_list_leads_to_its_formula_with_the_actual_shapes(vit: Page) -> None:
+    vit.driver.find_elements("css selector", "#list button")[3].click()
+    panel = vit.text("#panel")
+    assert "ψ(z) = gelu(z) + D z" in panel and "A D W = 0" in panel
+    assert re.search(r"z 1 × 197 × 768 ", panel) and re.search(r"W 768 × 192 blocks\.3\.mlp\.fc1 \(linear\)", panel)
+    assert re.search(r"A 192 × 768 blocks\.3\.mlp\.fc2", panel) and "A's bias can take the constant" in panel
+    assert "blocks.3.mlp#act" in vit.shown()
+
+
+def test_a_double_click_opens_a_module_and_closes_it_again(vit: Page) -> None:
+    vit.click("blocks.1", times=2)
+    assert "blocks.1.mlp" in vit.shown()
+    vit.click("blocks.1.mlp", times=2)
+    vit.js("view.fit()")
+    vit.click("blocks.1.mlp#act")
+    assert "ψ(z) = gelu(z) + D z" in vit.text("#panel")
+    vit.js("view.toggle('blocks.1')")
+    assert not any(name.startswith("blocks.1.") for name in vit.shown())
+
+
+def test_modules_lie_inside_the_ones_around_and_beside_each_other(vit: Page) -> None:
+    vit.js("graph.reveal('blocks.2.mlp#act'); view.draw()")
+    overlaps = vit.js("""
+        const boxes = view.cy.nodes().map((node) => [node, node.boundingBox({includeLabels: false, includeOverlays: false})]);
+        const found = [];
+        for (const [a, p] of boxes) for (const [b, q] of boxes) {
+          if (a.id() >= b.id() || a.parent().id() !== b.parent().id()) continue;
+          if (p.x1 < q.x2 - 1 && q.x1 < p.x2 - 1 && p.y1 < q.y2 - 1 && q.y1 < p.y2 - 1) found.push([a.id(), b.id()]);
+        }
+        return found;""")
+    assert overlaps == []
+    off = vit.js("""
+        return graph.visible().nodes.filter(({open}) => open).map(({id, x, width}) => {
+          const box = view.cy.getElementById(id).boundingBox({includeLabels: false, includeOverlays: false});
+          return [id, Math.abs(box.x1 - (x - width / 2)), Math.abs(box.x2 - (x + width / 2))];
+        });""")
+    assert len(off) == 3 and all(max(left, right) < 8 for _, left, right in off), off
+    assert vit.js("return view.cy.getElementById('blocks.2.mlp').parent().id()") == "blocks.2"
+
+
+def test_search_finds_and_shows(vit: Page) -> None:
+    vit.type("blocks.7.attn.qkv")
+    assert vit.text("#found") == "1 found"
+    vit.driver.find_element("id", "search").send_keys("\ue007")
+    assert "blocks.7.attn#qkv" in vit.shown() and "in_features=192" in vit.text("#panel")
+    vit.type("nothing is called this")
+    assert vit.text("#found") == "0 found" and vit.text("#list") == ""
+
+
+def test_the_switch_shows_psi_after_the_surgery(vit: Page) -> None:
+    vit.js("graph.reveal('blocks.0.mlp#act'); view.draw()")
+    before = set(vit.shown())
+    vit.driver.find_element("css selector", "input[value=after]").click()
+    assert set(vit.shown()) - before == {"blocks.0.mlp#psi", "blocks.0.mlp#delta_act"}
+    into = vit.js("return view.cy.getElementById('blocks.0.mlp#psi').incomers('node').map((node) => node.id()).sort()")
+    assert into == ["blocks.0.mlp#act", "blocks.0.mlp#delta_act", "blocks.0.mlp#fc1"]
+    out = vit.js("return view.cy.getElementById('blocks.0.mlp#psi').outgoers('node').map((node) => node.id())")
+    assert out == ["blocks.0.mlp#drop1"]
+    vit.press("b")
+    assert set(vit.shown()) == before
+
+
+def test_keys_are_enough(vit: Page) -> None:
+    vit.press("n")
+    assert vit.js("return chosen") == "blocks.0.mlp#act"
+    vit.press("\ue015")  # arrow down
+    assert vit.js("return chosen") == "blocks.0.mlp#drop1"
+    vit.press("\ue013")  # arrow up
+    vit.press("\ue003")  # backspace
+    assert vit.js("return chosen") == "blocks.0.mlp"
+    vit.press("\ue007")  # enter
+    assert "blocks.0.mlp#act" not in vit.shown() and vit.text("#panel").endswith("Open")
+    zoom = vit.js("return view.cy.zoom()")
+    vit.press("+")
+    assert vit.js("return view.cy.zoom()") > zoom
+    vit.press("/")
+    assert vit.js("return document.activeElement.id") == "search"
+
+
+def test_dark_and_light(vit: Page) -> None:
+    def ground() -> Any:
+        return vit.js("return getComputedStyle(document.body).backgroundColor"), vit.color("blocks.0")
+
+    light = ground()
+    vit.driver.find_element("id", "theme").click()
+    assert vit.js("return document.documentElement.dataset.theme") == "dark"
+    assert all(a != b for a, b in zip(light, ground(), strict=True))
+
+
+def test_the_page_follows_the_systems_dark_mode(folder: Path, vit: Page) -> None:
+    with browsing(dark=True) as page:
+        page.open(folder / "vit.html")
+        assert page.js("return document.documentElement.dataset.theme") == "dark"
+
+
+def test_forwards_without_a_graph_and_refusals_are_shown_with_their_reason(browser: Page, folder: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.act = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x) if x.sum() > 0 else self.act(x)
+
+    page = opened(browser, folder, Branching(), (torch.zeros(2, 4),))
+    assert {"(model)#forward", "inner"} <= set(page.shown())
+    assert page.js("return view.cy.edges('.unseen').length") >= 1
+    assert page.text("#list").splitlines() == ["inner.1", "act"]
+    page.driver.find_elements("css selector", "#list button")[1].click()
+    assert "it stands in no residual block" in page.text("#panel") and "mode='all' takes it" in page.text("#panel")
+
+
+def test_a_slider_colours_the_sites_by_their_norms_over_a_run(browser: Page, folder: Path) -> None:
+    run = Residuals((10, 20, 30), ("opt1", "opt1", "opt2"), {"1": (1.0, 4.0, 0.0), "3": (2.0, 1.0, 0.5)})
+    model = models.build("mlp")
+    page = opened(browser, folder, model, (torch.zeros(1, 64),), run=run)
+    colors = []
+    for step in range(3):
+        page.js("const s = document.getElementById('step'); s.value = arguments[0]; s.oninput()", step)
+        colors.append((page.color("(model)#_1"), page.color("(model)#_3")))
+    assert len({first for first, _ in colors}) == 3 and colors[0][0] == colors[1][1]  # one norm, one colour
+    assert page.text("#step-value") == "30 (opt2)"
+    page.press("n")
+    assert "0.00 at step 30, highest 4.00" in page.text("#panel")
+
+
+def test_of_five_thousand_nodes_only_those_in_sight_are_laid_out(browser: Page, folder: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(self.act(self.first(x))) * 0.5
+
+    stages = [nn.Sequential(*(Block() for _ in range(25))) for _ in range(25)]
+    page = opened(browser, folder, nn.Sequential(*stages))
+    assert page.js("return data.nodes.length") > 5000 and len(page.shown()) < 100
+    page.js("view.show('12.12#act')")
+    assert "12.12#act" in page.shown() and len(page.shown()) < 150
