@@ -6,9 +6,11 @@ and `contract` it: the original architecture again.
 
 from typing import TYPE_CHECKING, Any
 
-from .comeback import Comeback, Homotopy, Penalty, Proximal
+from .accept import Accept, BeatsForecast, Condition, NotWorse
+from .arrival import Total
+from .comeback import AugmentedLagrangian, Comeback, Homotopy, Penalty, Proximal, Variety
 from .constraint import norms, penalty
-from .gamma import Linear, PiecewiseLinear
+from .gamma import Adaptive, Exponential, Linear, PiecewiseLinear
 from .passes.errors import BypassError, PlanError, SurgeryError
 from .passes.plan import Plan, Refusal, Site
 from .schedule import BypassSchedule, NonFiniteError, ScheduleReport
@@ -20,13 +22,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accept",
+    "Adaptive",
+    "AugmentedLagrangian",
+    "BeatsForecast",
     "BypassError",
     "BypassSchedule",
     "Comeback",
+    "Condition",
     "ContractionReport",
+    "Exponential",
     "Homotopy",
     "Linear",
     "NonFiniteError",
+    "NotWorse",
     "Penalty",
     "PiecewiseLinear",
     "Plan",
@@ -36,7 +45,9 @@ __all__ = [
     "ScheduleReport",
     "Site",
     "SurgeryError",
+    "Total",
     "Trainer",
+    "Variety",
     "contract",
     "extend",
     "norms",

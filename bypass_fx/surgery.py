@@ -28,6 +28,7 @@ __all__ = [
     "contract",
     "delta_of",
     "extend",
+    "fold_down",
     "is_extended",
     "plan",
     "project",
@@ -193,9 +194,20 @@ def project(model: nn.Module, names: Iterable[str]) -> None:
     if unknown:
         raise SurgeryError(f"no site is called {unknown[0]!r}: the sites are {', '.join(known)}")
     for site in fold.in_fold_order(known[name] for name in chosen):
-        delta = delta_of(root, site)
-        fold.fold(root, site, delta)
-        delta.zero_()
+        fold_down(root, site, 0.0)
+
+
+@torch.no_grad()
+def fold_down(model: nn.Module, site: Site, factor: Tensor | float) -> None:
+    """The part 1 − c of *proj* (eq. 15): b_A ← b_A + (1 − c) A D b_W and D ← cD.
+
+    A's output moves by at most (1 − c) ‖ADW‖‖u‖, u being W's input; where A D W = 0, by nothing.
+    """
+    root = root_of(model)
+    delta = delta_of(root, site)
+    kept = delta * factor
+    fold.fold(root, site, delta - kept)
+    delta.copy_(kept)
 
 
 @torch.no_grad()
