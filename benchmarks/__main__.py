@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import coverage, digits, exactness, planning
+from . import comeback, coverage, digits, exactness, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -42,6 +42,12 @@ def run_planning(only: Pattern = "") -> None:
 def run_digits(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10) -> None:
     """The main job with its default settings, over seeds."""
     _write("digits.md", digits.summary(digits.run(seeds)))
+
+
+@app.command("comeback")
+def run_comeback(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 20) -> None:
+    """Every way back on Eggholder and on the digits, over seeds."""
+    _write("comeback.md", comeback.summary(comeback.run(seeds)))
 
 
 def _write(name: str, text: str) -> None:

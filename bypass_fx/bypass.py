@@ -35,7 +35,9 @@ class Bypass:
         self._model, self._optimizer, self._course = model, optimizer, course
         self._rate_factor = rate_factor(optimizer, course.lr)
         self.plan, self._deltas = self._embed(plan, as_plan)
+        self._root = surgery.root_of(model)
         self._delta_ids = {id(delta) for delta in self._deltas.values()}
+        self._moving = dict(self._moved_beside_d())
         first = next(iter(self._deltas.values()))
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
@@ -74,7 +76,7 @@ class Bypass:
 
     def penalty(self) -> Tensor | None:
         """What the return adds to the loss."""
-        return self._course.comeback.penalty(self._model, self.out, self.gamma)
+        return self._course.comeback.penalty(self._root, self.out, self.gamma)
 
     def step(self, loss: Tensor | float | None) -> None:
         """Note one step of the optimiser.
@@ -97,7 +99,7 @@ class Bypass:
     def _turn_back(self) -> None:
         comeback = self._course.comeback
         self.phase = "opt2"
-        comeback.begin(self._model)
+        comeback.begin(self._root)
         if isinstance(self._course.gamma, Adaptive):
             self._course.gamma.begin()
         self._set_gamma()
@@ -109,7 +111,7 @@ class Bypass:
         for hook in self._hooks[1:]:
             hook.remove()
         del self._hooks[1:]
-        if moving := self._course.comeback.moves(self._model):
+        if moving := self._course.comeback.moves(self._root):
             self._hooks.append(DampedStep(self._optimizer, moving, self._pace))
 
     def _pace(self) -> float:
@@ -142,7 +144,7 @@ class Bypass:
         rate = param_group.current_lr(self._optimizer, next(iter(self._deltas.values()))) * self._rate_factor
         last = {name: self.norms[name] for name in self.out if name in self.norms}
         moment = Moment(norms, self.gamma, self.opt2_steps, course.opt2, rate, last)
-        comeback.observe(self._model, moment)
+        comeback.observe(self._root, moment)
         factors = comeback.shrink(moment)
         if factors is None:
             return norms
@@ -150,13 +152,13 @@ class Bypass:
         factors = torch.where(self._threshold.within(norms), torch.ones_like(factors), factors)
         by_name = dict(zip(self._deltas, factors, strict=True))
         for site in in_fold_order(site for site in self.plan if site.name in self.out):
-            comeback.scale(self._model, site, by_name[site.name])
-        return self._norms() if comeback.moves(self._model) else norms * factors
+            comeback.scale(self._root, site, by_name[site.name])
+        return self._norms() if comeback.moves(self._root) else norms * factors
 
     def _project(self, names: list[str]) -> None:
         self.arrivals += [self._where(name) for name in names]
         if names:
-            surgery.project(self._model, names)
+            surgery.project(self._root, names)
             self.out -= frozenset(names)
 
     def _where(self, name: str) -> Arrival:
@@ -186,7 +188,7 @@ class Bypass:
         self.over = True
 
     def _norms(self) -> Tensor:
-        norms = constraint.norms(self._model)
+        norms = constraint.norms(self._root)
         return torch.stack([norms[name].to(self.gamma) for name in self._deltas])
 
     def _set_gamma(self) -> None:
@@ -195,8 +197,7 @@ class Bypass:
 
     def _read(self, values: Tensor, loss: Tensor | float | None) -> dict[str, float]:
         """One number per site brought to the host, the one synchronisation of a step, with a look at all that moves."""
-        moving = [parameter for _, parameter in self._moving()]
-        extent = get_total_norm(moving).to(self.gamma) if moving else torch.zeros_like(self.gamma)
+        extent = get_total_norm(self._moving.values()).to(self.gamma)
         value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma)
         *numbers, whole, cost = torch.cat([values, extent.reshape(1), value.reshape(1)]).tolist()
         norms = dict(zip(self._deltas, numbers, strict=True))
@@ -209,14 +210,13 @@ class Bypass:
         sites = [(name, norm) for name, norm in norms.items() if not math.isfinite(norm)]
         found += [f"D of site {name!r} is not finite (norm {norm})" for name, norm in sites[:1]]
         # a norm may overflow where no number does
-        broken = [name for name, parameter in self._moving() if not bool(parameter.isfinite().all())]
+        broken = [name for name, parameter in self._moving.items() if not bool(parameter.isfinite().all())]
         found += [f"{name} is not finite, and so was its gradient" for name in broken[:1]]
         if found:
             step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
             raise NonFiniteError(f"{self.phase}, step {step}: {'; '.join(found)}")
 
-    def _moving(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimiser moves beside D, by name."""
+    def _moved_beside_d(self) -> Iterator[tuple[str, nn.Parameter]]:
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._model.named_parameters():
             if id(parameter) in held and id(parameter) not in self._delta_ids:
