@@ -36,6 +36,7 @@ ARMS: dict[str, Callable[[], returns.Comeback]] = {
 }
 TO_THE_END = ("homotopy", "lagrangian", "variety")  # these end exactly, and need no ε: measured without one too
 NO_EPSILON = 1e-30
+COLUMNS = ("steps", "norm", "delta", "highest", "loss_at_end", "jump", "step_jump")
 
 
 def arms() -> list[str]:
@@ -201,11 +202,12 @@ def run(seeds: int = 20, results: str = "comeback.jsonl") -> ResultsFile:
 def summary(file: ResultsFile) -> str:
     """A table for each task, in Markdown."""
     lines = [
-        "From the same θ\\* and the same opt1 on the same minibatches. Arrived: seeds in which every site came within ε of its "
-        "constraint in the budget. Steps, norms and losses are medians over the seeds (highest in brackets); the norm is the "
-        "largest ‖ADW‖ of a site as it was projected, D is ‖D‖ then, the highest loss is that of a minibatch in opt2, and the "
-        "jump is the relative change of the training loss, in double precision, by proj (or by the contraction of what is "
-        "still out), and by the whole step of the schedule in which it happens, the last shrinking included.",
+        "From the same θ\\* and the same opt1 on the same minibatches. Arrived: seeds in which every site came within ε "
+        "of its constraint in the budget. Steps, norms and losses are medians over the seeds (highest in brackets); the "
+        "norm is the largest ‖ADW‖ of a site as it was projected, D is ‖D‖ then, the highest loss is that of a minibatch "
+        "in opt2, and the jump is the relative change of the training loss, in double precision, by proj (or by the "
+        "contraction of what is still out), and by the whole step of the schedule in which it happens, the last "
+        "shrinking included.",
     ]
     for name, task in TASKS.items():
         rows = [row for row in file if row["task"] == name]

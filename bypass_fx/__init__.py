@@ -13,6 +13,7 @@ from .constraint import norms, penalty
 from .gamma import Adaptive, Exponential, Linear, PiecewiseLinear
 from .passes.errors import BypassError, PlanError, SurgeryError
 from .passes.plan import Plan, Refusal, Site
+from .probe import ProbeReport, probe
 from .schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from .surgery import ContractionReport, contract, extend, plan, sites
 
@@ -40,6 +41,7 @@ __all__ = [
     "PiecewiseLinear",
     "Plan",
     "PlanError",
+    "ProbeReport",
     "Proximal",
     "Refusal",
     "ScheduleReport",
@@ -53,6 +55,7 @@ __all__ = [
     "norms",
     "penalty",
     "plan",
+    "probe",
     "sites",
 ]
 
