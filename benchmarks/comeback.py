@@ -113,8 +113,8 @@ class _Run:
             return float(self.task.loss(copy.deepcopy(model).double()(x), y))
 
 
-def examine(name: str, seed: int) -> Iterator[dict[str, Any]]:
-    """All returns from the end of one opt1, one after another on the same minibatches."""
+def examine(name: str, seed: int, todo: list[str]) -> Iterator[dict[str, Any]]:
+    """These returns from the end of one opt1, one after another on the same minibatches."""
     run = _Run(name, seed)
     for _, batch in zip(range(run.task.train1), run.batches(), strict=False):
         run.step(batch)
@@ -128,7 +128,7 @@ def examine(name: str, seed: int) -> Iterator[dict[str, Any]]:
         "task": name, "seed": seed, "loss_at_start": at_start, "loss_after_opt1": run.exact_loss(run.model),
         "norm_after_opt1": sum(float(norm) for norm in bypass_fx.norms(run.model).values()),
     }  # fmt: skip
-    for arm in arms():
+    for arm in todo:
         yield {**about, "arm": arm, **_come_back(copy.deepcopy(run), arm)}
 
 
@@ -191,10 +191,9 @@ def run(seeds: int = 20, results: str = "comeback.jsonl") -> ResultsFile:
     file = ResultsFile(results, ("torch",))
     done = {(row["task"], row["seed"], row["arm"]) for row in file}
     jobs = [(name, seed) for seed in range(seeds) for name in TASKS]
-    todo = [(name, seed) for name, seed in jobs if any((name, seed, arm) not in done for arm in arms())]
-    for name, seed in track(todo, description="comeback"):
-        for row in examine(name, seed):
-            if (name, seed, row["arm"]) not in done:
+    for name, seed in track(jobs, description="comeback"):
+        if todo := [arm for arm in arms() if (name, seed, arm) not in done]:
+            for row in examine(name, seed, todo):
                 file.add(row)
     return file
 

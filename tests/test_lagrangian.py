@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_step_of_gradient_descent_on_the_penalty_alone_never_raises_it() -> No
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.sub_(0.1 * gradient)
-    assert all(later <= earlier for earlier, later in zip(norms, norms[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(norms))
     assert norms[-1] < 1e-3 * norms[0]
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-import bypass_fx
 from bypass_fx import surgery
 from bypass_fx.accept import BeatsForecast, Condition, NotWorse
 from bypass_fx.comeback import Penalty
@@ -87,7 +86,7 @@ def test_a_bad_bypass_is_rolled_back_bit_for_bit_with_every_optimiser(
     snapshot = tmp_path / "kept" if where == "disk" else "cpu"
     run = Training(make, opt1=3, opt2=3, accept=Condition(lambda model: False, after=2), snapshot=snapshot)
     assert where == "cpu" or len(list(snapshot.iterdir())) == 1  # type: ignore[union-attr]
-    parameters = [*run.model.parameters()]
+    parameters = [parameter for name, parameter in run.model.named_parameters() if "delta" not in name]
     run.go(6)
     assert run.schedule.phase == "train3"
     assert not same(run.state(), run.start)
@@ -95,10 +94,7 @@ def test_a_bad_bypass_is_rolled_back_bit_for_bit_with_every_optimiser(
     assert run.schedule.phase == "done"
     assert run.schedule.report is not None and run.schedule.report.rolled_back == "accept said no"
     assert same(run.state(), run.start)
-    own = [
-        p for p in parameters if not any(p is d for d in run.optimizer.param_groups[-1]["params"][len(parameters) :])
-    ]
-    assert {id(p) for p in run.model.parameters()} <= {id(p) for p in own}
+    assert all(now is then for now, then in zip(run.model.parameters(), parameters, strict=True))
     assert where == "cpu" or not list(snapshot.iterdir())  # type: ignore[union-attr]
 
 
@@ -167,7 +163,7 @@ def test_beats_forecast_counts_all_steps_since_theta_star(loss: float, kept: boo
 
 def test_a_forecast_needs_positive_losses() -> None:
     for losses in ([1.0, 0.5, 0.2], [1.0, 0.5, 0.2, 0.0]):
-        with pytest.raises(BypassError, match="at least 4 losses from before θ.*use NotWorse otherwise"):
+        with pytest.raises(BypassError, match=r"at least 4 losses from before θ.*use NotWorse otherwise"):
             BeatsForecast(lambda model: 0.0, losses)
 
 
@@ -238,4 +234,3 @@ def test_a_frozen_or_tied_model_is_kept_whole() -> None:
             value.add_(1)
     snapshot.restore(model, optimizer)
     assert all(map(torch.equal, before, (*model.parameters(), *model.buffers())))
-    assert bypass_fx.plan(model).sites is not None

@@ -135,9 +135,9 @@ def test_where_a_cannot_move_the_hindrance_is_named(make, reason: str) -> None: 
     assert reason in hindrance(model, bypass_fx.sites(model)[0], "A")
 
 
-def bypass(model: nn.Module, optimizer: torch.optim.Optimizer, **arguments: object) -> tuple[BypassSchedule, float]:
+def bypass(model: nn.Module, optimizer: torch.optim.Optimizer, opt2: int = 150) -> tuple[BypassSchedule, float]:
     """One bypass; the schedule, and by how much the last step of it changed the loss."""
-    schedule = BypassSchedule(model, optimizer, 60, 150, comeback="variety", epsilon=1e-12, mode="strict", **arguments)  # type: ignore[arg-type]
+    schedule = BypassSchedule(model, optimizer, 60, opt2, comeback="variety", epsilon=1e-12, mode="strict")
     x, y = X.double(), Y.double()
     jump = 0.0
     while schedule.phase != "done":
@@ -157,11 +157,11 @@ def test_it_arrives_on_time_at_adw_zero_with_d_unequal_zero_and_without_a_jump(w
     model = nn.Sequential(
         nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
     ).double()  # fmt: skip
-    schedule, jump = bypass(model, torch.optim.Adam(model.parameters(), 1e-2))
+    schedule, jump = bypass(model, torch.optim.Adam(model.parameters(), 1e-2), opt2=300)
     assert schedule.report is not None and schedule.report.left_out == () and schedule.report.notes == ()
-    assert schedule.report.opt2_steps == 150
+    assert schedule.report.opt2_steps == 300
     assert all(arrival.norm < 1e-12 < 0.1 < arrival.delta for arrival in schedule.report.arrivals)
-    assert jump < 1e-5  # the step of a homotopy's end over 150 steps
+    assert jump < 1e-4  # 8e-2 where the optimiser moves W at its full rate to the end; it falls with T
 
 
 def test_sites_with_no_such_way_go_to_d_zero_on_time_and_the_report_says_why() -> None:
@@ -183,10 +183,11 @@ def test_the_side_that_must_change_less_is_taken_and_kept() -> None:
     come = Variety()
     come.begin(model)
     assert come.state_dict()["sides"] == {"1": "W"}  # one direction of twenty, against six
-    assert [id(parameter) for parameter in come.moves(model)] == [id(model[0].weight)]  # type: ignore[index]
+    assert {id(parameter) for parameter in come.moves(model)} == {id(model[i].weight) for i in (0, 2)}  # type: ignore[index]
 
 
-def test_what_moves_slows_down_with_d_and_only_that() -> None:
+@torch.no_grad()
+def test_a_d_and_w_slow_down_along_the_path_and_only_those() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -195,14 +196,12 @@ def test_what_moves_slows_down_with_d_and_only_that() -> None:
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        before = [parameter.detach().clone() for parameter in model.parameters()]
+        before = [parameter.clone() for parameter in model.parameters()]
         optimizer.step()
         moved.append([float((b - p).mean()) for b, p in zip(before, model.parameters(), strict=True)])
-        with torch.no_grad():
-            for b, p in zip(before, model.parameters(), strict=True):
-                p.copy_(b)
-        schedule._bypass.opt2_steps += 1
+        schedule.step()
     d, w, b, a, b_a = zip(*moved, strict=True)
-    assert d == pytest.approx([0.1, 0.09, 0.08])
-    assert sorted([w, a]) == [pytest.approx([0.1, 0.09, 0.08]), pytest.approx([0.1] * 3)]
-    assert b == b_a == pytest.approx([0.1] * 3)
+    for slowed in (d, w, a):
+        assert slowed == pytest.approx([0.1, 0.09, 0.08])
+    for whole in (b, b_a):
+        assert whole == pytest.approx([0.1] * 3)

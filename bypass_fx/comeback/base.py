@@ -49,7 +49,7 @@ class Comeback:
         """opt2 begins on this extended model: forget what an earlier bypass left."""
 
     def moves(self, model: nn.Module) -> tuple[nn.Parameter, ...]:
-        """The parameters beside D that `scale` changes; the optimiser moves them with `pace` times its rate too."""
+        """The parameters beside D that `scale` changes or goes by; the optimiser steps them with `pace` as well."""
         return ()
 
     def penalty(self, model: nn.Module, out: frozenset[str], gamma: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bypass_fx.constraint import cells, groups_cut
 from bypass_fx.extension import root_of, sites
 from bypass_fx.passes.matrices import offset
-from bypass_fx.passes.plan import Affine, Site
+from bypass_fx.passes.plan import Site
 from bypass_fx.surgery import fold_down
 
 from .base import Comeback, Moment
@@ -26,8 +26,8 @@ class Variety(Comeback):
     With P the projector on the columns of D W, A ← A (I − (1 − c(t+1)/c(t)) P) after each optimiser step scales A D W by
     c(t+1)/c(t), and by 0 in the last: A (I − (DW)(DW)⁺) D W = 0. It needs n > l, the inputs of W (times its taps; one
     more where b_W counts in). Where n > m, the outputs of A (times its taps), W ← (I − (1 − …)(AD)⁺(AD)) W does it too.
-    Of the sides that can move, the one that must change less, relative to its norm, is taken when opt2 begins. D and the
-    side that moves do so with c(t) times their learning rates, so that the last step cuts off next to nothing.
+    Of the sides that can move, the one that must change less, relative to its norm, is taken when opt2 begins. The
+    optimiser moves A, D and W with c(t) times their learning rates, so that the last step cuts off next to nothing.
 
     Ends at D ≠ 0 where a side can move, always, T steps after its start at the latest; D is then folded in, A D b_W to
     b_A. Ends at D = 0, as a homotopy, at relaxed sites and where neither side can move: n ≤ l and n ≤ m, groups that
@@ -64,10 +64,12 @@ class Variety(Comeback):
 
     def moves(self, model: nn.Module) -> tuple[nn.Parameter, ...]:
         root = root_of(model)
-        names = dict.fromkeys(
-            name for site in sites(root) if (side := self._sides[site.name]) != "D" for name in _moved(site, side)
-        )
-        return tuple(root.get_parameter(name) for name in names)
+        names: dict[str, None] = {}
+        for site in sites(root):
+            if self._sides[site.name] != "D":
+                names |= dict.fromkeys(_weights(site, "A") + _weights(site, "W"))
+        held = dict(root.named_parameters())
+        return tuple(held[name] for name in names if name in held)
 
     def pace(self, t: int, budget: int) -> float:
         return self._descent.at(t, budget)
@@ -105,14 +107,16 @@ def hindrance(model: nn.Module, site: Site, side: Side) -> str:
         return f"{each} channels, no more than the {rank} {of}"
     if side == "W" and site.first.norm:
         return f"W ends in the BatchNorm {site.first.norm}"
-    return next((reason for name in _moved(site, side) if (reason := _held(root_of(model), name))), "")
+    return next((reason for name in _weights(site, side) if (reason := _held(root_of(model), name))), "")
 
 
-def _moved(site: Site, side: Side) -> list[str]:
+def _weights(site: Site, side: Side) -> list[str]:
+    """The tensors that make up A, or W, in the site's constraint."""
     assert site.first is not None and site.second is not None, "a strict site has a W and an A"
-    moving: Affine = site.second if side == "A" else site.first
-    bias = [moving.bias] if side == "W" and site.constraint == "augmented" and moving.bias else []
-    return [moving.weight, *bias]
+    if side == "A":
+        return [site.second.weight]
+    bias = [site.first.bias] if site.constraint == "augmented" and site.first.bias else []
+    return [site.first.weight, *bias]
 
 
 def _held(root: nn.Module, name: str) -> str:
