@@ -153,12 +153,14 @@ class Bypass:
         by_name = dict(zip(self._deltas, factors, strict=True))
         for site in in_fold_order(site for site in self.plan if site.name in self.out):
             comeback.scale(self._root, site, by_name[site.name])
+        param_group.moved_by_hand(self._optimizer)
         return self._norms() if comeback.moves(self._root) else norms * factors
 
     def _project(self, names: list[str]) -> None:
         self.arrivals += [self._where(name) for name in names]
         if names:
             surgery.project(self._root, names)
+            param_group.moved_by_hand(self._optimizer)
             self.out -= frozenset(names)
 
     def _where(self, name: str) -> Arrival:

@@ -144,6 +144,12 @@ def current_lr(optimizer: Optimizer, delta: nn.Parameter) -> float | Tensor:
     return rate
 
 
+def moved_by_hand(optimizer: Optimizer) -> None:
+    """Parameters were changed between two steps: LBFGS forgets pairs of steps and gradients, which no longer fit."""
+    if isinstance(plain := unwrap(optimizer), LBFGS):
+        _forget_curvature(plain)
+
+
 class ScaledRate:
     """Multiplies each group's learning rate by `factor(group)` while the optimiser steps, and only then.
 
