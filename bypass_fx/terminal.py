@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from bypass_fx.history import Event, History, Moment, Record, Score
 from bypass_fx.passes.plan import Affine, Plan
+
+if TYPE_CHECKING:
+    from bypass_fx.probe import ProbeReport
 
 _PIPED_WIDTH = 160  # where there is no terminal, lines are for grep, not for the eye
 
@@ -156,6 +159,29 @@ def refusal_table(plan: Plan) -> Table:
     for (reason, remedy), names in sorted(groups.items(), key=lambda group: -len(group[1])):
         where = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         table.add_row(str(len(names)), *map(escape, (reason, remedy, where)))
+    return table
+
+
+def probed_sites(found: ProbeReport) -> Table:
+    """What each site promises."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("site", overflow="fold")
+    for header in ("‖∂L/∂δ‖", "over ‖∂L/∂θ‖"):
+        table.add_column(header, justify="right")
+    for site in sorted(found.sites, key=lambda site: -site.gradient):
+        table.add_row(escape(site.name), number(site.gradient), number(site.ratio))
+    return table
+
+
+def candidate_table(found: ProbeReport) -> Table:
+    """What the candidate sets of sites gained, best first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("tried", overflow="fold")
+    for header in ("sites", "loss", "gain per step"):
+        table.add_column(header, justify="right")
+    for candidate in found.candidates:
+        cells = (str(len(candidate.sites)), number(candidate.loss), f"{candidate.gain:+.2e}")
+        table.add_row(escape(candidate.name), *cells)
     return table
 
 
