@@ -237,8 +237,12 @@ def summary(file: ResultsFile) -> str:
 
 
 def _middle(rows: list[dict[str, Any]], key: str) -> str:
-    return f"{median(row[key] for row in rows):.3g}"
+    return _number(median(row[key] for row in rows))
 
 
 def _spread(rows: list[dict[str, Any]], key: str) -> str:
-    return f"{median(row[key] for row in rows):.3g} ({max(row[key] for row in rows):.3g})"
+    return f"{_middle(rows, key)} ({_number(max(row[key] for row in rows))})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

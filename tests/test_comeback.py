@@ -254,6 +254,24 @@ def test_a_penalty_that_falls_is_left_alone() -> None:
     assert come.shrink(moment(torch.ones(1))) is None
 
 
+@pytest.mark.filterwarnings("ignore:penalty")
+def test_a_penalty_remembers_what_it_has_seen() -> None:
+    model, whole, notes = mlp(), Penalty(window=5), []
+    whole.begin(model)
+    pieces = Penalty(window=5)
+    for t in range(40):
+        state = pieces.state_dict()
+        pieces = Penalty(window=5)
+        pieces.begin(model)
+        pieces.load_state_dict(state)
+        now = Moment(torch.ones(1), torch.ones(()), t, 200, 0.1, {"a": max(1.0, 8.0 * 0.8**t)})
+        for come in (whole, pieces):
+            come.observe(model, now)
+        assert pieces.state_dict() == whole.state_dict()
+        notes.append(len(whole.notes()))
+    assert notes == [0] * 19 + [1] * 21  # the mean of steps 15 to 19 is that of 10 to 14
+
+
 class Multipliers(Comeback):
     """A return that remembers: an augmented Lagrangian in the norms. Ends at ADW = 0 where it ends, D = 0 or not."""
 

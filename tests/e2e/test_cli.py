@@ -107,7 +107,7 @@ def test_eggholder_is_a_regression_without_accuracies(run: Run) -> None:
 def test_a_warning_is_one_line(run: Run) -> None:
     result = run("train", *SHORT, "--comeback", "penalty", "--gamma", "1e-9")
     assert result.code == 0
-    assert re.fullmatch(r"Warning: opt2 ended [^\n]*\n", result.err)
+    assert re.fullmatch(r"Warning: penalty: after [^\n]* handed over to the proximal return\n", result.err)
 
 
 @pytest.mark.parametrize(
