@@ -21,13 +21,12 @@ class Snapshot:
     """The parameters and buffers of a model, and the state of its optimiser and of the LR schedulers that drive it.
 
     Tensors are copied to the CPU, or to a safetensors file; the rest (step counts, hyper-parameters, learning rates) is
-    small and stays in memory. What is taken of an extended model is put back into one that is extended again, or into
-    the original where D was left out by `without`.
+    small and stays in memory.
 
     Args:
         model, optimizer: what is kept; parameters of the optimiser that are none of the model's too.
         where: "cpu", or a folder in which a file is made.
-        without: parameters to leave out.
+        without: parameters to leave out, those of D, which won't be there when it is put back.
     """
 
     def __init__(
@@ -72,26 +71,25 @@ class Snapshot:
         return {"rest": self._rest, "tensors": self._tensors, "path": str(self._path) if self._path else ""}
 
     @torch.no_grad()
-    def restore(self, model: nn.Module, optimizer: Optimizer, without: Iterable[nn.Parameter] = ()) -> None:
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Put everything back, into the same Parameter and buffer objects; gradients, which belong to another point, go.
 
         Raises:
             BypassError: the file of the snapshot is gone.
         """
-        left_out = {id(parameter) for parameter in without}
         tensors = self._read()
-        for name, tensor in _tensors(model, optimizer, left_out):
+        for name, tensor in _tensors(model, optimizer, set()):
             tensor.copy_(tensors[name])
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
-        parameters = _parameters(optimizer, left_out)
+        parameters = _parameters(optimizer, set())
         for holder, states in zip(_holders(optimizer), self._rest["states"], strict=True):
             for index, parameter in enumerate(parameters):
                 if str(index) in states:
                     holder.state[parameter] = _back(states[str(index)], tensors, holder.state.get(parameter))
                 else:
                     holder.state.pop(parameter, None)
-        for group, kept in zip(_groups(optimizer, left_out), self._rest["groups"], strict=True):
+        for group, kept in zip(optimizer.param_groups, self._rest["groups"], strict=True):
             for key in group.keys() - kept.keys() - _OF_D:
                 del group[key]
             group.update({key: _back(value, tensors, group.get(key)) for key, value in kept.items()})
