@@ -232,7 +232,7 @@ def summary(file: ResultsFile) -> str:
             ]
             lines.append(f"| {arm} | {arrived} of {len(of_arm)} | " + " | ".join(cells) + " |")
     seconds = sum(row["seconds"] for row in file)
-    lines += ["", f"{seconds / 60:.0f} minutes of bypasses on one thread, train1 not counted."]
+    lines += ["", f"{seconds / 60:.0f} minutes of bypasses on one thread of a busy machine, train1 not counted."]
     return "\n".join(lines) + "\n"
 
 
