@@ -11,7 +11,7 @@ import typer
 import bypass_fx
 from bypass_fx import zoo_sites
 
-from . import coverage, digits, exactness, pages, planning
+from . import comeback, coverage, digits, exactness, pages, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -54,6 +54,12 @@ def run_digits(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10)
 def run_pages(only: Pattern = "") -> None:
     """The pages of `bypass-fx inspect` in headless Chromium: first paint, interactions, screenshots."""
     _write("pages.md", pages.summary(pages.run(only)))
+
+
+@app.command("comeback")
+def run_comeback(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 20) -> None:
+    """Every way back on Eggholder and on the digits, over seeds."""
+    _write("comeback.md", comeback.summary(comeback.run(seeds)))
 
 
 def _write(name: str, text: str) -> None:

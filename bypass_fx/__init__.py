@@ -6,11 +6,14 @@ and `contract` it: the original architecture again.
 
 from typing import TYPE_CHECKING, Any
 
-from .comeback import Comeback, Homotopy, Penalty, Proximal
+from .accept import Accept, BeatsForecast, Condition, NotWorse
+from .arrival import Total
+from .comeback import AugmentedLagrangian, Comeback, Homotopy, Penalty, Proximal, Variety
 from .constraint import norms, penalty
-from .gamma import Linear, PiecewiseLinear
+from .gamma import Adaptive, Exponential, Linear, PiecewiseLinear
 from .passes.errors import BypassError, PlanError, SurgeryError
 from .passes.plan import Plan, Refusal, Site
+from .probe import ProbeReport, probe
 from .schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from .surgery import ContractionReport, contract, extend, plan, sites
 
@@ -21,29 +24,40 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accept",
+    "Adaptive",
+    "AugmentedLagrangian",
+    "BeatsForecast",
     "BypassError",
     "BypassSchedule",
     "Comeback",
+    "Condition",
     "ContractionReport",
+    "Exponential",
     "Homotopy",
     "Linear",
     "NonFiniteError",
+    "NotWorse",
     "Penalty",
     "PiecewiseLinear",
     "Plan",
     "PlanError",
+    "ProbeReport",
     "Proximal",
     "Refusal",
     "ScheduleReport",
     "Site",
     "SurgeryError",
+    "Total",
     "Trainer",
+    "Variety",
     "contract",
     "extend",
     "norms",
     "penalty",
     "plan",
     "print_readable",
+    "probe",
     "sites",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `bypass-fx train` runs the main job; `inspect` and `list` are in `cli_inspection`."""
+"""The command line: `train` runs the main job, `probe` tells whether it pays; `inspect` and `list` are in `cli_inspection`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import re
 import sys
 from dataclasses import asdict, fields
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from bypass_fx import cli_inspection, terminal
 from bypass_fx.passes.errors import BypassError
+from bypass_fx.passes.plan import Mode
 from bypass_fx.settings import Settings
 
 _DEFAULT = Settings()
@@ -58,7 +60,9 @@ def train(
     momentum: Annotated[float, _option("Optimiser", "Momentum, where the optimiser has one.")] = _DEFAULT.momentum,
     weight_decay: Annotated[float, _option("Optimiser", "Weight decay.")] = _DEFAULT.weight_decay,
     batch_size: Annotated[int, _option("Optimiser", "Examples in a minibatch.")] = _DEFAULT.batch_size,
-    comeback: Annotated[str, _option("Bypass", "Way back: homotopy, proximal or penalty.")] = _DEFAULT.comeback,
+    comeback: Annotated[
+        str, _option("Bypass", "Way back: homotopy, variety, lagrangian, proximal or penalty.")
+    ] = _DEFAULT.comeback,
     return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2; --lr if not given.")] = None,
     gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,
     gamma_unit: Annotated[str, _option("Bypass", "What t counts in γ(t): step or epoch.")] = _DEFAULT.gamma_unit,
@@ -126,6 +130,60 @@ def _train(network: Any, examples: Any, settings: Settings, folder: Path, about:
 
 app.command()(cli_inspection.inspect)
 app.command("list")(cli_inspection.list_models)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")],
+    data: Annotated[str, typer.Option(help="digits, eggholder, cifar10:DIR or imagefolder:DIR.")] = "digits",
+    weights: Annotated[Path | None, typer.Option(help="θ*: a .safetensors file or a state dict.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each trial, one minibatch each.")] = 20,
+    optimizer: Annotated[str, typer.Option(help="Any of timm's: adam, adamw, momentum, ...")] = _DEFAULT.optimizer,
+    lr: Annotated[float, typer.Option(help="Learning rate λ.")] = _DEFAULT.lr,
+    batch_size: Annotated[int, typer.Option(help="Examples in a minibatch.")] = _DEFAULT.batch_size,
+    mode: Annotated[str, typer.Option(help="auto, strict, relaxed or all.")] = _DEFAULT.mode,
+    image_size: Annotated[int, typer.Option(help="Side of an image folder's images, in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Fixes the first weights and the minibatches.")] = _DEFAULT.seed,
+) -> None:
+    """Try a few steps with and without D-activations, and say which sites gain the most.
+
+    Every trial starts from the same weights and takes the same minibatches.
+
+    [bold]Examples[/]
+
+    bypass-fx probe mlp --data digits --weights run/model.safetensors
+
+    bypass-fx probe timm:resnet18 --data imagefolder:DIR --weights run/model.safetensors --steps 50
+    """
+    import torch
+
+    from bypass_fx import data as datasets
+    from bypass_fx import evaluation, models, run_folder
+    from bypass_fx import probe as probing
+    from bypass_fx.trainer import make_optimizer
+
+    settings = Settings(optimizer=optimizer, lr=lr, batch_size=batch_size, mode=cast(Mode, mode), seed=seed)
+    examples = datasets.load(data, vectors=models.takes_vectors(model), image_size=image_size)
+    torch.manual_seed(seed)
+    network = models.build(model, models.Fit(examples.shape, examples.outputs))
+    if weights:
+        run_folder.load_weights(network, weights)
+    with terminal.warnings_as_lines():
+        found = probing(
+            network,
+            lambda net, batch: evaluation.loss_of(examples.task, net(datasets.prepare(batch[0])), batch[1]),
+            islice(datasets.minibatches(examples.train, batch_size, seed, epoch=0), steps),
+            optimizer=make_optimizer(network, settings),
+            steps=steps,
+            mode=settings.mode,
+        )
+    screen = terminal.console()
+    screen.print(terminal.probed_sites(found), "", terminal.candidate_table(found))
+    screen.print(
+        f"\nLoss {terminal.number(found.loss)}, after {found.steps} steps of plain training "
+        f"{terminal.number(found.plain)}: "
+        + ("a bypass looks worth it" if found.worth else "no set of sites gained more than plain training")
+    )
 
 
 def main() -> None:

@@ -18,33 +18,50 @@ def residual(model: nn.Module, site: Site) -> Tensor:
     Returns:
         A 0-dim tensor; its gradient at zero is zero.
     """
+    return _norm(residual_entries(model, site))
+
+
+def residual_entries(model: nn.Module, site: Site) -> Tensor:
+    """The entries of A D W, A D [W b_W] or D, each once, one after another; linear in each of A, D and W. Shape (k,)."""
     model = root_of(model)
     delta = delta_of(model, site)
     if site.constraint == "zero" or site.first is None or site.second is None:
-        return _norm(delta)
-    w, a = rows(model, site.first), columns(model, site.second, site.width)
-    dtype = torch.promote_types(delta.dtype, w.dtype)
-    d, w, a = delta.to(dtype), w.to(dtype), a.to(dtype)
-    products = [_product(a, d, w)]
+        return delta
+    a, d, w = cells(model, site)
+    products = [(a * d.unsqueeze(1)) @ w]
     b = offset(model, site.first) if site.constraint == "augmented" else None
     if b is not None:
-        products.append(a @ (d * b.to(dtype)).view(a.shape[0], -1, 1))
-    return _norm(torch.cat([product.flatten() for product in products]))
+        a = columns(model, site.second, site.width).to(d.dtype)
+        products.append(a @ (d.flatten() * b.to(d.dtype)).view(a.shape[0], -1, 1))
+    return torch.cat([product.flatten() for product in products])
 
 
-def _product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
-    """A D W for grouped maps; every entry of the dense product appears once, the ones that are zero by grouping do not.
+def cells(model: nn.Module, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """A, D and W of a strict site, cut into the cells of channels that share one group of W and one of A.
 
-    a: (groups of A, outputs · taps, n / groups), d: (n,), w: (groups of W, n / groups, inputs · taps).
+    A D W falls apart into the products of the cells: what the groups leave zero is not in them.
+
+    Returns:
+        A (cells, outputs · taps, n / cells), δ (cells, n / cells), W (cells, n / cells, inputs · taps).
     """
-    of_a, of_w = a.shape[0], w.shape[0]
-    cells = max(of_a, of_w)
-    if cells % of_a or cells % of_w:  # groups that cut through each other: two groups may share several cells
-        a, w, cells = _dense(a), _dense(w), 1
-    each = len(d) // cells
-    a = a.reshape(a.shape[0], a.shape[1], -1, each).transpose(1, 2).reshape(cells, -1, each)
-    w = w.reshape(cells, each, -1)
-    return (a * d.view(cells, 1, each)) @ w
+    model = root_of(model)
+    assert site.first is not None and site.second is not None, "a strict site has a W and an A"
+    delta, w, a = delta_of(model, site), rows(model, site.first), columns(model, site.second, site.width)
+    dtype = torch.promote_types(delta.dtype, w.dtype)
+    d, w, a = delta.to(dtype), w.to(dtype), a.to(dtype)
+    count = max(a.shape[0], w.shape[0])
+    if groups_cut(site):
+        a, w, count = _dense(a), _dense(w), 1
+    each = len(d) // count
+    a = a.reshape(a.shape[0], a.shape[1], -1, each).transpose(1, 2).reshape(count, -1, each)
+    return a, d.view(count, each), w.reshape(count, each, -1)
+
+
+def groups_cut(site: Site) -> bool:
+    """Whether groups of W and A cut through each other, so that two of them may share several cells."""
+    assert site.first is not None and site.second is not None, "a strict site has a W and an A"
+    few, many = sorted((site.first.groups, site.second.groups))
+    return bool(many % few)
 
 
 def _dense(blocks: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def root_of(model: nn.Module) -> nn.Module:
     Raises:
         SurgeryError: the model is not extended.
     """
+    if _MARK in model.__dict__:
+        return model
     marked = [module for module in model.modules() if _MARK in module.__dict__]
     if len(marked) > 1:
         raise SurgeryError(f"{len(marked)} parts of this model were extended one by one: call this on each of them")

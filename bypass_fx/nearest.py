@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from bypass_fx.passes.errors import BypassError
+
+T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -17,3 +22,19 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """
     nearest = difflib.get_close_matches(name, [*known], n=3)
     return f"did you mean {', '.join(nearest)}?" if nearest else otherwise
+
+
+def named(name: str, table: Mapping[str, T], what: str) -> T:
+    """The entry of that name.
+
+    Raises:
+        BypassError: there is none; the nearest names are offered.
+
+    Example:
+        >>> named("one", {"one": 1}, "number")
+        1
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    hint = did_you_mean(str(name), table, "give one of the known names")
+    raise BypassError(f"unknown {what} {name!r}; {hint} ({', '.join(table)})")

@@ -144,6 +144,12 @@ def current_lr(optimizer: Optimizer, delta: nn.Parameter) -> float | Tensor:
     return rate
 
 
+def moved_by_hand(optimizer: Optimizer) -> None:
+    """Parameters were changed between two steps: LBFGS forgets pairs of steps and gradients, which no longer fit."""
+    if isinstance(plain := unwrap(optimizer), LBFGS):
+        _forget_curvature(plain)
+
+
 class ScaledRate:
     """Multiplies each group's learning rate by `factor(group)` while the optimiser steps, and only then.
 
@@ -247,14 +253,14 @@ def _forget_curvature(optimizer: LBFGS) -> None:
 def _edit_schedulers(
     optimizer: Optimizer, length: int, edit: Callable[[list[Any], float], list[Any]], ratio: float = 1.0
 ) -> None:
-    for scheduler in _schedulers(optimizer):
+    for scheduler in schedulers(optimizer):
         for key, by in [*((key, ratio) for key in _RATE_LISTS), *((key, 1.0) for key in _OTHER_LISTS)]:
             per_group = scheduler.get(key)
             if isinstance(per_group, list) and len(per_group) == length:
                 scheduler[key] = edit(per_group, by)
 
 
-def _schedulers(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+def schedulers(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
     """The attributes of every LR scheduler that drives the optimiser.
 
     An optimiser does not know its schedulers, but they hold it, and torch's refuse a group that they have not seen.

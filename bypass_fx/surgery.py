@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ __all__ = [
     "contract",
     "delta_of",
     "extend",
+    "fold_down",
     "is_extended",
     "plan",
     "project",
@@ -62,7 +63,11 @@ class ContractionReport:
 
 
 def plan(
-    model: nn.Module, mode: Mode = "auto", select: Select | None = None, example_inputs: ExampleInputs | None = None
+    model: nn.Module,
+    mode: Mode = "auto",
+    select: Select | None = None,
+    example_inputs: ExampleInputs | None = None,
+    **as_probe: Any,
 ) -> Plan:
     """Find where a model can be bypassed, and why not elsewhere; the model is not changed.
 
@@ -71,12 +76,14 @@ def plan(
         mode: "strict" (W → σ → A), "relaxed" (activations of residual blocks), "auto" (strict where the fold is exact
             in training mode too, relaxed for the remaining activations of residual blocks), or "all" (relaxed for every
             remaining one, gates included).
-        select: a glob pattern over site names, several of them, or a predicate on `Site`; all sites if None.
+        select: a glob pattern over site names, several of them, or a predicate on `Site`; all sites if None. "probe"
+            takes the sites that gained the most in a `bypass_fx.probe`, which needs its `loss_fn` and `batches`.
         example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward, where its optional
             arguments matter.
+        **as_probe: `loss_fn`, `batches` and further arguments of `bypass_fx.probe`, for select="probe".
 
     Raises:
-        PlanError: the mode is unknown, or the model can't be analysed.
+        PlanError: the mode is unknown, the model can't be analysed, or no set of sites gained anything in the probe.
         SurgeryError: the model is extended already.
 
     Example:
@@ -84,6 +91,9 @@ def plan(
         >>> [site.name for site in plan(net)]
         ['1']
     """
+    _expect_probe(select, as_probe)
+    if select == "probe":
+        return _probed(model, mode=mode, example_inputs=example_inputs, **as_probe)
     return linked_plan(model, mode, select, example_inputs)[1]
 
 
@@ -102,17 +112,39 @@ def linked_plan(
     return linked, _plan(linked, mode, select, example_inputs)
 
 
+def _expect_probe(select: Select | None, as_probe: Mapping[str, Any]) -> None:
+    if select == "probe" and not {"loss_fn", "batches"} <= as_probe.keys():
+        raise PlanError(
+            "select='probe' takes steps to choose the sites: pass loss_fn=(model, batch) → loss, and batches="
+        )
+    if as_probe and select != "probe":
+        raise PlanError(f"{', '.join(as_probe)} belong to a probe; pass select='probe' with them, or leave them out")
+
+
+def _probed(model: nn.Module, **arguments: Any) -> Plan:
+    from .probe import probe
+
+    report = probe(model, **arguments)
+    if not report.worth:
+        raise PlanError(
+            f"the probe found no sites with which {report.steps} steps gain more than plain training does: train on, or "
+            "choose the sites yourself"
+        )
+    return report.best
+
+
 def _plan(linked: Linked, mode: Mode, select: Select | None, example_inputs: ExampleInputs | None) -> Plan:
     if mode not in MODES:
         raise PlanError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}")
     found = match(linked, mode, example_inputs or usual_inputs(linked.model))
     if select is None:
         return found
-    chosen = _chosen(select)
+    chosen = chosen_by(select)
     return Plan(tuple(site for site in found.sites if chosen(site)), found.refusals, found.mode)
 
 
-def _chosen(select: Select) -> Callable[[Site], bool]:
+def chosen_by(select: Select) -> Callable[[Site], bool]:
+    """The predicate that a selection means."""
     if callable(select):
         return select
     patterns = [select] if isinstance(select, str) else list(select)
@@ -126,6 +158,7 @@ def extend(
     mode: Mode = "auto",
     select: Select | None = None,
     example_inputs: ExampleInputs | None = None,
+    **as_probe: Any,
 ) -> Model:
     """Insert a D-activation ψ(z) = σ(z) + D z with D = 0 at every site (*embed*, eq. 10); the function does not change.
 
@@ -135,7 +168,7 @@ def extend(
     Args:
         model: any module; for a compiled one the module inside is extended.
         plan: the sites; made here from `mode`, `select` and `example_inputs`, if None.
-        mode, select, example_inputs: as for `plan`.
+        mode, select, example_inputs, **as_probe: as for `plan`.
 
     Raises:
         PlanError: there is no site, or the plan does not fit the model.
@@ -151,6 +184,9 @@ def extend(
     inner = _unwrapped(model)
     _refuse_extended(inner)
     _refuse_unready(inner)
+    _expect_probe(select, as_probe)
+    if plan is None and select == "probe":
+        plan = _probed(model, mode=mode, example_inputs=example_inputs, **as_probe)
     linked = Linked(inner, example_inputs)
     if plan is None:
         plan = _plan(linked, mode, select, example_inputs)
@@ -205,9 +241,20 @@ def project(model: nn.Module, names: Iterable[str]) -> None:
     if unknown:
         raise SurgeryError(f"no site is called {unknown[0]!r}: the sites are {', '.join(known)}")
     for site in fold.in_fold_order(known[name] for name in chosen):
-        delta = delta_of(root, site)
-        fold.fold(root, site, delta)
-        delta.zero_()
+        fold_down(root, site, 0.0)
+
+
+@torch.no_grad()
+def fold_down(model: nn.Module, site: Site, factor: Tensor | float) -> None:
+    """The part 1 − c of *proj* (eq. 15): b_A ← b_A + (1 − c) A D b_W and D ← cD.
+
+    A's output moves by at most (1 − c) ‖ADW‖‖u‖, u being W's input; where A D W = 0, by nothing.
+    """
+    root = root_of(model)
+    delta = delta_of(root, site)
+    kept = delta * factor
+    fold.fold(root, site, delta - kept)
+    delta.copy_(kept)
 
 
 @torch.no_grad()

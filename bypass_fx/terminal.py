@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bypass_fx.history import Event, History, Moment, Record, Score
+
+if TYPE_CHECKING:
+    from bypass_fx.probe import ProbeReport
 
 _PIPED_WIDTH = 160  # where there is no terminal, lines are for grep, not for the eye
 
@@ -124,6 +127,29 @@ def result_table(history: History) -> Table:
 def _cells(score: Score) -> list[str]:
     accuracies = [value for value in (score.train_accuracy, score.test_accuracy) if value is not None]
     return [number(score.train_loss), number(score.test_loss), *(f"{value:.1%}" for value in accuracies)]
+
+
+def probed_sites(found: ProbeReport) -> Table:
+    """What each site promises."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("site", overflow="fold")
+    for header in ("‖∂L/∂δ‖", "over ‖∂L/∂θ‖"):
+        table.add_column(header, justify="right")
+    for site in sorted(found.sites, key=lambda site: -site.gradient):
+        table.add_row(escape(site.name), number(site.gradient), number(site.ratio))
+    return table
+
+
+def candidate_table(found: ProbeReport) -> Table:
+    """What the candidate sets of sites gained, best first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("tried", overflow="fold")
+    for header in ("sites", "loss", "gain per step"):
+        table.add_column(header, justify="right")
+    for candidate in found.candidates:
+        cells = (str(len(candidate.sites)), number(candidate.loss), f"{candidate.gain:+.2e}")
+        table.add_row(escape(candidate.name), *cells)
+    return table
 
 
 def number(value: float) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bypass_fx.gamma import Linear, PiecewiseLinear
+from bypass_fx.gamma import Adaptive, Exponential, Linear, PiecewiseLinear
 from bypass_fx.passes.errors import BypassError
 
 positive = st.floats(1e-6, 1e3)
@@ -60,3 +60,34 @@ def test_breaks_that_do_not_fit_two_slopes_are_refused(breaks: tuple[float, ...]
 def test_breaks_must_rise() -> None:
     with pytest.raises(BypassError, match="rise"):
         PiecewiseLinear((1.0, 2.0, 3.0), (5, 5))
+
+
+@given(positive, st.floats(1.001, 3), st.floats(0, 30))
+def test_exponential_grows_by_its_factor_in_each_unit_of_t(start: float, growth: float, t: float) -> None:
+    gamma = Exponential(start, growth)
+    assert gamma(0) == start
+    assert gamma(t + 1) == pytest.approx(gamma(t) * growth)
+
+
+@pytest.mark.parametrize("growth", [1.0, 0.5, math.nan, math.inf])
+def test_a_growth_that_is_none_is_refused(growth: float) -> None:
+    for kind in (Exponential, Adaptive):
+        with pytest.raises(BypassError, match="give a number above 1"):
+            kind(1.0, growth)
+
+
+def test_adaptive_grows_where_the_norm_idles_and_rests_where_it_falls() -> None:
+    gamma = Adaptive(1.0, growth=3.0, fall=0.5, window=2)
+    values = []
+    for norm in (8.0, 7.0, 6.0, 4.0, 2.9, 2.8, 2.9):  # windows end at 8, 6 (idles), 2.9 (falls), 2.9 (idles)
+        gamma.observe(norm)
+        values.append(gamma(0.0))
+    assert values == [1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 9.0]
+    gamma.begin()
+    assert gamma(0.0) == 1.0
+
+
+@pytest.mark.parametrize("arguments", [{"start": 0.0}, {"fall": 1.0}, {"fall": 0.0}, {"window": 0}])
+def test_an_adaptive_weight_out_of_range_is_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(BypassError, match="give"):
+        Adaptive(**{"start": 1.0, **arguments})  # type: ignore[arg-type]

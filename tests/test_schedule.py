@@ -1,11 +1,8 @@
-"""Promises of the schedule: the phases, the arrivals, the contraction, and that it goes on exactly where it stopped."""
+"""Promises of the schedule: the phases, the arrivals, the contraction, the learning rates, and what a step costs."""
 
 from __future__ import annotations
 
-import copy
-import gc
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,54 +14,11 @@ import bypass_fx
 from bypass_fx import comeback, constraint, surgery
 from bypass_fx.gamma import Linear, PiecewiseLinear
 from bypass_fx.passes.errors import BypassError
-from bypass_fx.schedule import Arrival, BypassSchedule, NonFiniteError
+from bypass_fx.schedule import Arrival, BypassSchedule
+from tests import bypasses
+from tests.bypasses import X, Y, adam, begin, deltas, mlp, train_step, until_done
 
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
-Y = torch.randn(32, 2, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> Iterator[None]:
-    """Schedulers are looked for among all objects; those of the libraries are many, and none is one."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), 1e-2)
-
-
-def begin(opt1: int = 3, opt2: int = 5, **arguments: Any) -> tuple[nn.Module, torch.optim.Optimizer, BypassSchedule]:
-    model = mlp()
-    optimizer = adam(model)
-    return model, optimizer, BypassSchedule(model, optimizer, opt1, opt2, **arguments)
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: BypassSchedule) -> Tensor:
-    batch = torch.arange(schedule.steps, schedule.steps + 16) % 32
-    loss = nn.functional.mse_loss(model(X[batch]), Y[batch]) + schedule.penalty()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    schedule.step()
-    return loss.detach()
-
-
-def until_done(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: BypassSchedule) -> None:
-    while schedule.phase != "done":
-        train_step(model, optimizer, schedule)
-
-
-def deltas(model: nn.Module) -> list[nn.Parameter]:
-    return [surgery.delta_of(model, site) for site in surgery.sites(model)]
-
+pytestmark = pytest.mark.usefixtures("small_heap")
 
 # The life of a bypass
 
@@ -124,7 +78,8 @@ def test_adding_to_a_penalty_in_place_does_not_change_the_next() -> None:
 
 
 def test_the_penalty_is_gamma_of_t_times_the_norms_with_t_counted_from_the_start_of_opt2() -> None:
-    model, optimizer, schedule = begin(opt1=2, opt2=4, comeback="penalty", gamma=Linear(0.5), at_budget="continue")
+    published = comeback.Penalty(hand_over=False)
+    model, optimizer, schedule = begin(opt1=2, opt2=4, comeback=published, gamma=Linear(0.5), at_budget="continue")
     weight, seen = schedule.gamma, []
     for _ in range(6):
         if schedule.phase == "opt2":
@@ -202,10 +157,11 @@ def test_the_report_tells_each_sites_step_and_norm_of_arrival() -> None:
 
 
 def test_at_the_end_of_the_budget_sites_still_out_are_contracted_with_a_warning_and_an_entry() -> None:
-    model, optimizer, schedule = begin(opt1=3, opt2=4, comeback="penalty", gamma=Linear(1e-6), epsilon=1e-6)
+    published = comeback.Penalty(hand_over=False)
+    model, optimizer, schedule = begin(opt1=3, opt2=4, comeback=published, gamma=Linear(1e-6), epsilon=1e-6)
     with pytest.warns(UserWarning, match="opt2 ended after its 4 steps with 2 of 2 sites still out") as warned:
         until_done(model, optimizer, schedule)
-    assert warned[0].filename == __file__
+    assert warned[0].filename == bypasses.__file__  # the line that calls step
     assert schedule.report is not None
     assert [(arrival.site, arrival.step) for arrival in schedule.report.left_out] == [("1", 4), ("3", 4)]
     assert min(arrival.norm for arrival in schedule.report.left_out) > 1e-6
@@ -213,7 +169,9 @@ def test_at_the_end_of_the_budget_sites_still_out_are_contracted_with_a_warning_
 
 
 def test_at_budget_continue_goes_on_until_every_site_has_arrived() -> None:
-    model, optimizer, schedule = begin(3, 2, comeback="proximal", gamma=Linear(0.3), at_budget="continue")
+    model, optimizer, schedule = begin(
+        3, 2, comeback=comeback.Proximal(landing=0), gamma=Linear(0.3), at_budget="continue"
+    )
     until_done(model, optimizer, schedule)
     assert schedule.report is not None
     assert schedule.report.opt2_steps > 2
@@ -338,69 +296,7 @@ def test_several_bypasses_follow_one_another() -> None:
     assert len(optimizer.param_groups) == 2
 
 
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"epsilon": 0.0}, "epsilon is 0.0; give a positive number"),
-        ({"epsilon": float("nan")}, "epsilon is nan"),
-        ({"opt1": -1}, "opt1 is -1; give a number of steps, 0 or more"),
-        ({"opt1": 2.5}, "opt1 is 2.5"),
-        ({"opt2": 0}, "opt2 is 0; give a number of steps, 1 or more"),
-        ({"comeback": "proxymal"}, "did you mean proximal"),
-        ({"comeback": "penalty"}, "needs γ.*pass gamma="),
-        ({"gamma": 0.6}, "gamma is 0.6, no function of t; pass bypass_fx.Linear"),
-        ({"lr": 0.0}, "lr is 0.0; give a positive"),
-        ({"delta_lr": -1.0}, "delta_lr is -1.0; give a positive"),
-        ({"unit": "epoch"}, "needs steps_per_epoch"),
-        ({"unit": "minute"}, "choose 'step' or 'epoch'"),
-        ({"at_budget": "give up"}, "choose 'contract' or 'continue'"),
-        ({"select": "nothing"}, "nothing"),
-    ],
-)
-def test_an_argument_that_does_not_fit_is_refused_with_the_fix_and_changes_nothing(
-    arguments: dict[str, Any], message: str
-) -> None:
-    model = mlp()
-    optimizer = adam(model)
-    with pytest.raises(BypassError, match=message) as raised:
-        BypassSchedule(model, optimizer, **{"opt1": 3, "opt2": 5, **arguments})
-    assert "\n" not in str(raised.value)
-    assert not surgery.is_extended(model)
-    assert len(optimizer.param_groups) == 1
-
-
-def test_an_optimiser_of_another_model_is_refused_before_anything_changes() -> None:
-    model = mlp()
-    with pytest.raises(BypassError, match=r"none of the model's parameters; build it from this model's"):
-        BypassSchedule(model, adam(mlp()), 3, 5)
-    assert not surgery.is_extended(model)
-
-
-def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again() -> None:
-    model = mlp()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(BypassError, match="leave out delta_lr"):
-        BypassSchedule(model, torch.optim.LBFGS(model.parameters()), 3, 5, delta_lr=0.1)
-    assert not surgery.is_extended(model)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 2: D of site '3'"), (5, "opt2, step 3: D of site '3'")])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_d_that_is_not_finite_stops_with_the_phase_the_step_and_the_site(
-    steps: int, where: str, value: float
-) -> None:
-    model, optimizer, schedule = begin(opt1=3, opt2=9)
-    for _ in range(steps):
-        train_step(model, optimizer, schedule)
-    with torch.no_grad():
-        deltas(model)[1][0] = value
-    with pytest.raises(NonFiniteError, match=where):
-        schedule.step()
+# What a step costs
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -425,8 +321,11 @@ def test_a_step_brings_numbers_to_the_host_once(steps: int, monkeypatch: pytest.
     assert reads == ["tolist"]
 
 
-@pytest.mark.filterwarnings("ignore:opt2 ended")
-def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_and_the_arrivals() -> None:
+@pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:penalty")
+@pytest.mark.parametrize("kind", ["penalty", "lagrangian", "variety"])
+def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_the_arrivals_and_the_cycles(
+    kind: str,
+) -> None:
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -434,10 +333,10 @@ def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_and_th
         return graph
 
     torch.compiler.reset()
-    model, optimizer, schedule = begin(opt1=3, opt2=12, comeback="penalty", gamma=Linear(0.01), epsilon=1e-3)
+    model, optimizer, schedule = begin(3, 12, comeback=kind, gamma=Linear(0.01), epsilon=1e-3, rest=2, cycles=2)
     loss_of = torch.compile(lambda x, y: nn.functional.mse_loss(model(x), y) + schedule.penalty(), backend=backend)
     outs = []
-    for i in range(18):
+    for i in range(35):
         optimizer.zero_grad()
         loss_of(X, Y).backward()
         optimizer.step()
@@ -446,101 +345,6 @@ def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_and_th
                 deltas(model)[0].zero_()
         schedule.step()
         outs.append((schedule.phase, len(schedule.out)))
-    assert {("opt1", 2), ("opt2", 2), ("opt2", 1), ("done", 0)} == set(outs)
+    assert {("opt1", 2), ("opt2", 2), ("opt2", 1), ("train3", 0), ("done", 0)} == set(outs)
+    assert len(schedule.reports) == 2
     assert len(graphs) == 3
-
-
-# Going on where it stopped
-
-RETURNS: dict[str, dict[str, Any]] = {
-    "homotopy": {"comeback": "homotopy", "lr": 5e-3},
-    "homotopy at once": {"comeback": "homotopy", "opt1": 0, "opt2": 12},
-    "penalty at once": {"comeback": "penalty", "gamma": Linear(0.05), "epsilon": 0.01, "opt1": 0, "opt2": 12},
-    "linear homotopy": {"comeback": comeback.Homotopy("linear")},
-    "proximal": {"comeback": "proximal", "gamma": Linear(2.0), "epsilon": 1e-2},
-    "penalty": {"comeback": "penalty", "gamma": Linear(0.05), "epsilon": 0.4},
-}
-
-
-class Run:
-    """All that a training script keeps, built anew after each crash."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.model = mlp()
-        self.optimizer = adam(self.model)
-        self.driver = lr_scheduler.CosineAnnealingLR(self.optimizer, 40)
-        self.schedule = BypassSchedule(self.model, self.optimizer, **{"opt1": 4, "opt2": 8, **arguments})
-        self.losses: list[float] = []
-
-    def go(self, steps: int) -> None:
-        for _ in range(steps):
-            self.losses.append(train_step(self.model, self.optimizer, self.schedule).item())
-            self.driver.step()
-
-    def save(self) -> bytes:
-        parts = (self.schedule, self.model, self.optimizer, self.driver)
-        file = io.BytesIO()
-        torch.save([part.state_dict() for part in parts], file)
-        return file.getvalue()
-
-    def load(self, saved: bytes) -> None:
-        states = torch.load(io.BytesIO(saved), weights_only=True)
-        for part, state in zip((self.schedule, self.model, self.optimizer, self.driver), states, strict=True):
-            part.load_state_dict(state)
-
-
-@pytest.mark.filterwarnings("ignore:opt2 ended")
-@pytest.mark.parametrize("arguments", RETURNS.values(), ids=RETURNS)
-@pytest.mark.parametrize("killed", [0, 2, 4, 7, 10, 14])
-def test_a_run_killed_in_any_phase_goes_on_bit_for_bit(killed: int, arguments: dict[str, Any]) -> None:
-    whole, before, after = Run(arguments), Run(arguments), Run(arguments)
-    whole.go(16)
-    assert whole.schedule.phase == "done"
-    before.go(killed)
-    phase = before.schedule.phase
-    after.load(before.save())
-    assert after.schedule.phase == phase
-    after.go(16 - killed)
-    assert before.losses + after.losses == whole.losses
-    assert after.schedule.report == whole.schedule.report
-    ends = [run.model.state_dict() for run in (whole, after)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-    moments = [list(run.optimizer.state.values()) for run in (whole, after)]
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(*moments, strict=True) for key in a)
-    assert whole.optimizer.param_groups[0]["lr"] == after.optimizer.param_groups[0]["lr"]
-
-
-def test_the_runs_above_pass_through_a_single_arrival() -> None:
-    outs = set()
-    for arguments in RETURNS.values():
-        run = Run(arguments)
-        for _ in range(11):
-            run.go(1)
-            outs.add(len(run.schedule.out))
-    assert outs >= {1, 2}
-
-
-def test_a_state_that_does_not_fit_is_refused() -> None:
-    _, _, schedule = begin()
-    state = schedule.state_dict()
-    with pytest.raises(BypassError, match="a comeback 'homotopy', not 'penalty'; build the schedule with"):
-        begin(comeback="penalty", gamma=Linear(1.0))[2].load_state_dict(state)
-    with pytest.raises(BypassError, match=r"differ in the sites \['1'\]; extend the model with the same plan"):
-        begin(select="3")[2].load_state_dict(state)
-    with pytest.raises(BypassError, match="no state of this version's BypassSchedule"):
-        begin()[2].load_state_dict({})
-    model, optimizer, begun = begin()
-    train_step(model, optimizer, begun)
-    with pytest.raises(BypassError, match="load the state into a new one"):
-        begun.load_state_dict(state)
-
-
-def test_a_saved_state_does_not_change_as_training_goes_on() -> None:
-    model, optimizer, schedule = begin(comeback="penalty", gamma=Linear(1.0), epsilon=0.5)
-    train_step(model, optimizer, schedule)
-    state = schedule.state_dict()
-    kept = copy.deepcopy(state)
-    for _ in range(4):
-        train_step(model, optimizer, schedule)
-    assert state == kept

@@ -106,7 +106,7 @@ def test_eggholder_is_a_regression_without_accuracies(run: Run) -> None:
 def test_a_warning_is_one_line(run: Run) -> None:
     result = run("train", *SHORT, "--comeback", "penalty", "--gamma", "1e-9")
     assert result.code == 0
-    assert re.fullmatch(r"Warning: opt2 ended [^\n]*\n", result.err)
+    assert re.fullmatch(r"Warning: penalty: after [^\n]* handed over to the proximal return\n", result.err)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +191,10 @@ def test_python_m_is_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: epsilon is -1.0; give a number above 0, such as 1e-4\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_tells_what_the_sites_promise_and_what_was_gained(run: Run) -> None:
+    result = run("probe", "mlp", "--steps", "3")
+    assert result.code == 0
+    for words in ("‖∂L/∂δ‖", "gain per step", "after 3 steps of plain training"):
+        assert words in result.out

@@ -1,0 +1,273 @@
+"""One bypass of a model: embed, opt1, opt2 and proj (Algorithm 1), one optimiser step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from bypass_fx import constraint, param_group, surgery
+from bypass_fx.arrival import Threshold
+from bypass_fx.bypass_report import Arrival, NonFiniteError
+from bypass_fx.comeback import Moment
+from bypass_fx.course import Course, expect
+from bypass_fx.damped_step import DampedStep
+from bypass_fx.gamma import Adaptive
+from bypass_fx.passes.fold import in_fold_order
+from bypass_fx.passes.plan import Plan
+
+
+class Bypass:
+    """A bypass under way: what `BypassSchedule` leads, once in each cycle.
+
+    `over` is true once the original architecture is restored, `exhausted` once opt2 has used up its budget before.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, course: Course, plan: Plan | None, as_plan: Mapping[str, Any]
+    ) -> None:
+        self._model, self._optimizer, self._course = model, optimizer, course
+        self._rate_factor = rate_factor(optimizer, course.lr)
+        self.plan, self._deltas = self._embed(plan, as_plan)
+        self._root = surgery.root_of(model)
+        self._delta_ids = {id(delta) for delta in self._deltas.values()}
+        self._moving = dict(self._moved_beside_d())
+        first = next(iter(self._deltas.values()))
+        wide = torch.promote_types(first.dtype, torch.float32)
+        self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
+        self._threshold = Threshold(course.epsilon, [*self._deltas], like=self.gamma)
+        self.out = frozenset(self._deltas)
+        self.norms: dict[str, float] = {}
+        self.arrivals: list[Arrival] = []
+        self.opt1_steps = self.opt2_steps = 0
+        self.phase: Literal["opt1", "opt2"] = "opt1"
+        self.over = self.exhausted = False
+        self._hooks: list[param_group.ScaledRate | DampedStep] = []
+        if course.opt1 == 0:
+            self._turn_back()
+
+    def _embed(self, plan: Plan | None, as_plan: Mapping[str, Any]) -> tuple[Plan, dict[str, nn.Parameter]]:
+        course, extended = self._course, surgery.is_extended(self._model)
+        expect(
+            not extended or (plan is None and not as_plan),
+            "the model is extended already, so it can't be planned again; leave out plan= and its arguments",
+        )
+        if not extended:
+            surgery.extend(self._model, plan, **as_plan)
+        try:
+            sites = surgery.sites(self._model)
+            deltas = {site.name: surgery.delta_of(self._model, site) for site in sites}
+            Threshold(course.epsilon, [*deltas], like=next(iter(deltas.values())))
+            param_group.add(
+                self._optimizer, [*deltas.values()], self._model.parameters(), course.delta_lr,
+                course.delta_weight_decay, [site.parameter for site in sites],
+            )  # fmt: skip
+        except Exception:
+            if not extended:
+                surgery.contract(self._model)
+            raise
+        return Plan(tuple(sites)), deltas
+
+    def penalty(self) -> Tensor | None:
+        """What the return adds to the loss."""
+        return self._course.comeback.penalty(self._root, self.out, self.gamma)
+
+    def step(self, loss: Tensor | float | None) -> None:
+        """Note one step of the optimiser.
+
+        Raises:
+            NonFiniteError: the loss, a parameter or a site's D is NaN or infinite.
+        """
+        if self.phase == "opt1":
+            self._walk(loss)
+        else:
+            self._come_back(loss)
+
+    def _walk(self, loss: Tensor | float | None) -> None:
+        self.opt1_steps += 1
+        largest = [delta.abs().amax().to(self.gamma) for delta in self._deltas.values()]
+        self._read(torch.stack(largest), loss)
+        if self.opt1_steps >= self._course.opt1:
+            self._turn_back()
+
+    def _turn_back(self) -> None:
+        comeback = self._course.comeback
+        self.phase = "opt2"
+        comeback.begin(self._root)
+        if isinstance(self._course.gamma, Adaptive):
+            self._course.gamma.begin()
+        self._set_gamma()
+        self._hooks = [param_group.ScaledRate(self._optimizer, self._rate_of)]
+        self._damp()
+
+    def _damp(self) -> None:
+        """Slow down what the return moves, as it is slowed down itself."""
+        for hook in self._hooks[1:]:
+            hook.remove()
+        del self._hooks[1:]
+        if moving := self._course.comeback.moves(self._root):
+            self._hooks.append(DampedStep(self._optimizer, moving, self._pace))
+
+    def _pace(self) -> float:
+        return self._course.comeback.pace(self.opt2_steps, self._course.opt2)
+
+    def _rate_of(self, group: Mapping[str, Any]) -> float:
+        only_d = all(id(parameter) in self._delta_ids for parameter in group["params"])
+        return self._rate_factor * (self._pace() if only_d else 1.0)
+
+    def _come_back(self, loss: Tensor | float | None) -> None:
+        course, comeback = self._course, self._course.comeback
+        for name in self._deltas.keys() - self.out:
+            self._deltas[name].zero_()  # the optimiser's momentum moves even what has no gradient
+        norms = self._shrunk(self._norms())
+        self.opt2_steps += 1
+        self.norms = self._read(norms, loss)
+        on_time = comeback.ends and self.opt2_steps == course.opt2
+        self._project(sorted(self.out) if on_time else self._threshold.arrived(self.norms, self.out))
+        if isinstance(course.gamma, Adaptive):
+            course.gamma.observe(sum(self.norms[name] for name in self.out))
+        self._set_gamma()
+        if not self.out:
+            self.contract()
+        elif self.opt2_steps >= course.opt2 and course.at_budget != "continue":
+            self.exhausted = True
+
+    def _shrunk(self, norms: Tensor) -> Tensor:
+        """Let the return scale the residuals, and give their norms after that."""
+        course, comeback = self._course, self._course.comeback
+        rate = param_group.current_lr(self._optimizer, next(iter(self._deltas.values()))) * self._rate_factor
+        last = {name: self.norms[name] for name in self.out if name in self.norms}
+        moment = Moment(norms, self.gamma, self.opt2_steps, course.opt2, rate, last)
+        comeback.observe(self._root, moment)
+        factors = comeback.shrink(moment)
+        if factors is None:
+            return norms
+        # What is within ε already is folded in from where it is; to shrink it first would lose A D b_W.
+        factors = torch.where(self._threshold.within(norms), torch.ones_like(factors), factors)
+        by_name = dict(zip(self._deltas, factors, strict=True))
+        for site in in_fold_order(site for site in self.plan if site.name in self.out):
+            comeback.scale(self._root, site, by_name[site.name])
+        param_group.moved_by_hand(self._optimizer)
+        return self._norms() if comeback.moves(self._root) else norms * factors
+
+    def _project(self, names: list[str]) -> None:
+        self.arrivals += [self._where(name) for name in names]
+        if names:
+            surgery.project(self._root, names)
+            param_group.moved_by_hand(self._optimizer)
+            self.out -= frozenset(names)
+
+    def _where(self, name: str) -> Arrival:
+        delta = float(torch.linalg.vector_norm(self._deltas[name]))
+        return Arrival(name, self.opt2_steps, self.norms[name], delta)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Take the norms as they are now."""
+        self.norms = self._read(self._norms(), None)
+
+    def those_out(self) -> tuple[Arrival, ...]:
+        """The sites that have not arrived, with the norms last taken."""
+        return tuple(self._where(name) for name in self._deltas if name in self.out)
+
+    @torch.no_grad()
+    def contract(self, drop: bool = False) -> None:
+        """Restore the original architecture and take D out of the optimiser; with `drop`, D is dropped and not folded in."""
+        if drop:
+            for delta in self._deltas.values():
+                delta.zero_()
+        surgery.contract(self._model)
+        param_group.remove(self._optimizer, [*self._deltas.values()])
+        for hook in self._hooks:
+            hook.remove()
+        self.out = frozenset()
+        self.over = True
+
+    def _norms(self) -> Tensor:
+        norms = constraint.norms(self._root)
+        return torch.stack([norms[name].to(self.gamma) for name in self._deltas])
+
+    def _set_gamma(self) -> None:
+        if self._course.gamma is not None:
+            self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
+
+    def _read(self, values: Tensor, loss: Tensor | float | None) -> dict[str, float]:
+        """One number per site brought to the host, the one synchronisation of a step, with a look at all that moves."""
+        extent = get_total_norm(self._moving.values()).to(self.gamma)
+        value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma)
+        *numbers, whole, cost = torch.cat([values, extent.reshape(1), value.reshape(1)]).tolist()
+        norms = dict(zip(self._deltas, numbers, strict=True))
+        if not all(map(math.isfinite, (*numbers, whole, cost))):
+            self._expect_finite(norms, cost)
+        return norms
+
+    def _expect_finite(self, norms: Mapping[str, float], loss: float) -> None:
+        found = [] if math.isfinite(loss) else [f"the loss is {loss}"]
+        sites = [(name, norm) for name, norm in norms.items() if not math.isfinite(norm)]
+        found += [f"D of site {name!r} is not finite (norm {norm})" for name, norm in sites[:1]]
+        # a norm may overflow where no number does
+        broken = [name for name, parameter in self._moving.items() if not bool(parameter.isfinite().all())]
+        found += [f"{name} is not finite, and so was its gradient" for name in broken[:1]]
+        if found:
+            step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
+            raise NonFiniteError(f"{self.phase}, step {step}: {'; '.join(found)}")
+
+    def _moved_beside_d(self) -> Iterator[tuple[str, nn.Parameter]]:
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) in held and id(parameter) not in self._delta_ids:
+                yield name, parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this bypass needs to go on exactly, beside the states of the model and the optimiser."""
+        gamma = self._course.gamma
+        return {
+            "phase": self.phase,
+            "opt1_steps": self.opt1_steps,
+            "opt2_steps": self.opt2_steps,
+            "sites": [*self._deltas],
+            "out": sorted(self.out),
+            "norms": dict(self.norms),
+            "arrivals": [asdict(arrival) for arrival in self.arrivals],
+            "comeback": self._course.comeback.state_dict(),
+            "gamma": gamma.state_dict() if isinstance(gamma, Adaptive) else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another bypass stopped.
+
+        Raises:
+            BypassError: the state is of other sites.
+        """
+        strange = sorted(set(state["sites"]) ^ self._deltas.keys())
+        expect(not strange, f"state and model differ in the sites {strange}; extend the model with the same plan")
+        self.opt1_steps, self.opt2_steps = state["opt1_steps"], state["opt2_steps"]
+        if state["phase"] == "opt2":
+            if self.phase == "opt1":
+                self._turn_back()
+            self._course.comeback.load_state_dict(state["comeback"])
+            if isinstance(self._course.gamma, Adaptive):
+                self._course.gamma.load_state_dict(state["gamma"])
+            self._set_gamma()
+            self._damp()
+        self.out, self.norms = frozenset(state["out"]), dict(state["norms"])
+        self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]
+
+
+def rate_factor(optimizer: Optimizer, lr: float | None) -> float:
+    """The factor from the first group's base rate to λ'.
+
+    Raises:
+        BypassError: the base rate is 0, or there is none.
+    """
+    if lr is None:
+        return 1.0
+    base = param_group.base_lr(optimizer.param_groups[0])
+    expect(bool(base) and float(base) > 0, f"lr={lr} can't be set beside a learning rate of {base}; set one above 0")
+    return lr / float(base)

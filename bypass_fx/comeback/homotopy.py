@@ -1,0 +1,44 @@
+"""The homotopy from ψ back to σ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Comeback, Moment
+from .paths import Descent
+
+
+class Homotopy(Comeback):
+    """D = c(t) E, where the optimiser walks in E and c leads along a planned path from c(0) = 1 to c(T) = 0.
+
+    That is, D moves with c(t) times its learning rate, and after each optimiser step D ← D · c(t+1) / c(t): a homotopy
+    from ψ back to σ. Without the first, the last step would cut off a whole optimiser step of D.
+    Ends at D = 0, always, T steps after its start at the latest (a site whose norm falls below ε goes home earlier).
+
+    Args:
+        path: "smooth", "cosine" or "linear", see `Descent`.
+
+    Raises:
+        BypassError: the path is unknown.
+
+    Example:
+        >>> moment = Moment(torch.ones(1), gamma=torch.zeros(()), t=8, budget=10, lr=0.1)
+        >>> Homotopy("linear").shrink(moment)  # from 2/10 to 1/10
+        tensor([0.5000])
+    """
+
+    name = "homotopy"
+
+    def __init__(self, path: str = "smooth") -> None:
+        self._descent = Descent(path)
+
+    @property
+    def ends(self) -> bool:
+        return True
+
+    def pace(self, t: int, budget: int) -> float:
+        return self._descent.at(t, budget)
+
+    def shrink(self, now: Moment) -> Tensor:
+        return torch.full_like(now.norms, self._descent.factor(now.t, now.budget))

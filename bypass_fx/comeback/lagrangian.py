@@ -1,0 +1,109 @@
+"""The augmented-Lagrangian return: multipliers on the entries of A D W."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bypass_fx.constraint import cells, residual_entries
+from bypass_fx.extension import sites
+from bypass_fx.passes.plan import Site
+from bypass_fx.surgery import fold_down
+
+from .base import Comeback, Moment
+from .paths import Descent
+
+_RISE = 0.5  # the part of the way to the landing over which μ rises
+_PER_ROUND = 10  # steps that the optimiser gets for each whole step of the multipliers
+
+
+class AugmentedLagrangian(Comeback):
+    """The loss becomes L₂ + Σ ⟨Λ, R⟩ + μ/2 ‖R‖² with R = A D W, A D [W b_W] or D, and Λ ← Λ + μR/10 after each step.
+
+    Smooth where the norm of eq. 17 has its kink, so that a fixed learning rate need not step over the constraint; Λ
+    tends to the loss's own pull on R, so that μ need not grow without bound. μ rises to 1/(λ'L), beyond which gradient
+    descent on the penalty itself might diverge; L bounds the curvature of ‖R‖²/2.
+    A, D and W move together towards ADW = 0 with D ≠ 0. What R is left when the landing begins is led to exactly 0: D ←
+    cD with b_A ← b_A + (1 − c) A D b_W, the projection of eq. 15 in small steps, which moves A's output by at most
+    (1 − c) ‖R‖‖u‖, u being W's input: where ADW = 0 it changes nothing. Ends at D = 0, always, when the budget does;
+    strict sites that arrive within ε before that do so with D ≠ 0. Λ has the size of A D W, site by site.
+
+    Args:
+        landing: the part of the budget that the landing takes.
+
+    Raises:
+        BypassError: the landing is no part of the budget.
+    """
+
+    name = "lagrangian"
+
+    def __init__(self, landing: float = 0.25) -> None:
+        self._landing = Descent(share=landing)
+        self._multipliers: dict[str, Tensor] = {}
+        self._weights = torch.zeros(0)  # μ, [sites]
+
+    @property
+    def ends(self) -> bool:
+        return self._landing.share > 0
+
+    def begin(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            self._multipliers = {site.name: torch.zeros_like(residual_entries(model, site)) for site in sites(model)}
+        first = next(iter(self._multipliers.values()))
+        self._weights = torch.zeros(len(self._multipliers), dtype=first.dtype, device=first.device)
+
+    def penalty(self, model: nn.Module, out: frozenset[str], gamma: Tensor) -> Tensor | None:
+        terms = []
+        for index, site in enumerate(sites(model)):
+            if torch.compiler.is_compiling() or site.name in out:  # Λ and μ of a site that arrived are 0
+                r, weight = residual_entries(model, site), self._weights[index]
+                term = (self._multipliers[site.name] * r).sum() + weight.to(r.device) / 2 * r.square().sum()
+                terms.append(term.to(gamma.device))
+        return torch.stack(terms).sum() if terms else None
+
+    def pace(self, t: int, budget: int) -> float:
+        return self._landing.at(t, budget)
+
+    def observe(self, model: nn.Module, now: Moment) -> None:
+        walk = now.budget * (1 - self._landing.share)
+        landing = now.t + 1 >= walk
+        for index, site in enumerate(sites(model)):
+            multiplier, weight = self._multipliers[site.name], self._weights[index]
+            if now.last and site.name not in now.last:  # it has arrived
+                multiplier.zero_()
+                weight.zero_()
+            elif not landing:
+                multiplier.add_(residual_entries(model, site) * weight.to(multiplier.device) / _PER_ROUND)
+                rise = min(1.0, (now.t + 1) / (_RISE * walk))
+                stiffest = now.lr * curvature(model, site).to(weight)
+                weight.copy_(torch.where(stiffest > 0, rise / stiffest, torch.zeros_like(stiffest)))
+
+    def shrink(self, now: Moment) -> Tensor:
+        return torch.full_like(now.norms, self._landing.factor(now.t, now.budget))
+
+    def scale(self, model: nn.Module, site: Site, factor: Tensor) -> None:
+        fold_down(model, site, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"multipliers": {k: v.clone() for k, v in self._multipliers.items()}, "weights": self._weights.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, multiplier in state["multipliers"].items():
+            self._multipliers[name].copy_(multiplier)
+        self._weights.copy_(state["weights"])
+
+
+def curvature(model: nn.Module, site: Site) -> Tensor:
+    """A bound on the largest eigenvalue of JᵀJ, J being the derivative of the site's residual by A, D and W; 0-dim.
+
+    ‖DW‖² + ‖AD‖² + Σᵢ ‖aᵢ‖²‖wᵢ‖² in Frobenius norms, in the cell where it is largest; 1 where the residual is D.
+    """
+    if site.constraint == "zero":
+        return torch.ones(())
+    a, d, w = cells(model, site)
+    by_column, by_row = a.square().sum(1), w.square().sum(2)
+    bound: Tensor = (d.square() * (by_row + by_column) + by_column * by_row).sum(1).amax()
+    return bound

@@ -1,0 +1,43 @@
+"""The penalty as a proximal step in D."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Comeback, Moment
+from .paths import Descent
+
+
+class Proximal(Comeback):
+    """The penalty of eq. 17 taken as a proximal step in D: D ← D · max(0, 1 − λ'γ(t)/‖ADW‖) after each optimiser step.
+
+    The norm falls by exactly λ'γ(t) and stops at 0, without overshoot. What is still out when the last part of the
+    budget begins follows a homotopy to zero from there, so that it ends on time. Ends at D = 0; a strict site may come
+    within ε of ADW = 0 with D ≠ 0 before that, where A and W lead there.
+
+    Args:
+        landing: the part of the budget that the homotopy takes; 0 leaves it out, and the return may not end on time.
+
+    Example:
+        >>> Proximal().shrink(Moment(torch.tensor([4.0, 0.5]), gamma=torch.tensor(10.0), t=0, budget=10, lr=0.1))
+        tensor([0.7500, 0.0000])
+    """
+
+    name = "proximal"
+    uses_gamma = True
+
+    def __init__(self, landing: float = 0.25) -> None:
+        self._landing = Descent(share=landing)
+
+    @property
+    def ends(self) -> bool:
+        return self._landing.share > 0
+
+    def pace(self, t: int, budget: int) -> float:
+        return self._landing.at(t, budget) if t < budget else 1.0
+
+    def shrink(self, now: Moment) -> Tensor:
+        fall = now.lr * now.gamma
+        nearer = torch.where(now.norms > fall, 1 - fall / now.norms, torch.zeros_like(now.norms))
+        return nearer.clamp(max=self._landing.factor(now.t, now.budget))

@@ -1,0 +1,73 @@
+"""The course of a bypass: the lengths of its phases, its return and its thresholds, checked as the user gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bypass_fx import arrival
+from bypass_fx.arrival import Epsilon
+from bypass_fx.comeback import Comeback
+from bypass_fx.gamma import Gamma
+from bypass_fx.passes.errors import BypassError
+
+AtBudget = Literal["contract", "continue", "rollback"]
+Unit = Literal["step", "epoch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What `BypassSchedule` was told; see there.
+
+    Raises:
+        BypassError: a setting is out of range; names it and the fix.
+    """
+
+    opt1: int
+    opt2: int
+    comeback: Comeback
+    gamma: Gamma | None
+    epsilon: Epsilon
+    lr: float | None
+    delta_lr: float | None
+    delta_weight_decay: float
+    unit: Unit
+    steps_per_epoch: int | None
+    at_budget: AtBudget
+    cycles: int
+    rest: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("opt1", 0), ("opt2", 1), ("cycles", 1), ("rest", 0)):
+            value = getattr(self, name)
+            what = "number" if name == "cycles" else "number of steps"
+            expect(isinstance(value, int) and value >= least, f"{name} is {value!r}; give a {what}, {least} or more")
+        arrival.check(self.epsilon)
+        expect(
+            self.at_budget in ("contract", "continue", "rollback"),
+            f"at_budget is {self.at_budget!r}; choose 'contract', 'continue' or 'rollback'",
+        )
+        expect(self.unit in ("step", "epoch"), f"unit is {self.unit!r}; choose 'step' or 'epoch'")
+        expect(self.unit == "step" or (self.steps_per_epoch or 0) >= 1, "unit='epoch' needs steps_per_epoch, 1 or more")
+        expect(
+            self.gamma is not None or not self.comeback.uses_gamma,
+            f"the comeback {self.comeback.name!r} needs γ(t); pass gamma=bypass_fx.Linear(0.005), say",
+        )
+        expect(
+            self.gamma is None or callable(self.gamma),
+            f"gamma is {self.gamma!r}, no function of t; pass bypass_fx.Linear(slope)",
+        )
+        for name in ("lr", "delta_lr"):
+            rate = getattr(self, name)
+            expect(rate is None or rate > 0, f"{name} is {rate!r}; give a positive learning rate, or None")
+
+    @property
+    def per_unit(self) -> int:
+        """Steps in a unit of t."""
+        return self.steps_per_epoch if self.unit == "epoch" and self.steps_per_epoch else 1
+
+
+def expect(holds: bool, message: str) -> None:
+    """Raise a BypassError with the message, unless it holds."""
+    if not holds:
+        raise BypassError(message)
