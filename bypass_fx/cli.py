@@ -1,4 +1,4 @@
-"""The command line: `train` runs the main job, `probe` tells whether it pays; `inspect` and `list` are in `cli_inspection`."""
+"""The command line: `train` runs the main job, `probe` says whether it pays; `inspect` and `list` are in `cli_inspection`."""
 
 from __future__ import annotations
 

@@ -21,15 +21,15 @@ class Attention(nn.Module):
         self.drop, self.head = nn.Dropout(dropout), channels // HEADS
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens, channels = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, HEADS, channels // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, HEADS, self.head).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, channels = x.shape
+        batch, tokens, _ = x.shape
         q, k, v = self.split(x)
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop.p if self.training else 0.0)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, channels))  # type: ignore[no-any-return]
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, HEADS * self.head))  # type: ignore[no-any-return]
 
 
 class Product(Attention):

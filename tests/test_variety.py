@@ -14,6 +14,7 @@ from bypass_fx import surgery
 from bypass_fx.comeback import Variety
 from bypass_fx.comeback.variety import Side, cut, hindrance
 from bypass_fx.schedule import BypassSchedule
+from tests.attentions import Attention, Separate
 from tests.bypasses import X, Y
 from tests.test_constraint import extended
 
@@ -61,6 +62,36 @@ def test_from_the_variety_the_projection_changes_no_output(layers, side: Side) -
     before = model(x)
     bypass_fx.contract(model)
     assert torch.allclose(model(x), before, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "bias", "side"), [(3, 8, True, "A"), (8, 3, True, "W"), (8, 3, False, "W")]
+)
+def test_the_values_of_attention_are_led_to_the_variety_too(inputs: int, outputs: int, bias: bool, side: Side) -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    model.qkv, model.proj = nn.Linear(inputs, 24), nn.Linear(8, outputs, bias)
+    model.double()
+    others = model.qkv.weight[:16].clone(), model.qkv.bias[:16].clone()
+    bypass_fx.extend(model)
+    (site,) = bypass_fx.sites(model)
+    surgery.delta_of(model, site).data.normal_()
+    assert hindrance(model, site, side) == ""
+    cut(model, site, side, torch.tensor(1.0))
+    assert float(bypass_fx.norms(model)[site.name]) < 1e-12
+    assert torch.equal(model.qkv.weight[:16], others[0]) and torch.equal(model.qkv.bias[:16], others[1])
+    x = torch.randn(2, 5, inputs, dtype=torch.float64)
+    before = model(x)
+    bypass_fx.contract(model)
+    assert torch.allclose(model(x), before, rtol=1e-9, atol=1e-11)
+
+
+def test_shared_heads_of_values_can_not_be_moved_apart() -> None:
+    model = Separate()
+    model.out = nn.Linear(8, 3)
+    bypass_fx.extend(model)
+    (site,) = bypass_fx.sites(model)
+    assert "serve several channels" in hindrance(model, site, "W")
 
 
 @given(st.integers(1, 6), st.integers(2, 7), st.integers(1, 6), st.integers(0, 2**16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -107,6 +108,8 @@ def hindrance(model: nn.Module, site: Site, side: Side) -> str:
         return f"{each} channels, no more than the {rank} {of}"
     if side == "W" and site.first.norm:
         return f"W ends in the BatchNorm {site.first.norm}"
+    if side == "W" and any(one[1] > two[0] for one, two in pairwise(sorted(site.first.part))):
+        return f"outputs of {site.first} serve several channels"
     return next((reason for name in _weights(site, side) if (reason := _held(root_of(model), name))), "")
 
 
@@ -157,9 +160,13 @@ def cut(model: nn.Module, site: Site, side: Side, share: Tensor) -> None:
     weight = root.get_parameter(affine.weight)
     weight.add_(torch.autograd.grad(matrix, weight, step.to(matrix.dtype))[0])
     if side == "W" and site.constraint == "augmented" and affine.bias:
+        with torch.enable_grad():
+            b = offset(root, affine)
+        assert b is not None, "an augmented site has a constant"
+        column = b.detach().to(basis.dtype).view(basis.shape[0], -1, 1)
+        step = (-share * (basis @ (basis.mT @ column))).flatten()
         bias = root.get_parameter(affine.bias)
-        column = bias.to(basis.dtype).view(basis.shape[0], -1, 1)
-        bias.sub_((share * (basis @ (basis.mT @ column))).flatten().to(bias.dtype))
+        bias.add_(torch.autograd.grad(b, bias, step.to(b.dtype))[0])
 
 
 def _basis(model: nn.Module, site: Site, side: Side) -> Tensor:
