@@ -106,7 +106,6 @@ def _watched(module: nn.Module, graphs: Iterable[OwnerGraph]) -> dict[tuple[str,
     return found
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _rewrite_for_call(
     made: Made, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

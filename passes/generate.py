@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from .calls import Argument, Call, Constant, Items
@@ -155,7 +156,9 @@ def _function(name: str, graph: fx.Graph, scope: dict[str, Any]) -> str:
 
 def _call_in_another_way(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Have the method rewritten for a call with other optional arguments than seen before, and call it."""
-    type(module).__dict__["_bypass_rewriter"](module, method, args, kwargs)
+    rewriter = type(module).__dict__["_bypass_rewriter"]
+    rewrite = torch.compiler.disable(rewriter)  # type: ignore[no-untyped-call]  # as a decorator, its import is slow
+    rewrite(module, method, args, kwargs)
     return getattr(module, method)(*args, **kwargs)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -57,6 +59,42 @@ def test_a_deep_copy_of_an_extended_model_is_independent() -> None:
     assert not bool(delta_of(net, bypass_fx.sites(net)[0]).any())
     bypass_fx.contract(twin)
     assert is_extended(net) and not is_extended(twin)
+
+
+def test_a_compiled_model_is_rewritten_for_another_way_of_calling() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+            z = self.fc1(x) * 2
+            return self.fc2(torch.tanh(z if shift is None else z + shift))  # type: ignore[no-any-return]
+
+    net = bypass_fx.extend(Optional(), mode="all")
+    with torch.no_grad():
+        net.get_parameter("delta_tanh").fill_(0.5)
+    x, shift = torch.randn(3, 4), torch.randn(8)
+    expected = net(x), copy.deepcopy(net)(x, shift)
+    compiled = torch.compile(net, backend="eager")
+    assert torch.allclose(compiled(x), expected[0]) and torch.allclose(compiled(x, shift), expected[1])
+
+
+def test_the_import_leaves_torchs_compiler_alone() -> None:
+    code = "import sys, torch; before = set(sys.modules); import bypass_fx; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {
+        "torch._dynamo",
+        "networkx",
+        "timm",
+        "torchvision",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "sklearn",
+        "rich",
+    }
+    assert "bypass_fx" in loaded and not heavy & set(loaded)
 
 
 def test_a_compiled_model_follows_extend_and_contract() -> None:
