@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from bypass_fx import param_group, surgery
 from bypass_fx.passes.errors import BypassError
-from bypass_fx.passes.link import ExampleInputs
 from bypass_fx.passes.plan import Mode, Plan
+from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.snapshot import Snapshot
 
 LossFn = Callable[[nn.Module, Any], Tensor]

@@ -16,10 +16,11 @@ from .constraint import residual
 from .extension import delta_of, is_extended, mark, root_of, sites, unmark
 from .passes import fold, generate, insert, matrices
 from .passes.errors import PlanError, SurgeryError
-from .passes.link import ExampleInputs, Linked
+from .passes.link import Linked
 from .passes.match import match
 from .passes.matrices import tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
+from .passes.units import ExampleInputs
 from .usual_inputs import usual_inputs
 
 __all__ = [

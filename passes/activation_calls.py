@@ -11,11 +11,12 @@ from torch import fx
 
 from .activations import MIXES, activation_input
 from .channels import Channels, Provenance, channels_for
-from .link import ExampleInputs, Linked, Spot, Unit
+from .link import Linked
 from .mixing import is_attention
 from .outcome import Reason
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
+from .units import ExampleInputs, Spot, Unit
 from .wires import Layout, through
 
 

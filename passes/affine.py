@@ -15,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from .activations import acts_as
-from .link import Linked, Spot
+from .link import Linked
 from .matrices import tensor_named
 from .plan import Affine
+from .units import Spot
 
 _CONVS: dict[type[_ConvNd], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _TRANSPOSED: dict[type[_ConvNd], int] = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}

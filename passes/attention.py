@@ -19,11 +19,12 @@ from .activations import activation_input
 from .affine import Found, affine_at
 from .channels import Channels
 from .flow import Flow, UnknownError, broadcast_shapes, numbered
-from .link import Linked, Spot
+from .link import Linked
 from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
+from .units import Spot
 from .wires import modes_agree
 
 # The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.

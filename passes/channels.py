@@ -14,7 +14,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .activations import call_activation, module_activation
 from .affine import affine_at
-from .link import Linked, Spot
+from .link import Linked
+from .units import Spot
 from .wires import Layout, through
 
 DEPTH = 150  # how many values deep provenance looks before it gives up

@@ -15,7 +15,7 @@ from .attention import value_path
 from .callables import is_held
 from .errors import SurgeryError, UntraceableError
 from .generate import Method, Variant, Watched, class_of_source, generated_class, original_class
-from .link import Arguments, Linked, Spot, Unit
+from .link import Linked
 from .multihead_source import multihead_source
 from .outcome import Match
 from .plan import Site
@@ -23,6 +23,7 @@ from .rewrite import Psi, rewrite
 from .strict import strict
 from .trace import OwnerGraph
 from .tracer import PLAIN, fingerprint
+from .units import Arguments, Spot, Unit
 
 
 @dataclass(frozen=True, slots=True)

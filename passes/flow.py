@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map_only
 from .activations import call_activation, module_activation
 from .affine import Found, affine_at
 from .channels import Provenance
-from .link import Linked, Spot, Unit
+from .link import Linked
 from .matrices import tensor_named
+from .units import Spot, Unit
 from .wires import Layout, modes_agree, still
 from .writes import overwritten
 

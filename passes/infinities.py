@@ -15,8 +15,9 @@ import torch
 
 from .activations import call_activation
 from .calls import leaves
-from .link import Linked, Spot
+from .link import Linked
 from .matrices import tensor_named
+from .units import Spot
 from .wires import Layout, through
 
 _NAMES = (

@@ -16,11 +16,12 @@ from .activations import works_in_place
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
 from .generate import is_extended_owner, original_class
-from .link import Linked, Spot, Unit
+from .link import Linked
 from .matrices import tensor_named
 from .multihead import is_multihead_site
 from .plan import Plan, Site
 from .rewrite import Psi
+from .units import Spot, Unit
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from .activation_calls import Calls
 from .activations import activation_input
 from .attention import value_path
 from .infinities import may_be_infinite
-from .link import ExampleInputs, Linked, Spot, Unit
+from .link import Linked
 from .multihead import is_multihead, value_path_inside
 from .outcome import Match, Reason
 from .plan import Mode, Plan, Refusal, Site
 from .strict import strict
+from .units import ExampleInputs, Spot, Unit
 
 Rule = Callable[[Calls, Spot], Match | Reason]
 

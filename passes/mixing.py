@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .link import Linked, Spot
+from .link import Linked
+from .units import Spot
 
 _PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", torch.einsum}
 _SOFTMAXES: set[Any] = {F.softmax, torch.softmax, "softmax"}

@@ -9,10 +9,11 @@ import torch
 from torch import fx, nn
 
 from .channels import Channels
-from .link import Linked, Spot
+from .link import Linked
 from .outcome import Match, Reason
 from .plan import Affine, Constraint, Site
 from .strict import bias_is_free
+from .units import Spot
 
 CALL = "attention"  # what a site's name and its δ call it
 _SUMS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}

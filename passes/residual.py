@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from .callables import function_of
-from .link import Linked, Spot, Unit
+from .link import Linked
+from .units import Spot, Unit
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}

@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from .activations import MIXES, activation_input, works_in_place
 from .errors import PlanError
-from .link import Linked, Spot, Unit
+from .link import Linked
 from .lint import check_rewritten
 from .plan import Site
 from .trace import OwnerGraph
+from .units import Spot, Unit
 from .writes import overwritten
 
 Psi = Callable[[Tensor, Tensor, Tensor, int | tuple[int, ...]], Tensor]

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .activations import activation_input
 from .calls import bound_to_placeholders
 from .channels import Channels
-from .link import ExampleInputs, Linked, Spot, Unit
+from .link import Linked
 from .outside import Kept
 from .source import reached
+from .units import ExampleInputs, Spot, Unit
 
 
 class Run:

@@ -10,9 +10,10 @@ from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at, norm_at
 from .channels import Channels
-from .link import Linked, Spot
+from .link import Linked
 from .outcome import Match, Reason
 from .plan import Affine, Constraint, Exact
+from .units import Spot
 from .wires import Layout, is_wire, modes_agree, through
 from .writes import overwritten
 

@@ -13,7 +13,8 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_map_only
 
 from .calls import bound_to_placeholders, call_of
-from .link import ExampleInputs, Linked, Spot, Unit
+from .link import Linked
+from .units import ExampleInputs, Spot, Unit
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode

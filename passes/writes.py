@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .link import Linked, Spot
+from .link import Linked
+from .units import Spot
 
 _OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,

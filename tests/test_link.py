@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bypass_fx.passes.link import Linked, Spot, Unit
+from bypass_fx.passes.link import Linked
+from bypass_fx.passes.units import Spot, Unit
 
 
 class Inner(nn.Module):

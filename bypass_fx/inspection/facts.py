@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from bypass_fx.passes.link import ExampleInputs
 from bypass_fx.passes.matrices import columns, rows, tensor_named
 from bypass_fx.passes.plan import Plan, Site
+from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.passes.value_shapes import on_fakes
 
 Shape = tuple[int, ...]

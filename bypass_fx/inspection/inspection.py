@@ -10,9 +10,10 @@ from torch import nn
 from bypass_fx.passes.activation_calls import Calls
 from bypass_fx.passes.activations import activation_input
 from bypass_fx.passes.errors import PlanError
-from bypass_fx.passes.link import ExampleInputs, Linked, Spot
+from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
 from bypass_fx.passes.plan import Mode, Plan, Site
+from bypass_fx.passes.units import ExampleInputs, Spot
 from bypass_fx.passes.value_shapes import ValueShapes
 from bypass_fx.surgery import Select, linked_plan
 from bypass_fx.usual_inputs import usual_inputs

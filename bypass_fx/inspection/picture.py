@@ -9,9 +9,10 @@ from typing import Literal
 from torch import fx
 
 from bypass_fx.activation import psi
-from bypass_fx.passes.link import Linked, Spot, Unit
+from bypass_fx.passes.link import Linked
 from bypass_fx.passes.plan import Site
 from bypass_fx.passes.rewrite import rewrite
+from bypass_fx.passes.units import Spot, Unit
 
 from .inspection import Inspection
 

@@ -1,0 +1,275 @@
+"""The traced forwards of a model as units, who calls whom, and what each module is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .activations import acts_as, call_activation, elementwise_activation, module_activation
+from .calls import Call, call_of
+from .errors import UntraceableError
+from .look_alike import Stored, is_convolution, linear_look_alike
+from .trace import OwnerGraph, Tracing
+
+
+class Arguments(NamedTuple):
+    """Positional and keyword arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+class Unit(NamedTuple):
+    """One traced method: the module's path, the number of the variant (a module may be called in several ways), and the
+    method: `forward`, or a helper of a forward that does not trace itself.
+    """
+
+    path: str
+    variant: int = 0
+    method: str = "forward"
+
+
+class Spot(NamedTuple):
+    """One value of the model: the result of a node in a unit's graph."""
+
+    unit: Unit
+    node: fx.Node
+
+
+class Units:
+    """The traced forwards of a model, and who calls whom.
+
+    Attributes:
+        graphs: the graph of every unit.
+        callers: for every module path, the spots that call it.
+        unseen: paths that may (also) be called from code without a graph.
+        failures: why a module has no graph.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
+        self.model = model
+        self.tracing = Tracing(model)
+        self.modules = self.tracing.modules
+        self.graphs: dict[Unit, OwnerGraph] = {}
+        self.callers: dict[str, list[Spot]] = {}
+        self.unseen: set[str] = set()
+        self.failures: dict[str, UntraceableError] = {}
+        self._calls: dict[tuple[str, str], Unit] = {}
+        self._callees: dict[Spot, Unit] = {}
+        self._activations: dict[str, str | None] = {}
+        self._look_alikes: dict[str, Stored | None] = {}
+        self._convolutions: dict[tuple[type, str], bool] = {}
+        self._variants: dict[str, list[Unit]] = {}
+        self._methods: dict[str, list[Unit]] = {}
+        with self.tracing.session():
+            self._enter("", _root_call(self.tracing, example_inputs))
+            for path, module in self.modules.items():  # what no graph calls may be called from anywhere
+                if path and path not in self.callers and not _is_container(module):
+                    self.unseen.add(path)
+                    self._enter(path, None)
+            self.unseen |= self._mentioned_in_untraced_code()
+
+    def _enter(self, path: str, call: Call | None) -> Unit | None:
+        module = self.modules[path]
+        if _is_leaf(module) or path in self.failures:
+            return None
+        known = self._calls.get((path, call.key() if call else ""))
+        if known is not None:
+            return known
+        unit = Unit(path, len(self.variants(path)))
+        try:
+            self._add(unit, self.tracing.trace(path, call))
+        except UntraceableError as error:
+            self.failures[path] = error
+            self._enter_methods(path)
+            return None
+        self._calls[path, call.key() if call else ""] = unit
+        return unit
+
+    def _enter_methods(self, path: str) -> None:
+        """A forward without a graph: the helper methods and held callables that it calls may have one: units of their own."""
+        if self.tracing.signature(path) is None:
+            return
+        for method in self.tracing.methods(path):
+            self._enter_method(path, method)
+        traced = {unit.method for unit in self.methods(path)}
+        for name in self.tracing.callable_attributes(path, traced):
+            self._enter_method(path, name)
+
+    def _enter_method(self, path: str, method: str) -> None:
+        try:
+            graph = self.tracing.trace(path, method=method)
+        except UntraceableError:
+            return
+        self._add(Unit(path, 0, method), graph)
+
+    def unit_for_call(self, method: str, arguments: Arguments) -> Unit:
+        """The unit of the whole model's method for one more way of calling it.
+
+        Raises:
+            UntraceableError: the method does not trace when it is called so.
+        """
+        if method == "forward":
+            if "" in self.failures:
+                raise self.failures[""]
+            return Unit("")
+        signature = self.tracing.signature("", method)
+        call = call_of(signature, arguments.args, arguments.kwargs) if signature else None
+        unit = Unit("", len(self.methods("")), method)
+        self._add(unit, self.tracing.trace("", call, method))
+        return unit
+
+    def _add(self, unit: Unit, graph: OwnerGraph) -> None:
+        self.graphs[unit] = graph
+        units = self._variants if unit.method == "forward" else self._methods
+        units.setdefault(unit.path, []).append(unit)
+        for version in filter(None, (graph, graph.in_eval)):
+            for node in version.graph.nodes:
+                if node.op == "call_module":
+                    child = self.child(unit, node)
+                    spot = Spot(unit, node)
+                    self.callers.setdefault(child, []).append(spot)
+                    callee = self._enter(child, self._call_of(child, node))
+                    if callee is not None:
+                        self._callees[spot] = callee
+
+    def _mentioned_in_untraced_code(self) -> set[str]:
+        """Modules that a forward without a graph may call too: it mentions every attribute on the way to them."""
+        found: set[str] = set()
+        for path in self.failures:
+            names = self.tracing.attribute_names(path, {unit.method for unit in self.methods(path)})
+            prefix = f"{path}." if path else ""
+            for below in self.modules:
+                steps = below.removeprefix(prefix).split(".") if below != path and below.startswith(prefix) else []
+                if steps and all(step in names or step.isdigit() for step in steps):
+                    found.add(below)
+        return found
+
+    def replaces_weights(self, path: str) -> str | None:
+        """The path of a forward without a graph around this module that calls modules with other weights than theirs."""
+        around = [failed for failed in self.failures if not failed or f"{path}.".startswith(f"{failed}.")]
+        return next((p for p in around if "functional_call" in self.tracing.attribute_names(p, set())), None)
+
+    def _call_of(self, path: str, node: fx.Node) -> Call | None:
+        signature = self.tracing.signature(path)
+        return call_of(signature, node.args, node.kwargs) if signature else None
+
+    def methods(self, path: str) -> list[Unit]:
+        """The traced helper methods of a module whose forward has no graph."""
+        return self._methods.get(path, [])
+
+    def child(self, unit: Unit, node: fx.Node) -> str:
+        """The path under which the model first names the module that the node calls."""
+        return self.path_of(self.modules[unit.path].get_submodule(str(node.target)))
+
+    def path_of(self, module: nn.Module) -> str:
+        """The path under which the model first names a module of its own."""
+        path = self.tracing.names.module("", module)
+        assert path is not None, "a traced graph names only modules of the model"
+        return path
+
+    def module(self, spot: Spot) -> nn.Module | None:
+        """The child module that the spot calls, if it calls one."""
+        return self.modules[self.child(*spot)] if spot.node.op == "call_module" else None
+
+    def callee(self, spot: Spot) -> Unit | None:
+        """The unit that the spot calls; None where it is an activation, an affine map or another leaf, or has no graph."""
+        unit = self._callees.get(spot)
+        if unit is None or self.activation_module(unit.path) or self.look_alike(unit.path):
+            return None
+        return unit
+
+    def unit_called(self, path: str, call: Call | None) -> Unit | None:
+        """The unit of a module that runs for a call; its first one where no graph calls it so."""
+        exact = self._calls.get((path, call.key())) if call else None
+        return exact or next(iter(self.variants(path)), None)
+
+    def own_unit(self, path: str) -> list[Unit]:
+        """The unit of a leaf module's own forward, traced now; empty where it has no graph."""
+        try:
+            graph = self.tracing.trace(path)
+        except UntraceableError as error:
+            self.failures[path] = error
+            return []
+        self._add(Unit(path), graph)
+        return self.variants(path)
+
+    def activation(self, spot: Spot) -> str | None:
+        """The name of the element-wise activation that the spot calls; None where it calls none."""
+        module = self.module(spot)
+        return call_activation(spot.node) if module is None else self.activation_module(self.child(*spot))
+
+    def look_alike(self, path: str) -> Stored | None:
+        """How the weight of a module that acts like a Linear is stored; None for other modules."""
+        if path not in self._look_alikes:
+            module = self.modules[path]
+            plain = acts_as(module, type(module))
+            self._look_alikes[path] = linear_look_alike(module) if plain else None
+        return self._look_alikes[path]
+
+    def convolves(self, path: str) -> bool:
+        """Whether a convolution with a forward of its own acts like torch's; asked once for all of one geometry."""
+        module = self.modules[path]
+        if not isinstance(module, _ConvNd) or self.variants(path) or not acts_as(module, type(module)):
+            return False
+        plain = {
+            name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)
+        }
+        key = (type(module), str({**plain, "in_channels": 0, "out_channels": 0, "groups": module.groups == 1}))
+        if key not in self._convolutions:
+            self._convolutions[key] = is_convolution(module)
+        return self._convolutions[key]
+
+    def activations_in(self, unit: Unit) -> set[str]:
+        """The names of the activations that a unit calls."""
+        return {name for node in self.graphs[unit].graph.nodes if (name := self.activation(Spot(unit, node)))}
+
+    def activation_module(self, path: str) -> str | None:
+        """The name of the activation that a module is; None where it is none."""
+        if path not in self._activations:
+            self._activations[path] = self._activation_module(path)
+        return self._activations[path]
+
+    def _activation_module(self, path: str) -> str | None:
+        module = self.modules[path]
+        known = module_activation(module)
+        if known is not None or module._modules or module._parameters:
+            return known
+        graphs = [self.graphs[unit].graph for unit in self.variants(path)]
+        return elementwise_activation(graphs[0], type(module).__name__) if len(graphs) == 1 else None
+
+    def variants(self, path: str) -> list[Unit]:
+        """Every unit of a module."""
+        return self._variants.get(path, [])
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether the module is known by its class: torch's own forward, and no children but its parametrisations."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    forward = getattr(type(module).forward, "__module__", "")
+    if "forward" in module.__dict__:
+        return False
+    return str(forward).startswith("torch.nn.modules") and module._modules.keys() <= {"parametrizations"}
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+
+
+def _root_call(tracing: Tracing, example_inputs: ExampleInputs | None) -> Call | None:
+    signature = tracing.signature("")
+    if example_inputs is None or signature is None:
+        return None
+    if isinstance(example_inputs, Arguments):
+        return call_of(signature, example_inputs.args, example_inputs.kwargs)
+    if isinstance(example_inputs, Mapping):
+        return call_of(signature, (), example_inputs)
+    return call_of(signature, tuple(example_inputs), {})
