@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .extension import delta_of, root_of, sites
-from .passes.matrices import columns, offset, rows
+from .passes.matrices import columns, is_sharded, offset, rows, whole
 from .passes.plan import Site
 
 
@@ -19,9 +19,19 @@ def residual(model: nn.Module, site: Site) -> Tensor:
         A 0-dim tensor; its gradient at zero is zero.
     """
     model = root_of(model)
-    delta = delta_of(model, site)
+    delta = whole(delta_of(model, site))
     if site.constraint == "zero" or site.first is None or site.second is None:
         return _norm(delta)
+    parameters = model.get_submodule(site.second.weight.rpartition(".")[0]).parameters(recurse=False)
+    if any(map(is_sharded, parameters)):
+        from .sharded import frugal
+
+        return frugal(lambda: _residual(model, site, delta))
+    return _residual(model, site, delta)
+
+
+def _residual(model: nn.Module, site: Site, delta: Tensor) -> Tensor:
+    assert site.first is not None and site.second is not None
     w, a = rows(model, site.first), columns(model, site.second, site.width)
     dtype = torch.promote_types(delta.dtype, w.dtype)
     d, w, a = delta.to(dtype), w.to(dtype), a.to(dtype)

@@ -18,8 +18,9 @@ from .passes import fold, generate, insert, matrices
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import ExampleInputs, Linked
 from .passes.match import match
-from .passes.matrices import tensor_named
+from .passes.matrices import is_sharded, tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
+from .replicas import average_gradients
 from .usual_inputs import usual_inputs
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
 
 Select = str | Sequence[str] | Callable[[Site], bool]
 Model = TypeVar("Model", bound=nn.Module)
+_WRAPPERS = (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ def extend(
     edits = insert.prepare(linked, plan, psi)
     insert.apply(edits)
     mark(inner, plan)
+    if _is_distributed(model):
+        average_gradients(delta_of(inner, site) for site in plan.sites)
     return model
 
 
@@ -265,15 +269,16 @@ def _refuse_unready(model: nn.Module) -> None:
             raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
 
 
+def _is_distributed(model: nn.Module) -> bool:
+    """Whether DDP wraps the model, or its parameters are sharded: then D, which came later, is theirs to average no more."""
+    return isinstance(model, torch.nn.parallel.DistributedDataParallel) or any(map(is_sharded, model.parameters()))
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's or DataParallel's wrapper."""
+    """The module inside torch.compile's, DataParallel's or DDP's wrapper."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise SurgeryError(
-            "DistributedDataParallel does not see parameters that are added later: extend the model, then wrap it"
-        )
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
-    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, nn.DataParallel) else None)
+    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from bypass_fx.data import Data, DataError, in_order, load, minibatches, prepare, size, steps_per_epoch
+from bypass_fx.data import Data, DataError, load, prepare, size
+from bypass_fx.feed import in_order
 from tests.cifar10 import write_cifar10
 
 
@@ -118,7 +119,7 @@ def test_an_image_folder_is_split_by_its_folders_where_it_has_them(tmp_path: Pat
     _write_images(tmp_path / "val", "abc", 2)
     data = load(f"imagefolder:{tmp_path}", image_size=16)
     assert (size(data.train), size(data.test), data.outputs, data.shape) == (12, 6, 3, (3, 16, 16))
-    x, y = next(in_order(data.test, 3))
+    (x, y), _ = next(in_order(data.test, 3))
     assert x.shape == (3, 3, 16, 16) and x.dtype is torch.uint8 and y.tolist() == [0, 0, 1]
 
 
@@ -175,37 +176,3 @@ def test_an_empty_set_is_refused() -> None:
     some, none = (TensorDataset(torch.zeros(count, 2), torch.zeros(count, 1)) for count in (3, 0))
     with pytest.raises(DataError, match="the test set of mine is empty"):
         Data("mine", some, none, "regression", 1, (2,))
-
-
-def _order(seed: int, epoch: int, batch_size: int = 4) -> list[list[int]]:
-    numbers = torch.arange(11)
-    return [x.tolist() for x, _ in minibatches(TensorDataset(numbers, numbers), batch_size, seed, epoch)]
-
-
-def test_minibatches_depend_on_seed_and_epoch_alone() -> None:
-    torch.manual_seed(1)
-    once = _order(seed=0, epoch=3)
-    torch.manual_seed(2)
-    assert _order(seed=0, epoch=3) == once
-    assert _order(seed=0, epoch=4) != once and _order(seed=1, epoch=3) != once
-
-
-def test_an_epoch_leaves_out_an_incomplete_minibatch_but_never_all() -> None:
-    assert [len(batch) for batch in _order(0, 0)] == [4, 4]
-    assert len({number for batch in _order(0, 0) for number in batch}) == 8
-    assert [len(batch) for batch in _order(0, 0, batch_size=50)] == [11]
-    assert steps_per_epoch(TensorDataset(torch.zeros(11)), 4) == 2
-
-
-def test_any_dataset_gives_the_minibatches_that_tensors_give() -> None:
-    numbers = torch.arange(11)
-    tensors = TensorDataset(numbers, numbers)
-
-    class Plain(torch.utils.data.Dataset):  # type: ignore[type-arg]
-        def __len__(self) -> int:
-            return 11
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return tensors[index]
-
-    assert [x.tolist() for x, _ in minibatches(Plain(), 4, 0, 0)] == _order(0, 0)
