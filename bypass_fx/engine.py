@@ -241,7 +241,9 @@ def _shard(runner: Runner, world: int, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world,))
     for block in _blocks(runner.model):
         fully_shard(block, mesh=mesh)
-    fully_shard(runner, mesh=mesh)
+    # The root, too, gives back what it gathered: between forwards every parameter is the sharded one that D, the penalty
+    # and the checkpoints work with.
+    fully_shard(runner, mesh=mesh, reshard_after_forward=True)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
