@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import coverage, digits, exactness, planning
+from . import coverage, crashes, digits, exactness, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -42,6 +42,12 @@ def run_planning(only: Pattern = "") -> None:
 def run_digits(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10) -> None:
     """The main job with its default settings, over seeds."""
     _write("digits.md", digits.summary(digits.run(seeds)))
+
+
+@app.command("crashes")
+def run_crashes(kills: Annotated[int, typer.Option(help="How many runs to kill.")] = 20) -> None:
+    """Kill runs at random moments, go on with them, and compare what they come to."""
+    _write("crashes.md", crashes.summary(crashes.run(kills)))
 
 
 def _write(name: str, text: str) -> None:

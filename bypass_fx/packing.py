@@ -61,6 +61,11 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: name}
     if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str | int):
+                raise PackingError(
+                    f"{where or 'the state'} is keyed by a {type(key).__name__}, not by names or numbers"
+                )
         items = [(key, _pack(inner, f"{where}/{key}", tensors)) for key, inner in value.items()]
         plain = all(isinstance(key, str) and not key.startswith("§") for key in value)
         return dict(items) if plain else {_PAIRS: [[key, inner] for key, inner in items]}

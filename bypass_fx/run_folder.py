@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -120,7 +120,8 @@ class RunFolder:
             raise
         finally:
             if self._file:
-                self._file.close()
+                with suppress(OSError):  # what could not be written, `note` has reported
+                    self._file.close()
                 self._file = None
             if self._board:
                 self._board.close()
