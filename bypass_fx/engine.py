@@ -199,6 +199,8 @@ def _accelerator(settings: Settings) -> Accelerator:
     from accelerate.state import AcceleratorState, PartialState
 
     device = resolve_device(settings.device)
+    if settings.precision == "fp16" and device.type == "cpu":  # accelerate would leave it float32 without a word
+        raise SettingsError("precision fp16 is for accelerators; set it to bf16 or no on the CPU")
     if PartialState._shared_state and not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process, set up otherwise
     elif AcceleratorState._shared_state:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +24,7 @@ with warnings.catch_warnings(action="ignore"):  # of what they import in turn
     from bypass_fx.integrations import lightning as for_lightning
     from bypass_fx.integrations import transformers as for_transformers
 
+ROOT = Path(__file__).parents[1]
 WAY: dict[str, Any] = {"opt1": 4, "opt2": 6, "comeback": "penalty", "gamma": bypass_fx.Linear(0.3), "epsilon": 1e-9}
 START, STEPS, BATCH = 3, 16, 8
 
@@ -175,3 +178,37 @@ def test_a_language_model_of_transformers_comes_back_to_its_architecture(tmp_pat
     assert callback.report and len(callback.report.arrivals) == 2
     copy.deepcopy(transformers.GPT2LMHeadModel(config)).load_state_dict(model.state_dict(), strict=True)
     assert not torch.equal(before["lm_head.weight"], model.state_dict()["lm_head.weight"])
+
+
+def _patched(text: str, diff: str) -> str:
+    """The text with a unified diff applied; its line numbers are not looked at, its context is."""
+    for hunk in re.split(r"^@@.*@@\n", diff, flags=re.MULTILINE)[1:]:
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(before) == 1, f"the patch does not apply: {before}"
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readmes_patch_of_a_timm_loop_applies_and_bypasses(tmp_path: Path) -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name, value in (("a", 20), ("b", 200)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (32, 32), (value, 12 * index, 0)).save(tmp_path / "train" / name / f"{index}.png")
+    scope: dict[str, Any] = {}
+    exec(compile(_patched((ROOT / "tests" / "timm_loop.py").read_text(), diff), "timm_loop", "exec"), scope)
+    torch.manual_seed(0)
+    made: list[bypass_fx.BypassSchedule] = []
+
+    class Watched(bypass_fx.BypassSchedule):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    scope["bypass_fx"] = type("Library", (), {"BypassSchedule": Watched})
+    model, losses = scope["main"](tmp_path, 5)
+    (schedule,) = made
+    assert schedule.phase == "done" and schedule.report and len(schedule.report.arrivals) >= 8
+    assert len(losses) == 5 and not any("delta" in name for name in model.state_dict())

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bypass_fx.integrations.guide import Guide
 from bypass_fx.schedule import ScheduleReport
 
 
-class BypassCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
+class BypassCallback(TrainerCallback):
     """Leads the model of a `transformers.Trainer` through one bypass.
 
     Contracts at the end of the training at the latest. A checkpoint that the Trainer writes during the bypass holds D, so
@@ -40,16 +38,10 @@ class BypassCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         return self._guide.report
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **others: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         """Begin the bypass when its step has come."""
-        self._guide.before_step(state.global_step, model, optimizer)
+        self._guide.before_step(state.global_step, others["model"], others["optimizer"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
