@@ -186,7 +186,7 @@ def _threads(flops: float) -> Iterator[None]:
 @contextlib.contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
     """Give the model its architecture, weights and mode back where the body raises."""
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     was_training = model.training
     try:
         yield

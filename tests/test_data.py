@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from bypass_fx.data import Data, DataError, load, prepare, size
-from bypass_fx.feed import in_order
+from bypass_fx.feed import Feed, in_order
 from tests.cifar10 import write_cifar10
 
 
@@ -176,3 +177,49 @@ def test_an_empty_set_is_refused() -> None:
     some, none = (TensorDataset(torch.zeros(count, 2), torch.zeros(count, 1)) for count in (3, 0))
     with pytest.raises(DataError, match="the test set of mine is empty"):
         Data("mine", some, none, "regression", 1, (2,))
+
+
+def _pictures(folder: Path) -> None:
+    for split in ("train", "validation"):
+        for name, value in (("a", 20), ("b", 200)):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40, 30), (value, 80 * index, 0)).save(folder / split / name / f"{index}.png")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves closing them to Python
+def test_whatever_timm_opens_comes_through_the_same_path(tmp_path: Path) -> None:
+    _pictures(tmp_path)
+    data = load(f"timm:folder:{tmp_path}", image_size=16)
+    assert (data.outputs, data.shape, size(data.train), size(data.test)) == (2, (3, 16, 16), 6, 6)
+    (x, y), _ = next(in_order(data.test, 6))
+    assert x.shape == (6, 3, 16, 16) and x.dtype == torch.uint8 and y.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("source", ["imagefolder", "timm:folder"])
+def test_timm_augments_training_images_alone_and_the_same_way_again(tmp_path: Path, source: str) -> None:
+    _pictures(tmp_path)
+    (tmp_path / "validation").rename(tmp_path / ("val" if source == "imagefolder" else "validation"))
+    data = load(f"{source}:{tmp_path}", image_size=16, augment="rand-m9-mstd0.5")
+    feed = Feed(data.train, 6, seed=0)
+    (first, _), (second, _) = (parts[0] for parts in islice(feed.from_step(0), 2))
+    assert (
+        first.shape == (6, 3, 16, 16) and first.dtype == torch.float32 and -1.01 <= first.min() <= first.max() <= 1.01
+    )
+    assert torch.equal(next(feed.from_step(1))[0][0], second)
+    assert next(in_order(data.test, 6))[0][0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("name", "augment", "message"),
+    [
+        ("timm:folder:{}", "cubist", "no augmentation 'cubist'"),
+        ("timm:{}", "", "write timm:NAME:DIR"),
+        ("timm:hfds/no:{}", "", "can't open"),
+    ],
+)
+def test_what_timm_cannot_open_or_augment_is_named(tmp_path: Path, name: str, augment: str, message: str) -> None:
+    _pictures(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load(name.format(tmp_path), augment=augment)
