@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bypass_fx.history import Event, History, Moment, Record, Score
-from bypass_fx.run import Lengths
+from bypass_fx.phases import Lengths
 
 
 class LiveProgress:

@@ -24,10 +24,11 @@ from bypass_fx.interrupt import Stopped, Wish
 from bypass_fx.optimizers import make_lr_schedule, make_optimizer
 from bypass_fx.passes.matrices import placed_like
 from bypass_fx.passes.plan import Plan
+from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
 from bypass_fx.run_log import Losses, RunLog, TrainingError, where
 from bypass_fx.schedule import Arrival, BypassSchedule, NonFiniteError, ScheduleReport
-from bypass_fx.settings import Settings, parse_gamma
+from bypass_fx.settings import Settings
 from bypass_fx.task import Task
 
 STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
@@ -37,36 +38,6 @@ FREE_SETTINGS = {
     "device", "accumulate", "sharding", "compile", "compile_backend", "channels_last", "tf32", "gradient_checkpointing",
     "workers", "checkpoint_seconds", "keep", "fused", "tensorboard",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """How long the phases are, in steps; train1 is the most it may take."""
-
-    epoch: int
-    train1: int
-    opt1: int
-    opt2: int
-    train3: int
-    cycles: int
-
-    @property
-    def cycle(self) -> int:
-        """Steps of one bypass with what follows it."""
-        return self.opt1 + self.opt2 + self.train3
-
-    @property
-    def total(self) -> int:
-        """Steps that each arm has taken at the end, at most."""
-        return self.train1 + self.cycles * self.cycle
-
-    @classmethod
-    def of(cls, settings: Settings, epoch: int) -> Lengths:
-        """Of these settings, with so many steps in an epoch."""
-        opt1 = settings.opt1 * epoch if settings.n is None else settings.n
-        return cls(
-            epoch, settings.train1 * epoch, opt1, settings.opt2 * epoch, settings.train3 * epoch, settings.cycles
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,27 +358,6 @@ class Run:
                 self.save()
             except CheckpointError as error:
                 warnings.warn(f"{error}; the run goes on, and the checkpoint before stays", stacklevel=2)
-
-
-def embedded(
-    model: nn.Module, optimizer: Optimizer, settings: Settings, plan: Plan, lengths: Lengths
-) -> BypassSchedule:
-    """The model extended by the plan, under the schedule that the settings describe."""
-    return BypassSchedule(
-        model,
-        optimizer,
-        opt1=lengths.opt1,
-        opt2=lengths.opt2,
-        gamma=parse_gamma(settings.gamma),
-        epsilon=settings.epsilon,
-        comeback=settings.comeback,
-        lr=settings.return_lr,
-        unit="epoch" if settings.gamma_unit == "epoch" else "step",
-        steps_per_epoch=lengths.epoch,
-        plan=plan,
-        mode=settings.mode,
-        select=settings.select,
-    )
 
 
 def _report(saved: Mapping[str, Any]) -> ScheduleReport:

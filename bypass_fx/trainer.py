@@ -20,7 +20,8 @@ from bypass_fx.history import Event, History
 from bypass_fx.interrupt import noticed
 from bypass_fx.models import ModelError
 from bypass_fx.optimizers import make_optimizer
-from bypass_fx.run import Lengths, Run, embedded
+from bypass_fx.phases import Lengths, embedded
+from bypass_fx.run import Run
 from bypass_fx.run_log import TrainingError
 from bypass_fx.settings import Settings
 from bypass_fx.task import LossFn, task

@@ -83,9 +83,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, alone: A
     launch(TORCHRUN, tmp_path, "fsdp2", "--stop", "17")  # in the middle of opt1
     _, events = read_events(tmp_path / "fsdp2")
     assert 15 <= events[-1].step <= 25 and (tmp_path / "fsdp2" / "checkpoints").exists()
-    done = job(tmp_path / "fsdp2", "auto")
-    assert done and [record.step for record in done[0].records] == [record.step for record in alone[0].records]
-    found, wanted = ([record.loss for record in history.records] for history in (done[0], alone[0]))
-    assert found == pytest.approx(wanted, rel=1e-4)
-    for name, value in alone[1].items():
-        assert torch.allclose(done[1].state_dict()[name], value, rtol=1e-3, atol=1e-5), name
+    assert job(tmp_path / "fsdp2", "auto", stop=40) is None  # one process, up to the middle of opt2
+    launch(TORCHRUN, tmp_path, "fsdp2")
+    expect_equal(tmp_path, "fsdp2", alone)

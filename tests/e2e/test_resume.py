@@ -87,6 +87,8 @@ def test_kill_9_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A few of what `python -m benchmarks crashes` does twenty times."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lengths = [argument for phase in ("train1", "opt1", "opt2", "train3") for argument in (f"--{phase}", "2")]
+    monkeypatch.setattr(crashes, "JOB", [*lengths, "--checkpoint-seconds", "0"])
     seconds = crashes.undisturbed(tmp_path / "whole")
     rows = [crashes.examine(number, tmp_path / str(number), tmp_path / "whole", seconds) for number in (1,)]
     assert all(row["equal"] and row["killed"] for row in rows)
