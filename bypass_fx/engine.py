@@ -92,7 +92,9 @@ class Engine:
         return wrapped
 
     def stepper(self, optimizer: Optimizer) -> Any:
-        """The optimiser behind accelerate's gradient scaling."""
+        """The optimiser, behind accelerate's where gradients are scaled: that one looks for packages at every step."""
+        if self.accelerator.scaler is None:
+            return optimizer
         return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def backward(self, runner: nn.Module, parts: list[Any], describe: Callable[[Exception], Exception]) -> Tensor:

@@ -210,7 +210,7 @@ def contract(model: nn.Module) -> ContractionReport:
     its residual times the norm of W's input.
 
     Raises:
-        SurgeryError: the model is not extended.
+        SurgeryError: the model is not extended, or was sharded after it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -221,6 +221,7 @@ def contract(model: nn.Module) -> ContractionReport:
     """
     root = root_of(model)
     taken = sites(root)
+    _refuse_sharded_delta(root, taken)
     residuals = [residual(root, site) for site in taken]
     shifts = _fold_all(root, taken)
     report = ContractionReport(
@@ -258,6 +259,16 @@ def _number(value: Tensor | None) -> float:
 def _refuse_extended(model: nn.Module) -> None:
     if is_extended(model):
         raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
+
+
+def _refuse_sharded_delta(root: nn.Module, taken: Iterable[Site]) -> None:
+    """FSDP2 gives up none of the parameters that it sharded; those that came after it are not its own."""
+    for site in taken:
+        if is_sharded(delta_of(root, site)):
+            raise SurgeryError(
+                f"{site.parameter} was sharded with the model, and fully_shard can't give it up again: shard the model "
+                "first, then extend it"
+            )
 
 
 def _refuse_unready(model: nn.Module) -> None:

@@ -94,3 +94,14 @@ def test_states_are_gathered_and_given_back_in_shards(group: Any) -> None:
     with pytest.raises(KeyError, match="one of model and state only"):
         sharded.load_model(net, {"weight": plain.weight})
     assert placed_like(plain.weight, plain.weight.double()).dtype == torch.float32
+
+
+def test_a_model_that_was_extended_before_it_was_sharded_is_refused_as_it_is(group: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    net = bypass_fx.extend(_net(), mode="strict")
+    fully_shard(net, mesh=group)
+    with pytest.raises(bypass_fx.SurgeryError, match="shard the model first, then extend it"):
+        bypass_fx.contract(net)
+    assert surgery.is_extended(net)
+    net(torch.randn(2, 3, 4, 4)).sum().backward()
