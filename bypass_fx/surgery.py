@@ -20,7 +20,6 @@ from .passes.link import ExampleInputs, Linked
 from .passes.match import match
 from .passes.matrices import is_sharded, tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
-from .replicas import average_gradients
 from .usual_inputs import usual_inputs
 
 __all__ = [
@@ -152,6 +151,8 @@ def extend(
     insert.apply(edits)
     mark(inner, plan)
     if _is_distributed(model):
+        from .replicas import average_gradients  # torch.distributed takes a while to import
+
         average_gradients(delta_of(inner, site) for site in plan.sites)
     return model
 
