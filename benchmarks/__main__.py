@@ -11,7 +11,7 @@ import typer
 import bypass_fx
 from bypass_fx import zoo_sites
 
-from . import comeback, coverage, digits, exactness, pages, planning
+from . import comeback, coverage, crashes, digits, exactness, pages, planning
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -60,6 +60,12 @@ def run_pages(only: Pattern = "") -> None:
 def run_comeback(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 20) -> None:
     """Every way back on Eggholder and on the digits, over seeds."""
     _write("comeback.md", comeback.summary(comeback.run(seeds)))
+
+
+@app.command("crashes")
+def run_crashes(kills: Annotated[int, typer.Option(help="How many runs to kill.")] = 20) -> None:
+    """Kill runs at random moments, go on with them, and compare what they come to."""
+    _write("crashes.md", crashes.summary(crashes.run(kills)))
 
 
 def _write(name: str, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import geometric_mean, median
 from typing import Any
 
@@ -25,7 +25,11 @@ def examine(seed: int) -> dict[str, Any]:
     if seed == 0:
         figure.draw(history, RESULTS / "digits.png")
     moments = {
-        moment.name: {"step": moment.step, "bypass": asdict(moment.bypass), "baseline": asdict(moment.baseline)}
+        moment.name: {
+            "step": moment.step,
+            "bypass": moment.bypass.flat(),
+            "baseline": moment.baseline and moment.baseline.flat(),
+        }
         for moment in history.moments
     }
     return {"seed": seed, "moments": moments, "seconds": history.seconds}

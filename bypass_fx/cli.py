@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Annotated, Any, cast
 import typer
 
 from bypass_fx import cli_inspection, terminal
+from bypass_fx.interrupt import Stopped
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode
-from bypass_fx.settings import Settings
+from bypass_fx.settings import Settings, from_dict
+from bypass_fx.settings import preset as make_settings
 
 _DEFAULT = Settings()
 _PHASES = "Phases, in epochs"
-_TRAIN_NEEDS = {"timm", "torchvision", "sklearn", "matplotlib", "PIL"}
+_TRAIN_NEEDS = {"accelerate", "timm", "torchvision", "sklearn", "matplotlib", "PIL", "tensorboard"}
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -36,6 +38,8 @@ def _option(panel: str, text: str) -> Any:
 @app.command()
 def train(
     context: typer.Context,
+    preset: Annotated[str, _option("Job", "Settings to begin with: default, paper, improved, ...")] = "default",
+    resume: Annotated[Path | None, _option("Job", "Go on with the unfinished run in this folder.")] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -44,22 +48,35 @@ def train(
             autocompletion=cli_inspection.complete_model,
         ),
     ] = "mlp",
-    data: Annotated[str, _option("Job", "digits, eggholder, cifar10:DIR or imagefolder:DIR.")] = "digits",
+    data: Annotated[str, _option("Job", "digits, eggholder, cifar10:DIR, imagefolder:DIR, timm:NAME:DIR.")] = "digits",
     weights: Annotated[Path | None, _option("Job", "Start from these weights (.safetensors or a state dict).")] = None,
     image_size: Annotated[int, _option("Job", "Side of an image folder's images, in pixels.")] = 64,
-    device: Annotated[str, _option("Job", "auto, cpu, cuda, cuda:1, ...")] = _DEFAULT.device,
-    seed: Annotated[int, _option("Job", "Fixes the first weights, the minibatches and dropout.")] = _DEFAULT.seed,
+    augment: Annotated[str, _option("Job", "timm's augmentation of an image folder: rand-m9-mstd0.5, flip.")] = "",
     out: Annotated[Path | None, _option("Job", "Run folder to write; runs/DATA-MODEL-TIME if left out.")] = None,
+    seed: Annotated[int, _option("Job", "Fixes the first weights, the minibatches and dropout.")] = _DEFAULT.seed,
+    baseline: Annotated[bool, _option("Job", "Train a copy without the bypass beside it.")] = _DEFAULT.baseline,
     train1: Annotated[int, _option(_PHASES, "Before the bypass, until training slows down.")] = _DEFAULT.train1,
+    patience: Annotated[
+        int, _option(_PHASES, "End train1 after so many without progress; 0: never.")
+    ] = _DEFAULT.patience,
+    tolerance: Annotated[float, _option(_PHASES, "What counts as progress, as a share.")] = _DEFAULT.tolerance,
     opt1: Annotated[int, _option(_PHASES, "The walk in the larger space.")] = _DEFAULT.opt1,
     opt2: Annotated[int, _option(_PHASES, "The way back.")] = _DEFAULT.opt2,
     train3: Annotated[int, _option(_PHASES, "After the bypass.")] = _DEFAULT.train3,
     n: Annotated[int | None, _option(_PHASES, "Length of opt1 in steps, instead of --opt1.")] = None,
+    cycles: Annotated[int, _option(_PHASES, "How often opt1, opt2 and train3 are gone through.")] = _DEFAULT.cycles,
+    evaluate_every: Annotated[int, _option(_PHASES, "Evaluate in between; 0: never.")] = _DEFAULT.evaluate_every,
     optimizer: Annotated[str, _option("Optimiser", "Any of timm's: adam, adamw, momentum, ...")] = _DEFAULT.optimizer,
     lr: Annotated[float, _option("Optimiser", "Learning rate λ.")] = _DEFAULT.lr,
+    lr_schedule: Annotated[str, _option("Optimiser", "timm's: none, cosine, step, poly, ...")] = _DEFAULT.lr_schedule,
+    warmup: Annotated[int, _option("Optimiser", "Epochs of warm-up of an LR schedule.")] = _DEFAULT.warmup,
     momentum: Annotated[float, _option("Optimiser", "Momentum, where the optimiser has one.")] = _DEFAULT.momentum,
     weight_decay: Annotated[float, _option("Optimiser", "Weight decay.")] = _DEFAULT.weight_decay,
-    batch_size: Annotated[int, _option("Optimiser", "Examples in a minibatch.")] = _DEFAULT.batch_size,
+    batch_size: Annotated[int, _option("Optimiser", "Examples in a step, over all processes.")] = _DEFAULT.batch_size,
+    accumulate: Annotated[
+        int, _option("Optimiser", "Parts into which a process splits its share.")
+    ] = _DEFAULT.accumulate,
+    ema: Annotated[float, _option("Optimiser", "Decay of averaged weights; 0: none.")] = _DEFAULT.ema,
     comeback: Annotated[
         str, _option("Bypass", "Way back: homotopy, variety, lagrangian, proximal or penalty.")
     ] = _DEFAULT.comeback,
@@ -69,67 +86,123 @@ def train(
     epsilon: Annotated[float, _option("Bypass", "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.")] = _DEFAULT.epsilon,
     mode: Annotated[str, _option("Bypass", "Sites: auto, strict, relaxed or all.")] = _DEFAULT.mode,
     select: Annotated[str | None, _option("Bypass", "Only sites whose name fits this pattern.")] = None,
+    device: Annotated[str, _option("Machine", "auto, cpu, cuda, cuda:1, ...")] = _DEFAULT.device,
+    precision: Annotated[str, _option("Machine", "no, bf16 or fp16 (autocast).")] = _DEFAULT.precision,
+    sharding: Annotated[str, _option("Machine", "On many processes: auto, ddp or fsdp2.")] = _DEFAULT.sharding,
+    compile: Annotated[str, _option("Machine", "torch.compile: default, reduce-overhead, ...")] = _DEFAULT.compile,  # noqa: A002
+    compile_backend: Annotated[str, _option("Machine", "Its backend.")] = _DEFAULT.compile_backend,
+    fused: Annotated[bool, _option("Machine", "The optimiser's fused kernels.")] = _DEFAULT.fused,
+    channels_last: Annotated[bool, _option("Machine", "Images with their channels last.")] = _DEFAULT.channels_last,
+    tf32: Annotated[bool, _option("Machine", "TF32 for float32 products.")] = _DEFAULT.tf32,
+    gradient_checkpointing: Annotated[bool, _option("Machine", "Time for memory.")] = _DEFAULT.gradient_checkpointing,
+    workers: Annotated[int, _option("Machine", "Processes that load data.")] = _DEFAULT.workers,
+    checkpoint_seconds: Annotated[float, _option("Machine", "Save this often.")] = _DEFAULT.checkpoint_seconds,
+    keep: Annotated[int, _option("Machine", "How many checkpoints stay.")] = _DEFAULT.keep,
+    tensorboard: Annotated[bool, _option("Machine", "Write events for TensorBoard.")] = _DEFAULT.tensorboard,
 ) -> None:
     """Train a model through a bypass, beside a baseline that goes on without.
 
-    Both take the same minibatches in the same number of steps.
-    Without options: a small network on scikit-learn's digits, in less than two minutes.
+    Both take the same minibatches in the same number of steps. Without options: a small network on scikit-learn's digits,
+    in less than two minutes. Also under torchrun and accelerate launch.
 
     [bold]Examples[/]
 
     bypass-fx train
 
-    bypass-fx train --model 2c2d --data cifar10:DIR --train1 500 --opt1 300 --opt2 250 --train3 450
+    bypass-fx train --preset paper --model 2c2d --data cifar10:DIR
 
     bypass-fx train --model timm:resnet18 --data imagefolder:DIR --weights run/model.safetensors --train1 0
+
+    torchrun --nproc-per-node 8 -m bypass_fx train --model timm:vit_small_patch16_224 --data imagefolder:DIR
+
+    bypass-fx train --resume runs/digits-mlp-20260101-120000
     """
+    from bypass_fx import run_folder
+    from bypass_fx.engine import is_main_process
+
+    # By its name: typer brings a click of its own, beside which the installed one's enumeration is another.
+    source = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
+    given = {name: value for name, value in context.params.items() if source[name] == "COMMANDLINE"}
+    changes = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
+    if resume:
+        about = run_folder.read_about(resume)
+        settings, folder = from_dict({**about["settings"], **changes}), resume
+    else:
+        settings = make_settings(preset, changes)
+        job = {"model": model, "data": data, "weights": str(weights) if weights else None}
+        about = {**job, "image_size": image_size, "augment": augment}
+        folder = out or Path("runs", f"{_slug(Path(data).name)}-{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}")
+        if is_main_process():
+            run_folder.expect_writable(folder)
+    _train(about, settings, folder)
+
+
+def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
     import torch
 
     from bypass_fx import data as datasets
-    from bypass_fx import models, run_folder
-
-    settings = Settings(**{field.name: context.params[field.name] for field in fields(Settings)})
-    folder = out or Path("runs", f"{_slug(Path(data).name)}-{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}")
-    run_folder.expect_writable(folder)
-    examples = datasets.load(data, vectors=models.takes_vectors(model), image_size=image_size)
-    torch.manual_seed(seed)
-    network = models.build(model, models.Fit(examples.shape, examples.outputs))
-    if weights:
-        run_folder.load_weights(network, weights)
-    about = {
-        "model": model,
-        "data": data,
-        "shape": examples.shape,
-        "outputs": examples.outputs,
-        "weights": str(weights) if weights else None,
-        "settings": asdict(settings),
-    }
-    _train(network, examples, settings, folder, about)
-
-
-def _train(network: Any, examples: Any, settings: Settings, folder: Path, about: dict[str, Any]) -> None:
-    from bypass_fx import run_folder
+    from bypass_fx import models, progress
     from bypass_fx.trainer import Trainer
+    from bypass_fx.weights import load_weights
 
+    name = about["model"]
+    examples = datasets.load(about["data"], models.takes_vectors(name), about["image_size"], about["augment"])
+    torch.manual_seed(settings.seed)
+    assert examples.shape and examples.outputs
+    about = {**about, "shape": list(examples.shape), "outputs": examples.outputs}
+    network = models.build(name, models.Fit(examples.shape, examples.outputs))
+    if about["weights"]:
+        load_weights(network, about["weights"])
     screen = terminal.console()
     with terminal.warnings_as_lines():
-        trainer = Trainer(network, examples, settings)
+        trainer = Trainer(network, examples, settings, folder=folder, about=about)
+        if not trainer.is_main:
+            trainer.fit()
+            return
         sites = f"{len(trainer.plan)} sites with {trainer.plan.coefficients} coefficients"
-        screen.print(f"{about['model']} on {about['data']}: {sites}, {trainer.total_steps} steps")
-        trainer.on_event = live = terminal.LiveProgress(screen, trainer.total_steps, trainer.train1_steps)
-        try:
-            with live:
-                history = trainer.fit()
-        except KeyboardInterrupt:
-            screen.print("Stopped; nothing was written.")
-            raise
-        run_folder.write(folder, history, network, about)
-    screen.print(terminal.result_table(history))
+        screen.print(f"{name} on {about['data']}: {sites}, {trainer.total_steps} steps")
+        trainer.on_event = live = progress.LiveProgress(screen, trainer.lengths, settings.baseline)
+        with live:
+            history = trainer.fit()
+    screen.print(progress.result_table(history))
     screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
 
 
 app.command()(cli_inspection.inspect)
 app.command("list")(cli_inspection.list_models)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
+    figures: Annotated[str, typer.Option(help="Which of the paper's figures: 3, 4, 5, 8, with commas.")] = "3,4,5,8",
+    out: Annotated[Path, typer.Option(help="Folder to write figure-3.png and so on into.")] = Path(),
+) -> None:
+    """Draw the figures of the paper from runs: from one, or the mean and standard deviation over several.
+
+    Figure 3: loss, ‖ADW‖, step size, distance from θ*. 4: loss, its advantage over the baseline, ‖ADW‖, accuracy, its
+    advantage, step size. 5: distance and three cosines. 8: loss, advantage, Σ‖D‖.
+
+    [bold]Examples[/]
+
+    bypass-fx plot runs/digits-mlp-20260101-120000
+
+    bypass-fx plot runs/seed-* --figures 4,5 --out figures
+    """
+    from bypass_fx import figure, run_folder
+    from bypass_fx.nearest import did_you_mean
+
+    chosen = figures.split(",")
+    for name in chosen:
+        if name not in figure.FIGURES:
+            raise BypassError(
+                f"unknown figure {name!r}; {did_you_mean(name, figure.FIGURES, 'choose from 3, 4, 5, 8')}"
+            )
+    events = [run_folder.read_events(folder)[1] for folder in runs]
+    out.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        figure.save(figure.paper_figure(name, events), out / f"figure-{name}.png")
+        terminal.console().print(str(out / f"figure-{name}.png"), soft_wrap=True)
 
 
 @app.command()
@@ -158,21 +231,29 @@ def probe(
     import torch
 
     from bypass_fx import data as datasets
-    from bypass_fx import evaluation, models, run_folder
+    from bypass_fx import models, progress
     from bypass_fx import probe as probing
-    from bypass_fx.trainer import make_optimizer
+    from bypass_fx.feed import placed
+    from bypass_fx.optimizers import make_optimizer
+    from bypass_fx.task import task
+    from bypass_fx.weights import load_weights
 
     settings = Settings(optimizer=optimizer, lr=lr, batch_size=batch_size, mode=cast(Mode, mode), seed=seed)
     examples = datasets.load(data, vectors=models.takes_vectors(model), image_size=image_size)
+    assert examples.shape and examples.outputs
     torch.manual_seed(seed)
     network = models.build(model, models.Fit(examples.shape, examples.outputs))
     if weights:
-        run_folder.load_weights(network, weights)
+        load_weights(network, weights)
+    shuffled = torch.utils.data.DataLoader(
+        examples.train, batch_size, shuffle=True, drop_last=True, collate_fn=examples.collate,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
     with terminal.warnings_as_lines():
         found = probing(
             network,
-            lambda net, batch: evaluation.loss_of(examples.task, net(datasets.prepare(batch[0])), batch[1]),
-            islice(datasets.minibatches(examples.train, batch_size, seed, epoch=0), steps),
+            task(examples.task).loss,
+            (placed(batch, torch.device("cpu")) for batch in islice(shuffled, steps)),
             optimizer=make_optimizer(network, settings),
             steps=steps,
             mode=settings.mode,
@@ -180,8 +261,8 @@ def probe(
     screen = terminal.console()
     screen.print(terminal.probed_sites(found), "", terminal.candidate_table(found))
     screen.print(
-        f"\nLoss {terminal.number(found.loss)}, after {found.steps} steps of plain training "
-        f"{terminal.number(found.plain)}: "
+        f"\nLoss {progress.number(found.loss)}, after {found.steps} steps of plain training "
+        f"{progress.number(found.plain)}: "
         + ("a bypass looks worth it" if found.worth else "no set of sites gained more than plain training")
     )
 
@@ -190,6 +271,9 @@ def main() -> None:
     """Run the command line; what the user can mend ends in one red line and the exit code 2."""
     try:
         app()
+    except Stopped as stopped:
+        terminal.show_error(str(stopped))
+        sys.exit(128 + stopped.number)
     except BypassError as error:
         terminal.show_error(str(error))
         sys.exit(2)

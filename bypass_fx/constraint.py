@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .extension import delta_of, root_of, sites
-from .passes.matrices import columns, offset, rows
+from .passes.matrices import columns, is_sharded, offset, rows, whole
 from .passes.plan import Site
 
 
@@ -24,9 +24,19 @@ def residual(model: nn.Module, site: Site) -> Tensor:
 def residual_entries(model: nn.Module, site: Site) -> Tensor:
     """The entries of A D W, A D [W b_W] or D, each once, one after another; linear in each of A, D and W. Shape (k,)."""
     model = root_of(model)
-    delta = delta_of(model, site)
+    delta = whole(delta_of(model, site))
     if site.constraint == "zero" or site.first is None or site.second is None:
         return delta
+    parameters = model.get_submodule(site.second.weight.rpartition(".")[0]).parameters(recurse=False)
+    if any(map(is_sharded, parameters)):
+        from .sharded import frugal
+
+        return frugal(lambda: _entries(model, site))
+    return _entries(model, site)
+
+
+def _entries(model: nn.Module, site: Site) -> Tensor:
+    assert site.first is not None and site.second is not None, "a strict site has a W and an A"
     a, d, w = cells(model, site)
     products = [(a * d.unsqueeze(1)) @ w]
     b = offset(model, site.first) if site.constraint == "augmented" else None

@@ -1,25 +1,25 @@
-"""The data of the main job: digits, Eggholder, CIFAR-10 and image folders; minibatches in an order fixed by a seed."""
+"""Data by name: digits, Eggholder, CIFAR-10, image folders and whatever timm can open; and data of the user's own."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from bypass_fx.nearest import did_you_mean
 from bypass_fx.passes.errors import BypassError
 
-Task = Literal["classification", "regression"]
+TaskKind = Literal["classification", "regression", "next-token", "custom"]
 Examples = Dataset[Any]
 
-NAMES = ("digits", "eggholder", "cifar10:DIR", "imagefolder:DIR")
+NAMES = ("digits", "eggholder", "cifar10:DIR", "imagefolder:DIR", "timm:NAME:DIR")
 SOURCES = tuple(name.partition(":")[0] for name in NAMES)
 SPLIT_SEED = 0
 
@@ -32,8 +32,14 @@ class DataError(BypassError):
 class Data:
     """A training set, a test set and what a model must know of them.
 
-    The sets yield pairs (x, y): y is a class index, or the target values of a regression. `shape` is the shape of one
-    x. Images may be kept as bytes; `prepare` makes floats of a batch.
+    Attributes:
+        name: for messages and folders.
+        train, test: map-style data sets. For the tasks with a name they yield pairs (x, y): y is a class index, the
+            target values of a regression, or the tokens that follow. Images may be kept as bytes; see `prepare`.
+        task: which loss and metrics, see `bypass_fx.task`; "custom" with a `loss_fn` given to the trainer.
+        outputs: how many numbers the model must return for an example; None checks none.
+        shape: the shape of one x; None where it is not one tensor.
+        collate: makes a minibatch of a list of examples.
 
     Raises:
         DataError: a set is empty, or a label is no class.
@@ -42,25 +48,28 @@ class Data:
     name: str
     train: Examples
     test: Examples
-    task: Task
-    outputs: int
-    shape: tuple[int, ...]
+    task: TaskKind
+    outputs: int | None = None
+    shape: tuple[int, ...] | None = None
+    collate: Callable[[list[Any]], Any] = default_collate
 
     def __post_init__(self) -> None:
         for part, examples in (("training", self.train), ("test", self.test)):
             if size(examples) == 0:
                 raise DataError(f"the {part} set of {self.name} is empty; add examples to it")
-            if self.task == "classification" and isinstance(examples, TensorDataset):
+            if self.task == "classification" and self.outputs and isinstance(examples, TensorDataset):
                 _expect_classes(examples.tensors[1], self.outputs, f"the {part} set of {self.name}")
 
 
-def load(name: str, vectors: bool = False, image_size: int = 64) -> Data:
-    """Load the data called `name`: "digits", "eggholder", "cifar10:DIR" or "imagefolder:DIR".
+def load(name: str, vectors: bool = False, image_size: int = 64, augment: str = "") -> Data:
+    """Load the data called `name`: "digits", "eggholder", "cifar10:DIR", "imagefolder:DIR" or "timm:NAME:DIR".
 
     Args:
-        name: what to load, and for the last two from which folder.
+        name: what to load, and from which folder; "timm:NAME:DIR" opens whatever timm's `create_dataset` can.
         vectors: digits come as vectors of 64 features; otherwise as images, 3x32x32.
         image_size: side in pixels to which the images of an image folder are scaled and cropped.
+        augment: how timm augments the training images of an image folder or of its own, "rand-m9-mstd0.5", say, or "flip"
+            for crops and flips alone.
 
     Raises:
         DataError: the name is unknown (the nearest names are offered), the folder is missing, empty or holds no such
@@ -78,15 +87,20 @@ def load(name: str, vectors: bool = False, image_size: int = 64) -> Data:
         return _digits(vectors)
     if name == "eggholder":
         return _eggholder()
-    if source in ("cifar10", "imagefolder"):
+    if source in ("cifar10", "imagefolder", "timm"):
+        kind, _, folder = folder.partition(":") if source == "timm" else ("", "", folder)
         if not folder:
-            raise DataError(f"{source} needs a folder; write {source}:DIR")
+            raise DataError(f"{source} needs a folder; write {next(form for form in NAMES if form.startswith(source))}")
         path = Path(folder).expanduser()
         if not path.is_dir():
             raise DataError(f"there is no folder {folder!r}; give the folder that holds the {source} data")
         if not any(path.iterdir()):
             raise DataError(f"the folder {folder!r} is empty; give the folder that holds the {source} data")
-        return _cifar10(name, path) if source == "cifar10" else _imagefolder(name, path, image_size)
+        if source == "cifar10":
+            return _cifar10(name, path)
+        if source == "timm":
+            return _from_timm(name, kind, path, image_size, augment)
+        return _imagefolder(name, path, image_size, augment)
     raise DataError(f"unknown data {name!r}; {did_you_mean(source, SOURCES)} choose from {', '.join(NAMES)}")
 
 
@@ -103,33 +117,6 @@ def prepare(x: Tensor) -> Tensor:
         tensor([-1.,  1.])
     """
     return x.float().div_(127.5).sub_(1.0) if x.dtype is torch.uint8 else x
-
-
-def steps_per_epoch(examples: Examples, batch_size: int) -> int:
-    """How many minibatches an epoch has; an incomplete last one is left out: BatchNorm can't take a single example."""
-    return max(1, size(examples) // batch_size)
-
-
-def minibatches(examples: Examples, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The minibatches of one epoch, in an order that depends on the seed and the epoch and on nothing else."""
-    generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    order = torch.randperm(size(examples), generator=generator)
-    return _batches(examples, order[: steps_per_epoch(examples, batch_size) * batch_size], batch_size)
-
-
-def in_order(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All examples once, in their stored order, as an evaluation reads them."""
-    return _batches(examples, torch.arange(size(examples)), batch_size)
-
-
-def _batches(examples: Examples, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(examples, TensorDataset):
-        # One indexing a batch: a DataLoader collates example by example, which costs more than a small model's step.
-        for index in torch.split(order, batch_size):
-            x, y = examples[index]
-            yield x, y
-    else:
-        yield from DataLoader(examples, batch_sampler=[index.tolist() for index in torch.split(order, batch_size)])
 
 
 def eggholder(x: Tensor) -> Tensor:
@@ -219,34 +206,70 @@ def _cifar10_batch(path: Path) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _imagefolder(name: str, folder: Path, image_size: int) -> Data:
+def _imagefolder(name: str, folder: Path, image_size: int, augment: str) -> Data:
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
     if (folder / "train").is_dir() and held_out:
-        train, test = _images(folder / "train", image_size), _images(held_out, image_size)
+        train, test = _images(folder / "train", image_size, augment), _images(held_out, image_size)
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
             raise DataError(f"{name}: train and {held_out.name} differ in the class folders {odd}; give both the same")
         classes = train.classes
     else:
-        every = _images(folder, image_size)
-        classes = every.classes
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+        augmented, plain = _images(folder, image_size, augment), _images(folder, image_size)
+        classes = plain.classes
+        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
         cut = max(1, len(order) // 5)
-        train, test = (Subset(every, part) for part in (order[cut:], order[:cut]))
+        train, test = Subset(augmented, order[cut:]), Subset(plain, order[:cut])
     if len(classes) < 2:
         raise DataError(f"{name} has one class folder, {classes[0]!r}; a classification needs at least two")
     return Data(name, train, test, "classification", len(classes), (3, image_size, image_size))
 
 
-def _images(folder: Path, image_size: int) -> Any:
+def _images(folder: Path, image_size: int, augment: str = "") -> Any:
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
 
-    transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
     try:
-        return ImageFolder(folder, transform=transform, loader=_open_image)
+        return ImageFolder(folder, transform=_transform(image_size, augment), loader=_open_image)
     except FileNotFoundError as error:
         raise DataError(f"no images in {str(folder)!r}: {error} Lay them out as CLASS/IMAGE.png") from error
+
+
+def _transform(image_size: int, augment: str = "") -> Any:
+    """An image as bytes, scaled and cropped; or augmented by timm, as floats in [−1, 1]."""
+    from torchvision.transforms import v2
+
+    if not augment:
+        return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+    from timm.data import create_transform
+
+    policy = None if augment == "flip" else augment
+    half = (0.5, 0.5, 0.5)
+    try:
+        return create_transform(image_size, is_training=True, auto_augment=policy, mean=half, std=half)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(
+            f"timm knows no augmentation {augment!r} ({error}); give rand-m9-mstd0.5 or flip, say"
+        ) from error
+
+
+def _from_timm(name: str, kind: str, folder: Path, image_size: int, augment: str) -> Data:
+    from timm.data import create_dataset
+
+    sets = []
+    for split, training in (("train", True), ("validation", False)):
+        try:
+            examples = create_dataset(kind, root=str(folder), split=split, is_training=training)
+        except Exception as error:  # timm and the readers behind it raise kinds of their own
+            raise DataError(f"timm can't open {kind!r} in {str(folder)!r} ({type(error).__name__}: {error})") from error
+        if not hasattr(examples, "__getitem__"):
+            raise DataError(f"{name} can only be read from its start on, which a run can't be resumed with; unpack it")
+        examples.transform = _transform(image_size, augment if training else "")
+        sets.append(examples)
+    named: Any = getattr(getattr(sets[0], "reader", None), "class_to_idx", None) or getattr(sets[0], "classes", ())
+    classes = len(named)
+    if classes < 2:
+        raise DataError(f"{name} names {classes} classes; a classification needs at least two")
+    return Data(name, sets[0], sets[1], "classification", classes, (3, image_size, image_size))
 
 
 def _open_image(path: str) -> Any:

@@ -1,69 +1,95 @@
-"""Where model and data meet: the loss of a minibatch, the scores over a set, and whether the two fit each other."""
+"""Where model and data meet: the scores over a set, and whether the two fit each other."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bypass_fx.data import Data, Examples, Task, in_order, prepare, size
+from bypass_fx.data import Data, Examples
+from bypass_fx.feed import Shares, in_order, placed
 from bypass_fx.models import ModelError
-
-EVAL_BATCH = 512
-
-
-def loss_of(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """The mean loss of a minibatch: cross-entropy in a classification, squared error in a regression."""
-    return F.cross_entropy(output, target) if task == "classification" else F.mse_loss(output, target)
+from bypass_fx.task import Task, TaskError, batch_length, output_of, task
 
 
-def evaluate(model: nn.Module, data: Data, examples: Examples) -> tuple[float, float | None]:
-    """Mean loss and accuracy (None in a regression) over a set, in evaluation mode; the model's mode is kept."""
-    device = next(model.parameters()).device
+def evaluate(model: nn.Module, data: Data, examples: Examples, kind: Task | None = None) -> dict[str, float]:
+    """The loss and the metrics over a set, in evaluation mode and on the model's device; the model's mode is kept.
+
+    Args:
+        model: any module.
+        data: what the set belongs to.
+        examples: the set, `data.train` or `data.test`.
+        kind: the task; None takes the one of the data's name.
+    """
+    kind = kind or task(data.task)
     was_training = model.training
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    right = torch.zeros((), dtype=torch.long, device=device)
     model.eval()
-    with torch.no_grad():
-        for x, y in in_order(examples, EVAL_BATCH):
-            output, target = model(prepare(x.to(device))), y.to(device)
-            loss += loss_of(data.task, output, target).double() * len(target)
-            if data.task == "classification":
-                right += (output.argmax(1) == target).sum()
-    model.train(was_training)
-    accuracy = right.item() / size(examples) if data.task == "classification" else None
-    return loss.item() / size(examples), accuracy
+    try:
+        sums = total_of(lambda batch: kind.sums(model, batch), data, examples, next(model.parameters()).device)
+    finally:
+        model.train(was_training)
+    return kind.score(sums.tolist())
 
 
-def expect_fit(model: nn.Module, data: Data, device: torch.device) -> float:
+@torch.no_grad()
+def total_of(
+    sums: Any,
+    data: Data,
+    examples: Examples,
+    device: torch.device,
+    shares: Shares | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """What `sums` adds up to over this process's share of a set."""
+    total: Tensor | None = None
+    for batch, counts in in_order(examples, shares=shares, collate=data.collate):
+        here = sums(placed(batch, device, channels_last)).detach() * counts
+        total = here if total is None else total + here
+    assert total is not None
+    return total
+
+
+def expect_fit(model: nn.Module, data: Data, kind: Task, device: torch.device) -> float:
     """Model and data must agree on inputs and outputs; returns the floating-point operations that one example takes.
 
     Raises:
         ModelError: the model can't take the data, or returns what the loss can't.
     """
-    x, y = next(in_order(data.train, 2))
+    batch = placed(next(in_order(data.train, 2, collate=data.collate))[0], device)
     was_training = model.training
     model.eval()
+    # The counter hooks every module, and a compiled one would compile for it: count in the module inside.
+    inner = getattr(model, "_orig_mod", model)
     try:
-        # The counter hooks every module, and a compiled one would compile for it: count in the module inside.
-        inner = getattr(model, "_orig_mod", model)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            output = inner(prepare(x.to(device)))
+            output = kind.loss(inner, batch) if kind.name == "custom" else output_of(inner, batch[0])
+    except TaskError as error:
+        raise ModelError(str(error)) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+        shape = f"inputs of shape {data.shape}" if data.shape else "the minibatches"
         raise ModelError(
-            f"the model can't take inputs of shape {tuple(x.shape[1:])} as {data.name} has them ({reason}); "
-            "choose another model or other data"
+            f"the model can't take {shape} as {data.name} has them ({reason}); choose another model or other data"
         ) from error
     finally:
         model.train(was_training)
-    if not isinstance(output, Tensor):
-        raise ModelError(f"the model returns a {type(output).__name__}; a single tensor is needed")
-    wanted = (len(y), data.outputs) if data.task == "classification" else tuple(y.shape)
-    if tuple(output.shape) != wanted:
+    if kind.name != "custom":
+        _expect_output(output, batch[1], data, kind)
+    return float(counter.get_total_flops()) / batch_length(batch)
+
+
+def _expect_output(output: Tensor, y: Tensor, data: Data, kind: Task) -> None:
+    found, targets = tuple(output.shape), tuple(y.shape)
+    wanted: tuple[Any, ...] = targets
+    if kind.name == "next-token":
+        wanted = (*targets, data.outputs or "vocabulary")
+    elif kind.name == "classification":
+        wanted = (len(y), data.outputs or "classes")
+    fits = len(found) == len(wanted) and all(isinstance(w, str) or w == f for w, f in zip(wanted, found, strict=True))
+    if not fits:
         raise ModelError(
-            f"the model returns shape {tuple(output.shape)} for {len(y)} examples, {data.name} needs {wanted}; "
-            f"give the model {data.outputs} outputs"
+            f"the model returns shape {found} for {len(y)} examples, {data.name} needs {wanted}; "
+            f"give the model {data.outputs or 'as many'} outputs"
         )
-    return float(counter.get_total_flops()) / len(y)

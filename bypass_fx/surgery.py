@@ -18,7 +18,7 @@ from .passes import fold, generate, insert, matrices
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
 from .passes.match import match
-from .passes.matrices import tensor_named
+from .passes.matrices import is_sharded, tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
 from .passes.units import ExampleInputs
 from .usual_inputs import usual_inputs
@@ -39,6 +39,7 @@ __all__ = [
 
 Select = str | Sequence[str] | Callable[[Site], bool]
 Model = TypeVar("Model", bound=nn.Module)
+_WRAPPERS = (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,10 @@ def extend(
     edits = insert.prepare(linked, plan, psi)
     insert.apply(edits)
     mark(inner, plan)
+    if _is_distributed(model):
+        from .replicas import average_gradients  # torch.distributed takes a while to import
+
+        average_gradients(delta_of(inner, site) for site in plan.sites)
     return model
 
 
@@ -266,7 +271,7 @@ def contract(model: nn.Module) -> ContractionReport:
     its residual times the norm of W's input.
 
     Raises:
-        SurgeryError: the model is not extended.
+        SurgeryError: the model is not extended, or was sharded after it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -277,6 +282,7 @@ def contract(model: nn.Module) -> ContractionReport:
     """
     root = root_of(model)
     taken = sites(root)
+    _refuse_sharded_delta(root, taken)
     residuals = [residual(root, site) for site in taken]
     shifts = _fold_all(root, taken)
     report = ContractionReport(
@@ -316,6 +322,16 @@ def _refuse_extended(model: nn.Module) -> None:
         raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
 
 
+def _refuse_sharded_delta(root: nn.Module, taken: Iterable[Site]) -> None:
+    """FSDP2 gives up none of the parameters that it sharded; those that came after it are not its own."""
+    for site in taken:
+        if is_sharded(delta_of(root, site)):
+            raise SurgeryError(
+                f"{site.parameter} was sharded with the model, and fully_shard can't give it up again: shard the model "
+                "first, then extend it"
+            )
+
+
 def _refuse_unready(model: nn.Module) -> None:
     """Refuse weights that have no shape yet, or no real numbers for D to stand beside."""
     for name, parameter in model.named_parameters():
@@ -325,15 +341,16 @@ def _refuse_unready(model: nn.Module) -> None:
             raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
 
 
+def _is_distributed(model: nn.Module) -> bool:
+    """Whether DDP wraps the model, or its parameters are sharded: then D, which came later, is theirs to average no more."""
+    return isinstance(model, torch.nn.parallel.DistributedDataParallel) or any(map(is_sharded, model.parameters()))
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's or DataParallel's wrapper."""
+    """The module inside torch.compile's, DataParallel's or DDP's wrapper."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise SurgeryError(
-            "DistributedDataParallel does not see parameters that are added later: extend the model, then wrap it"
-        )
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
-    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, nn.DataParallel) else None)
+    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -54,9 +54,16 @@ NAMES: dict[str, str] = {
 
 
 def acts_as(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a call of the module is the forward of torch's class and nothing else: not overridden, no hooks."""
+    """Whether a call of the module is the forward of torch's class and nothing else: not overridden, no hooks.
+
+    Those of FSDP2 only gather the parameters.
+    """
     plain = type(module).forward is cls.forward and "forward" not in module.__dict__
-    return plain and not module._forward_hooks and not module._forward_pre_hooks
+    return plain and all(map(_gathers, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+
+
+def _gathers(hook: Callable[..., Any]) -> bool:
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
 
 
 def module_activation(module: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .matrices import offset, respond
+from .matrices import offset, placed_like, respond, whole
 from .plan import Site
 
 
@@ -37,5 +37,5 @@ def fold(model: nn.Module, site: Site, delta: Tensor) -> Tensor | None:
     shift = bias_shift(model, site, delta)
     if shift is not None and site.second is not None and site.second.bias is not None:
         bias = model.get_parameter(site.second.bias)
-        bias.copy_(bias.to(shift.dtype) + shift)
+        bias.copy_(placed_like(bias, whole(bias).to(shift.dtype) + shift))
     return shift

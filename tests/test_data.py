@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from bypass_fx.data import Data, DataError, in_order, load, minibatches, prepare, size, steps_per_epoch
+from bypass_fx.data import Data, DataError, load, prepare, size
+from bypass_fx.feed import Feed, in_order
 from tests.cifar10 import write_cifar10
 
 
@@ -118,7 +120,7 @@ def test_an_image_folder_is_split_by_its_folders_where_it_has_them(tmp_path: Pat
     _write_images(tmp_path / "val", "abc", 2)
     data = load(f"imagefolder:{tmp_path}", image_size=16)
     assert (size(data.train), size(data.test), data.outputs, data.shape) == (12, 6, 3, (3, 16, 16))
-    x, y = next(in_order(data.test, 3))
+    (x, y), _ = next(in_order(data.test, 3))
     assert x.shape == (3, 3, 16, 16) and x.dtype is torch.uint8 and y.tolist() == [0, 0, 1]
 
 
@@ -177,35 +179,47 @@ def test_an_empty_set_is_refused() -> None:
         Data("mine", some, none, "regression", 1, (2,))
 
 
-def _order(seed: int, epoch: int, batch_size: int = 4) -> list[list[int]]:
-    numbers = torch.arange(11)
-    return [x.tolist() for x, _ in minibatches(TensorDataset(numbers, numbers), batch_size, seed, epoch)]
+def _pictures(folder: Path) -> None:
+    for split in ("train", "validation"):
+        for name, value in (("a", 20), ("b", 200)):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40, 30), (value, 80 * index, 0)).save(folder / split / name / f"{index}.png")
 
 
-def test_minibatches_depend_on_seed_and_epoch_alone() -> None:
-    torch.manual_seed(1)
-    once = _order(seed=0, epoch=3)
-    torch.manual_seed(2)
-    assert _order(seed=0, epoch=3) == once
-    assert _order(seed=0, epoch=4) != once and _order(seed=1, epoch=3) != once
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves closing them to Python
+def test_whatever_timm_opens_comes_through_the_same_path(tmp_path: Path) -> None:
+    _pictures(tmp_path)
+    data = load(f"timm:folder:{tmp_path}", image_size=16)
+    assert (data.outputs, data.shape, size(data.train), size(data.test)) == (2, (3, 16, 16), 6, 6)
+    (x, y), _ = next(in_order(data.test, 6))
+    assert x.shape == (6, 3, 16, 16) and x.dtype == torch.uint8 and y.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_an_epoch_leaves_out_an_incomplete_minibatch_but_never_all() -> None:
-    assert [len(batch) for batch in _order(0, 0)] == [4, 4]
-    assert len({number for batch in _order(0, 0) for number in batch}) == 8
-    assert [len(batch) for batch in _order(0, 0, batch_size=50)] == [11]
-    assert steps_per_epoch(TensorDataset(torch.zeros(11)), 4) == 2
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("source", ["imagefolder", "timm:folder"])
+def test_timm_augments_training_images_alone_and_the_same_way_again(tmp_path: Path, source: str) -> None:
+    _pictures(tmp_path)
+    (tmp_path / "validation").rename(tmp_path / ("val" if source == "imagefolder" else "validation"))
+    data = load(f"{source}:{tmp_path}", image_size=16, augment="rand-m9-mstd0.5")
+    feed = Feed(data.train, 6, seed=0)
+    (first, _), (second, _) = (parts[0] for parts in islice(feed.from_step(0), 2))
+    assert (
+        first.shape == (6, 3, 16, 16) and first.dtype == torch.float32 and -1.01 <= first.min() <= first.max() <= 1.01
+    )
+    assert torch.equal(next(feed.from_step(1))[0][0], second)
+    assert next(in_order(data.test, 6))[0][0].dtype == torch.uint8
 
 
-def test_any_dataset_gives_the_minibatches_that_tensors_give() -> None:
-    numbers = torch.arange(11)
-    tensors = TensorDataset(numbers, numbers)
-
-    class Plain(torch.utils.data.Dataset):  # type: ignore[type-arg]
-        def __len__(self) -> int:
-            return 11
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return tensors[index]
-
-    assert [x.tolist() for x, _ in minibatches(Plain(), 4, 0, 0)] == _order(0, 0)
+@pytest.mark.parametrize(
+    ("name", "augment", "message"),
+    [
+        ("timm:folder:{}", "cubist", "no augmentation 'cubist'"),
+        ("timm:{}", "", "write timm:NAME:DIR"),
+        ("timm:hfds/no:{}", "", "can't open"),
+    ],
+)
+def test_what_timm_cannot_open_or_augment_is_named(tmp_path: Path, name: str, augment: str, message: str) -> None:
+    _pictures(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load(name.format(tmp_path), augment=augment)

@@ -123,15 +123,17 @@ def test_a_scripted_child_is_left_alone() -> None:
     works(net, torch.randn(2, 4))
 
 
-def test_a_wrapped_ddp_model_is_refused_and_one_extended_before_works(tmp_path: Path) -> None:
+def test_a_ddp_model_is_extended_inside_its_wrapper_before_or_after_it(tmp_path: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         net = mlp()
         wrapped = nn.parallel.DistributedDataParallel(net)
-        with pytest.raises(bypass_fx.SurgeryError, match="extend the model, then wrap it"):
-            bypass_fx.extend(wrapped)
-        assert not is_extended(net)
+        assert bypass_fx.extend(wrapped) is wrapped and is_extended(net)
+        wrapped(torch.randn(2, 4)).sum().backward()
+        assert net.get_parameter("delta_1").grad is not None
+        bypass_fx.contract(wrapped)
+        wrapped(torch.randn(2, 4)).sum().backward()  # which awaits no gradient of D
         wrapped = nn.parallel.DistributedDataParallel(bypass_fx.extend(mlp()))
         wrapped(torch.randn(2, 4)).sum().backward()
         assert list(bypass_fx.norms(wrapped)) == ["1"]

@@ -12,7 +12,7 @@ from rich.text import Text
 from bypass_fx.passes.folding import refusal_rows, site_rows, summary
 from bypass_fx.passes.plan import Plan
 from bypass_fx.passes.plan_text import HEADERS, cells
-from bypass_fx.terminal import number
+from bypass_fx.progress import number
 from bypass_fx.zoo_sites import ModelSites
 
 from .code import Rewritten

@@ -1,0 +1,259 @@
+"""The machine under a run: accelerate's processes, precision and gradients, sharding, compilation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bypass_fx import replicas
+from bypass_fx.feed import Shares
+from bypass_fx.settings import Settings, SettingsError
+from bypass_fx.task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from bypass_fx.schedule import BypassSchedule
+
+
+class Runner(nn.Module):
+    """Whatever of a step the processes do together: DDP, FSDP2, autocast and torch.compile wrap this module.
+
+    In training mode a call gives the loss of a minibatch and the penalty, both 0-dim; in evaluation mode the task's sums.
+    """
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+        self.schedule: BypassSchedule | None = None
+        self.late = False  # sharded parameters are whole within a forward; the penalty reads them outside of it
+
+    def forward(self, batch: Any) -> Any:
+        """Of a minibatch: (loss, penalty), or the sums."""
+        if not self.training:
+            return self.task.sums(self.model, batch)
+        loss = self.task.loss(self.model, batch)
+        return loss, loss.new_zeros(()) if self.late else self.penalty(loss)
+
+    def penalty(self, loss: Tensor) -> Tensor:
+        """What the schedule adds to the loss, in full precision whatever autocast says."""
+        if self.schedule is None:
+            return loss.new_zeros(())
+        with torch.autocast(loss.device.type, enabled=False):
+            return self.schedule.penalty()
+
+
+class Engine:
+    """accelerate, set up as the settings and the launcher say.
+
+    Raises:
+        SettingsError: the device, the precision or the sharding can't be had here.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.accelerator = _accelerator(settings)
+        self.device: torch.device = self.accelerator.device
+        world = self.accelerator.num_processes
+        self.shares = Shares(self.accelerator.process_index, world, self.accelerator.gradient_accumulation_steps)
+        wants_shards = settings.sharding == "fsdp2" or (settings.sharding == "auto" and self.accelerator.is_fsdp2)
+        self.sharded = wants_shards and world > 1
+        if self.sharded and settings.ema:
+            raise SettingsError("ema keeps a second, whole model, which sharding is there to avoid; set ema to 0")
+        if settings.tf32:
+            torch.set_float32_matmul_precision("high")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and shows."""
+        return bool(self.accelerator.is_main_process)
+
+    def runner(self, model: nn.Module, task: Task) -> nn.Module:
+        """The model in a `Runner`, wrapped for the processes; its parameters stay the same objects unless sharded."""
+        runner = Runner(model, task).to(self.device)
+        if self._settings.channels_last:
+            runner.to(memory_format=torch.channels_last)
+        if self.sharded:
+            runner.late = True
+            _shard(runner, self.shares.world, self.device)
+            wrapped: nn.Module = runner
+        else:
+            wrapped = self.accelerator.prepare_model(runner, device_placement=False)
+        if self._settings.compile:
+            mode, backend = self._settings.compile, self._settings.compile_backend
+            # dynamic=False: another size of minibatch is a mistake here, and must not make a slower graph of all
+            wrapped.compile(fullgraph=self.shares.world == 1, dynamic=False, backend=backend, mode=_mode(mode, backend))
+        return wrapped
+
+    def stepper(self, optimizer: Optimizer) -> Any:
+        """The optimiser, behind accelerate's where gradients are scaled: that one looks for packages at every step."""
+        if self.accelerator.scaler is None:
+            return optimizer
+        return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+
+    def backward(self, runner: nn.Module, parts: list[Any], describe: Callable[[Exception], Exception]) -> Tensor:
+        """Accumulate the gradients of one minibatch in its parts; returns this process's mean loss, detached.
+
+        Args:
+            runner: from `runner`.
+            parts: this process's share of the minibatch, on the device.
+            describe: makes a clear error of what the model or the loss raised.
+        """
+        losses = []
+        for index, batch in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(runner):
+                try:
+                    with self.accelerator.autocast():
+                        loss, penalty = runner(batch)
+                except (IndexError, TypeError, ValueError, RuntimeError) as error:
+                    raise describe(error) from error
+                losses.append(loss.detach())
+                if self.sharded:
+                    self.accelerator.backward(loss)
+                    penalty = inner(runner).penalty(loss)
+                    if penalty.requires_grad:
+                        self.accelerator.backward(penalty)
+                else:
+                    self.accelerator.backward(loss + penalty)
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def share_gradients(self, deltas: list[nn.Parameter]) -> None:
+        """Average the gradients of D, which came after the wrapping, over the processes."""
+        if self.shares.world > 1:
+            replicas.average_gradients(deltas)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes."""
+        reduced: Tensor = self.accelerator.reduce(values, "mean")
+        return reduced
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        reduced: Tensor = self.accelerator.reduce(values, "sum")
+        return reduced
+
+    def agreed(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.shares.world == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on all."""
+        if self.shares.world == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+
+def inner(runner: nn.Module) -> Runner:
+    """The `Runner` inside DDP's wrapper."""
+    found = getattr(runner, "module", runner)
+    assert isinstance(found, Runner)
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(runner: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and not compiled: another mode would need graphs of its own."""
+    was_training = runner.training
+    runner.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        runner.train(was_training)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and shows; known before accelerate is, from what the launcher set."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises:
+        SettingsError: there is no such device here.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        found = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
+        return torch.empty(0, device=found or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device {name!r} can't be used here ({reason}); take auto or cpu") from error
+
+
+def _accelerator(settings: Settings) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    device = resolve_device(settings.device)
+    if settings.precision == "fp16" and device.type == "cpu":  # accelerate would leave it float32 without a word
+        raise SettingsError("precision fp16 is for accelerators; set it to bf16 or no on the CPU")
+    if PartialState._shared_state and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process, set up otherwise
+    elif AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
+    placed = {"ACCELERATE_TORCH_DEVICE": str(device)} if ":" in settings.device else {}
+    try:
+        with _environment(placed):
+            return Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision=None if settings.precision == "no" else settings.precision,
+                gradient_accumulation_steps=settings.accumulate,
+            )
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(f"precision {settings.precision!r} on {device}: {error}; set precision to no") from error
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _mode(mode: str, backend: str) -> str | None:
+    return None if mode == "default" or backend != "inductor" else mode
+
+
+def _shard(runner: Runner, world: int, device: torch.device) -> None:
+    """FSDP2 by torch itself: accelerate has it on accelerators only, and swaps the optimiser's parameters for it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world,))
+    for block in _blocks(runner.model):
+        fully_shard(block, mesh=mesh)
+    # The root, too, gives back what it gathered: between forwards every parameter is the sharded one that D, the penalty
+    # and the checkpoints work with.
+    fully_shard(runner, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules in the model's lists and sequences: its layers, whose parameters are gathered one layer at a time."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from (block for block in child if any(True for _ in block.parameters()))
+        else:
+            yield from _blocks(child)

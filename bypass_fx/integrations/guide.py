@@ -1,0 +1,78 @@
+"""A bypass inside a training loop that is not ours: begins at a step, and adds its penalty's gradient after the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bypass_fx import replicas, surgery
+from bypass_fx.passes.errors import BypassError
+from bypass_fx.schedule import BypassSchedule, ScheduleReport
+
+
+class Guide:
+    """Leads the model of a foreign loop through one bypass.
+
+    Args:
+        start: the step of the loop at which the bypass begins.
+        arguments: those of `BypassSchedule`, after the model and the optimiser.
+    """
+
+    def __init__(self, start: int, arguments: dict[str, Any]) -> None:
+        missing = [name for name in ("opt1", "opt2") if name not in arguments]
+        if missing:
+            raise BypassError(f"BypassCallback needs {missing[0]}, a number of steps; see bypass_fx.BypassSchedule")
+        self._start, self._arguments = start, arguments
+        self._model: nn.Module | None = None
+        self.schedule: BypassSchedule | None = None
+
+    @property
+    def report(self) -> ScheduleReport | None:
+        """How the bypass went, once it is over."""
+        return self.schedule.report if self.schedule else None
+
+    def before_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Begin the bypass when its step has come."""
+        if self.schedule is not None or step < self._start:
+            return
+        self._model = model
+        self.schedule = BypassSchedule(model, optimizer, **self._arguments)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            replicas.average_gradients(surgery.delta_of(model, site) for site in surgery.sites(model))
+
+    def before_optimizer_step(self) -> None:
+        """Add the gradient of γ(t) Σ‖ADW‖ to the gradients that the loop has made, unscaled by now."""
+        if self.schedule is not None and self._model is not None:
+            add_gradient(self.schedule.penalty(), self._model)
+
+    def after_optimizer_step(self) -> None:
+        """Note a step of the optimiser."""
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def finish(self) -> None:
+        """Contract at the end of the training, where that comes first."""
+        if self.schedule is not None:
+            self.schedule.finish()
+
+
+def add_gradient(penalty: Tensor, model: nn.Module) -> None:
+    """Add ∇penalty to the parameters' gradients, past the hooks of DDP and FSDP2, which have reduced theirs.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> add_gradient(3 * net.weight.sum(), net)
+        >>> net.weight.grad
+        tensor([[3.]])
+    """
+    if not penalty.requires_grad:
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient.to(parameter.grad.dtype)

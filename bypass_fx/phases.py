@@ -1,0 +1,63 @@
+"""The phases of a run: how long they are in steps, and the schedule that leads a model through a bypass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from bypass_fx.passes.plan import Plan
+from bypass_fx.schedule import BypassSchedule
+from bypass_fx.settings import Settings, parse_gamma
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long the phases are, in steps; train1 is the most it may take."""
+
+    epoch: int
+    train1: int
+    opt1: int
+    opt2: int
+    train3: int
+    cycles: int
+
+    @property
+    def cycle(self) -> int:
+        """Steps of one bypass with what follows it."""
+        return self.opt1 + self.opt2 + self.train3
+
+    @property
+    def total(self) -> int:
+        """Steps that each arm has taken at the end, at most."""
+        return self.train1 + self.cycles * self.cycle
+
+    @classmethod
+    def of(cls, settings: Settings, epoch: int) -> Lengths:
+        """Of these settings, with so many steps in an epoch."""
+        opt1 = settings.opt1 * epoch if settings.n is None else settings.n
+        return cls(
+            epoch, settings.train1 * epoch, opt1, settings.opt2 * epoch, settings.train3 * epoch, settings.cycles
+        )
+
+
+def embedded(
+    model: nn.Module, optimizer: Optimizer, settings: Settings, plan: Plan, lengths: Lengths
+) -> BypassSchedule:
+    """The model extended by the plan, under the schedule that the settings describe."""
+    return BypassSchedule(
+        model,
+        optimizer,
+        opt1=lengths.opt1,
+        opt2=lengths.opt2,
+        gamma=parse_gamma(settings.gamma),
+        epsilon=settings.epsilon,
+        comeback=settings.comeback,
+        lr=settings.return_lr,
+        unit="epoch" if settings.gamma_unit == "epoch" else "step",
+        steps_per_epoch=lengths.epoch,
+        plan=plan,
+        mode=settings.mode,
+        select=settings.select,
+    )

@@ -1,0 +1,379 @@
+"""One run: its two arms, its phases and cycles, and all of its state in a form that can be saved."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from bypass_fx import constraint, geometry, sharded, surgery
+from bypass_fx.checkpoint import CheckpointError, Checkpoints
+from bypass_fx.data import Data, DataError, Examples
+from bypass_fx.engine import Engine, evaluating, inner
+from bypass_fx.evaluation import total_of
+from bypass_fx.feed import Feed, placed
+from bypass_fx.history import Event, History, Moment, Phase, Score
+from bypass_fx.interrupt import Stopped, Wish
+from bypass_fx.optimizers import make_lr_schedule, make_optimizer
+from bypass_fx.passes.matrices import placed_like
+from bypass_fx.passes.plan import Plan
+from bypass_fx.phases import Lengths, embedded
+from bypass_fx.plateau import Plateau
+from bypass_fx.run_log import Losses, RunLog, TrainingError, where
+from bypass_fx.schedule import Arrival, BypassSchedule, NonFiniteError, ScheduleReport
+from bypass_fx.settings import Settings
+from bypass_fx.task import Task
+
+STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
+_STOP = 1000  # + the number of the signal
+# What may differ between the parts of a run that was interrupted.
+FREE_SETTINGS = {
+    "device", "accumulate", "sharding", "compile", "compile_backend", "channels_last", "tf32", "gradient_checkpointing",
+    "workers", "checkpoint_seconds", "keep", "fused", "tensorboard",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One of the two runs: the model, what the processes call, its optimiser and its LR schedule."""
+
+    name: str
+    model: nn.Module
+    runner: nn.Module
+    optimizer: Optimizer
+    stepper: Any
+    lr_schedule: Any
+
+
+class Run:
+    """Both arms from the first step to the last, or from a saved state on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: Settings,
+        task: Task,
+        plan: Plan,
+        engine: Engine,
+        feed: Feed,
+        on_event: Callable[[Event], None],
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        self._data, self._settings, self._task, self._plan = data, settings, task, plan
+        self._engine, self._feed, self._checkpoints = engine, feed, checkpoints
+        self._lengths = Lengths.of(settings, feed.steps_per_epoch)
+        self.log = RunLog(on_event, self._lengths.total, self._lengths.epoch)
+        self._plateau = Plateau(settings.patience, settings.tolerance)
+        twin = copy.deepcopy(model) if settings.baseline else None  # now, as a sharded model can't be copied
+        self._bypass = self._arm("bypass", model)
+        self._baseline = self._arm("baseline", twin) if twin is not None else None
+        self._ema = self._averaged(model)
+        self._schedule: BypassSchedule | None = None
+        self._theta: geometry.Point | None = None
+        self._reports: list[ScheduleReport] = []
+        self.step, self._cycle, self._cycle_end = 0, 0, 0
+        self._phase: Phase = "train1"
+        self._saved_at = time.monotonic()
+
+    def go(self, wish: Wish | None, how_to_go_on: str) -> History:
+        """Take all steps that are left.
+
+        Raises:
+            TrainingError: a loss is not finite.
+            Stopped: a signal asked for it; the state is saved.
+        """
+        batches = self._feed.from_step(self.step)
+        while self._advance():
+            self._take(self._next(batches))
+            if wish:
+                self._heed(wish, how_to_go_on)
+        log = self.log
+        records, moments, evaluations = tuple(log.records), tuple(log.moments), tuple(log.evaluations)
+        return History(
+            self._plan, tuple(self._reports), records, moments, self._lengths.epoch, log.seconds(), evaluations
+        )
+
+    def averaged(self) -> nn.Module | None:
+        """The model of averaged weights, where the settings ask for one."""
+        return None if self._ema is None else self._ema.module
+
+    def save(self) -> None:
+        """Write a checkpoint; every process must call this.
+
+        Raises:
+            CheckpointError: the disk is full, say.
+        """
+        state = self.state_dict()
+        self._saved_at = time.monotonic()
+        if self._checkpoints and self._engine.is_main:
+            self._checkpoints.save(self.step, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on exactly, sharded tensors gathered; no random state, as all of it is drawn
+        from the seed and the step.
+        """
+        scaler = self._engine.accelerator.scaler
+        return {
+            "settings": asdict(self._settings),
+            "plan": self._plan.to_json(),
+            "progress": [self.step, self._phase, self._cycle, self._cycle_end],
+            "log": self.log.state_dict(self._engine.mean),
+            "plateau": {**self._plateau.state_dict(), "sum": self._plateau_sum()},
+            "arms": {arm.name: _arm_state(arm) for arm in self._arms()},
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
+            "reports": [asdict(report) for report in self._reports],
+            "theta": sharded.gathered(self._theta),
+            "ema": None if self._ema is None else self._ema.module.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a saved run stopped.
+
+        Raises:
+            CheckpointError: it was saved with other settings, another plan or another model.
+        """
+        self._expect_same(state)
+        self.step, self._phase, self._cycle, self._cycle_end = state["progress"]
+        if state["schedule"] is not None:
+            self._schedule = self._embedded()
+            self._schedule.load_state_dict(state["schedule"])
+            inner(self._bypass.runner).schedule = self._schedule if self._schedule.phase != "done" else None
+        try:
+            for arm in self._arms():
+                sharded.load_model(arm.model, state["arms"][arm.name]["model"])
+                sharded.load_optimizer(arm.optimizer, state["arms"][arm.name]["optimizer"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint is of another model or optimizer ({error}); build that one"
+            ) from error
+        if self._ema is not None:
+            self._ema.module.load_state_dict(state["ema"])
+        if state["scaler"] is not None and self._engine.accelerator.scaler is not None:
+            self._engine.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["theta"] is not None:
+            own = dict(self._bypass.model.named_parameters())
+            self._theta = {name: placed_like(own[name], value) for name, value in state["theta"].items()}
+        self._reports = [_report(saved) for saved in state["reports"]]
+        self._plateau.load_state_dict(state["plateau"])
+        self.log.load_state_dict(state["log"], self._engine.device)
+
+    def _expect_same(self, state: Mapping[str, Any]) -> None:
+        before, now = state["settings"], asdict(self._settings)
+        changed = [name for name in now if name not in FREE_SETTINGS and before.get(name) != now[name]]
+        if changed:
+            name = changed[0]
+            raise CheckpointError(
+                f"the checkpoint was saved with {name}={before.get(name)!r}, not {now[name]!r}; set that"
+            )
+        if state["plan"] != self._plan.to_json():
+            raise CheckpointError("the checkpoint was saved with another plan; take the same model, mode and select")
+
+    def _arms(self) -> list[Arm]:
+        return [self._bypass] if self._baseline is None else [self._bypass, self._baseline]
+
+    def _arm(self, name: str, model: nn.Module) -> Arm:
+        model.train()
+        runner = self._engine.runner(model, self._task)
+        optimizer = make_optimizer(model, self._settings)
+        lr_schedule = make_lr_schedule(optimizer, self._settings, self._lengths.total, self._lengths.epoch)
+        return Arm(name, model, runner, optimizer, self._engine.stepper(optimizer), lr_schedule)
+
+    def _averaged(self, model: nn.Module) -> Any:
+        if not self._settings.ema:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(model, decay=self._settings.ema)
+
+    def _next(self, batches: Any) -> list[Any]:
+        try:
+            parts = next(batches)
+        except DataError as error:
+            saved = ""
+            if self._checkpoints and self._engine.shares.world == 1:
+                self.save()
+                saved = f"; step {self.step} is saved"
+            raise DataError(f"{error}{saved}") from error
+        return [placed(part, self._engine.device, self._settings.channels_last) for part in parts]
+
+    def _advance(self) -> bool:
+        """Go over into the next phase where this one is at its end; False at the end of the run."""
+        while True:
+            schedule = self._schedule
+            if self._phase == "train1" and (self.step >= self._lengths.train1 or self._plateau.reached):
+                self._begin_cycle()
+            elif self._phase == "opt1" and schedule is not None and schedule.phase != "opt1":
+                self._moment("after opt1")
+                self._phase = "opt2"
+            elif self._phase == "opt2" and schedule is not None and schedule.phase == "done":
+                self._end_bypass(schedule)
+            elif self._phase == "train3" and self.step >= self._cycle_end:
+                if self._cycle == self._lengths.cycles:
+                    self._moment("end")
+                    return False
+                self._begin_cycle()
+            else:
+                return True
+
+    def _begin_cycle(self) -> None:
+        if self._cycle == 0 and self._baseline is not None:
+            self._baseline.model.load_state_dict(copy.deepcopy(self._bypass.model.state_dict()))
+            self._baseline.optimizer.load_state_dict(copy.deepcopy(self._bypass.optimizer.state_dict()))
+        self._moment("θ*")
+        self._cycle += 1
+        if self._settings.geometry and self._theta is None:
+            self._theta = geometry.point(self._bypass.model)
+        self._schedule = inner(self._bypass.runner).schedule = self._embedded()
+        self._phase = "opt1"
+        self._cycle_end = self.step + self._lengths.cycle
+
+    def _end_bypass(self, schedule: BypassSchedule) -> None:
+        assert schedule.report is not None
+        self._moment("after proj")
+        self._reports.append(schedule.report)
+        self._schedule = inner(self._bypass.runner).schedule = None
+        if self._ema is not None:
+            self._ema.set(self._bypass.model)  # an average over the bypass would mix weights of two architectures
+        self._phase = "train3"
+
+    def _embedded(self) -> BypassSchedule:
+        schedule = embedded(self._bypass.model, self._bypass.optimizer, self._settings, self._plan, self._lengths)
+        if not self._engine.sharded:  # there, extend has seen to it
+            deltas = [surgery.delta_of(self._bypass.model, site) for site in surgery.sites(self._bypass.model)]
+            self._engine.share_gradients(deltas)
+        return schedule
+
+    def _take(self, parts: list[Any]) -> None:
+        """One step of both arms."""
+        measured = self._settings.geometry and self._theta is not None and self.log.next_is_due
+        before = [geometry.point(arm.model) for arm in self._arms()] if measured else []
+        due = self.log.next_is_due
+        self.step += 1
+        loss = self._update(self._bypass, parts)
+        other = self._update(self._baseline, parts) if self._baseline is not None and self._phase != "train1" else None
+        self.log.note(Losses(self.step, self._phase, loss, other))
+        if self._ema is not None and self._schedule is None:
+            self._ema.update(self._bypass.model)
+        if self._phase == "train1":
+            self._plateau.note(loss)
+        if due:
+            self._record(before)
+        if self.step % self._lengths.epoch == 0:
+            self._epoch_over()
+
+    def _epoch_over(self) -> None:
+        epoch = self.step // self._lengths.epoch
+        if self._phase == "train1" and self._settings.patience:
+            self._plateau.epoch_over(self._plateau_sum() / self._lengths.epoch)
+        if self._settings.evaluate_every and epoch % self._settings.evaluate_every == 0:
+            self._moment("evaluation")
+
+    def _plateau_sum(self) -> float:
+        total = torch.as_tensor(self._plateau.sum, dtype=torch.float64, device=self._engine.device)
+        return float(self._engine.mean(total))
+
+    def _update(self, arm: Arm, parts: list[Any]) -> torch.Tensor:
+        """One step of an arm; its training loss before the step, without the penalty, over this process's share."""
+        _seed(self._engine.device, self._settings.seed + self.step + 1_000_003 * self._engine.shares.rank)
+        here = where(self._phase, self.step, self._lengths.epoch)
+
+        def describe(error: Exception) -> Exception:
+            hint = "; labels must lie below the model's outputs" if isinstance(error, IndexError) else ""
+            return TrainingError(f"the {arm.name} failed in {here}: {type(error).__name__}: {error}{hint}")
+
+        loss = self._engine.backward(arm.runner, parts, describe)
+        arm.stepper.step()
+        arm.stepper.zero_grad()
+        if arm.lr_schedule is not None:
+            arm.lr_schedule.step_update(self.step)
+        if arm is self._bypass and self._schedule is not None:
+            try:
+                self._schedule.step()
+            except NonFiniteError as error:
+                raise TrainingError(f"{here}: {error}") from error
+            if self._schedule.phase == "done":
+                inner(arm.runner).schedule = None
+        return loss
+
+    def _record(self, before: list[geometry.Point]) -> None:
+        schedule = self._schedule
+        residuals: dict[str, float] | None = None
+        if self._phase == "opt1":
+            residuals = {name: norm.item() for name, norm in constraint.norms(self._bypass.model).items()}
+        elif schedule is not None:
+            residuals = dict(schedule.norms)
+        others = (before[1], self._baseline.model) if self._baseline is not None and before else None
+        seen = geometry.between(self._theta, before[0], self._bypass.model, others) if before and self._theta else None
+        rate = self._bypass.optimizer.param_groups[0].get("lr")
+        self.log.record(
+            self._engine.mean,
+            residuals,
+            None if schedule is None else len(schedule.out),
+            self._cycle,
+            None if rate is None else float(rate),
+            seen,
+        )
+
+    def _moment(self, name: str) -> None:
+        if self.log.is_pending and name != "evaluation":
+            self._record([])
+        starts = name == "θ*"
+        bypass = self._score(self._bypass)
+        has_baseline = self._baseline is not None and (starts or self._cycle > 0)
+        baseline = self._score(self._baseline) if self._baseline is not None and has_baseline else None
+        self.log.moment(Moment(name, self.step, bypass, baseline, max(1, self._cycle + starts)))
+
+    def _score(self, arm: Arm) -> Score:
+        def of(examples: Examples) -> dict[str, float]:
+            engine = self._engine
+            channels_last = self._settings.channels_last
+            own = total_of(arm.runner, self._data, examples, engine.device, engine.shares, channels_last)
+            return self._task.score(engine.total(own).tolist())
+
+        with evaluating(arm.runner), self._engine.accelerator.autocast():
+            return Score(of(self._data.train), of(self._data.test))
+
+    def _heed(self, wish: Wish, how_to_go_on: str) -> None:
+        """Save where it is time to, and stop where a signal asked for it."""
+        if self._engine.shares.world > 1 and self.step % STEPS_PER_CHECK:
+            return
+        due = time.monotonic() - self._saved_at >= self._settings.checkpoint_seconds and self._engine.is_main
+        wanted = self._engine.agreed(_STOP + wish.number if wish.number else int(due and self._checkpoints is not None))
+        if wanted >= _STOP:
+            self.save()
+            raise Stopped(
+                f"stopped after step {self.step} of {self._lengths.total}, saved; {how_to_go_on}", wanted - _STOP
+            )
+        if wanted:
+            try:
+                self.save()
+            except CheckpointError as error:
+                warnings.warn(f"{error}; the run goes on, and the checkpoint before stays", stacklevel=2)
+
+
+def _report(saved: Mapping[str, Any]) -> ScheduleReport:
+    sites = {key: tuple(Arrival(**entry) for entry in saved[key]) for key in ("arrivals", "left_out")}
+    return ScheduleReport(**{**saved, **sites})
+
+
+def _arm_state(arm: Arm) -> dict[str, Any]:
+    return {
+        "model": sharded.gathered(arm.model.state_dict()),
+        "optimizer": sharded.gathered(arm.optimizer.state_dict()),
+    }
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` for one device; that one notes a stack trace for every backend, slower than a small step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
