@@ -78,7 +78,7 @@ def train(
     ] = _DEFAULT.accumulate,
     ema: Annotated[float, _option("Optimiser", "Decay of averaged weights; 0: none.")] = _DEFAULT.ema,
     comeback: Annotated[
-        str, _option("Bypass", "Way back: homotopy, variety, lagrangian, proximal or penalty.")
+        str, _option("Bypass", "Way back: homotopy, variety, lagrangian, proximal, penalty or published.")
     ] = _DEFAULT.comeback,
     return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2; --lr if not given.")] = None,
     gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,

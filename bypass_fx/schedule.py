@@ -52,7 +52,8 @@ class BypassSchedule:
             `Total` for the sum over the sites still out.
         comeback: "homotopy" (ends at D = 0, always on time), "variety" (at A D W = 0 with D ≠ 0 where there is such a
             way, always on time), "lagrangian" (always on time), "proximal" (at D = 0, on time), "penalty" (the paper's,
-            which may leave D ≠ 0 on strict sites; it hands over to proximal where it idles), or a `Comeback`.
+            which may leave D ≠ 0 on strict sites; it hands over to proximal where it idles), "published" (the paper's,
+            which stays as it is, and may never end), or a `Comeback`.
         lr: λ', the learning rate in opt2, on the scale of the first group's base rate; every group's rate changes by
             the same factor, while the optimiser steps (`group["lr"]` goes on showing λ). None leaves them.
         delta_lr: D's base learning rate; None takes the first group's.

@@ -139,15 +139,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "batch_size": 128, "weight_decay": 0.005, "train1": 500, "opt1": 300, "opt2": 250, "train3": 450,
-        "comeback": "penalty", "gamma": "0.005", "epsilon": 5e-6, "mode": "strict",
+        "comeback": "published", "gamma": "0.005", "epsilon": 5e-6, "mode": "strict",
     },
     "paper-eggholder": {
         "optimizer": "sgd", "lr": 3e-8, "momentum": 0.0, "batch_size": 100, "train1": 50_000, "opt1": 50_000,
-        "opt2": 150_000, "train3": 50_000, "comeback": "penalty", "gamma": "0.6", "epsilon": 1e-4, "mode": "strict",
+        "opt2": 150_000, "train3": 50_000, "comeback": "published", "gamma": "0.6", "epsilon": 1e-4, "mode": "strict",
     },
     "paper-resnet18": {
         "lr": 5e-4, "weight_decay": 0.1, "batch_size": 128, "train1": 1200, "opt1": 800, "opt2": 200, "train3": 200,
-        "comeback": "penalty", "gamma": "3e-6,23400:3e-5", "epsilon": 2e-3, "mode": "relaxed",
+        "comeback": "published", "gamma": "3e-6,23400:3e-5", "epsilon": 2e-3, "mode": "relaxed",
     },
     "improved": {"opt1": 120, "opt2": 160, "train3": 20, "cycles": 3, "comeback": "homotopy"},
 }  # fmt: skip

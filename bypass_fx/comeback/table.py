@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from bypass_fx.nearest import named
 
@@ -14,7 +15,8 @@ from .proximal import Proximal
 from .variety import Variety
 
 COMEBACKS: dict[str, Callable[[], Comeback]] = {
-    kind.name: kind for kind in (Penalty, Proximal, Homotopy, AugmentedLagrangian, Variety)
+    **{kind.name: kind for kind in (Penalty, Proximal, Homotopy, AugmentedLagrangian, Variety)},
+    "published": partial(Penalty, hand_over=False),
 }
 
 
