@@ -180,8 +180,8 @@ def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...
     others = [index for axis, index in enumerate(made) if axis != w.axis % len(flow.made)]
     if not all((index == index[:, :1]).all() for index in others) or not (rows == rows[:1]).all():
         return Reason(f"A ({a.affine}) reads the values of several positions at once")
-    column = torch.full((v.numel(),), -1)
-    column[by_position] = torch.arange(a.inputs).expand_as(by_position)
+    column = torch.full((v.numel(),), -1, device="cpu")
+    column[by_position] = torch.arange(a.inputs, device="cpu").expand_as(by_position)
     view = _view(column.view(v.shape))
     if view is None:
         return Reason(f"A ({a.affine}) reads the heads in another order than they stand in")
@@ -195,7 +195,7 @@ def _view(column: Tensor) -> tuple[int, ...] | None:
             column = column[: len(column) // 2]  # a batch of two, merged with the heads or not
         if (column == column.narrow(axis, 0, 1)).all():
             column = column.narrow(axis, 0, 1)
-    if not torch.equal(column.flatten(), torch.arange(column.numel())):
+    if not torch.equal(column.flatten(), torch.arange(column.numel(), device="cpu")):
         return None
     shape = tuple(column.shape)
     return shape[next((i for i, size in enumerate(shape) if size > 1), len(shape) - 1) :]

@@ -240,3 +240,9 @@ def test_attention_in_a_forward_without_a_graph_is_refused() -> None:
             return super().forward(x) if x.sum() > 0 else F.scaled_dot_product_attention(x, x, x)
 
     assert "branches on a traced value" in refusal(Branching())
+
+
+def test_a_default_device_does_not_matter() -> None:
+    expected = bypass_fx.plan(Attention())
+    with torch.device("meta"):
+        assert bypass_fx.plan(Attention()) == expected
