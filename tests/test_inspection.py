@@ -23,6 +23,7 @@ from bypass_fx.inspection.drawn import closed
 from bypass_fx.inspection.export import ExportError
 from bypass_fx.inspection.page import as_html
 from bypass_fx.inspection.panel import panel
+from tests.attentions import Attention
 from tests.browser import data_of
 
 
@@ -294,3 +295,11 @@ def test_a_plan_prints_as_a_table_for_eyes_and_for_notebooks() -> None:
     assert re.search(r"^refused 1: it stands in no residual block \(mode='all' takes it\): 2$", text, re.MULTILINE)
     assert "<td>0.blocks.{0-1}.1</td><td>×2</td>" in page and "<code>2</code>" in page
     assert math.isclose(len(repr(bypass_fx.Plan(()))), 60, abs_tol=30)
+
+
+def test_the_panel_of_attention_names_the_values_and_their_part_of_the_projection() -> None:
+    found = inspect(Attention(), example_inputs=(torch.zeros(2, 5, 8),))
+    (text,) = [panel(found, site) for site in found.plan if site.activation == "attention"]
+    assert text.formula[0] == "ψ(V) = attention(Q, K, V) + D V"
+    assert text.shapes[0] == ("V", "2 × 2 × 5 × 4", "heads and their channels: δ as 2 × 1 × 4")
+    assert text.shapes[2][2] == "qkv (linear, outputs 16 to 23)"

@@ -32,15 +32,26 @@ class Panel:
 def panel(inspection: Inspection, site: Site) -> Panel:
     """The text on a site."""
     found = inspection.facts[site.name]
-    formula = (f"ψ(z) = {site.activation}(z) + D z", f"{CONSTRAINTS[site.constraint]}, {_FOLDS[site.constraint]}")
-    axis = f"axis {site.channel_dim} holds the channels".replace("-", "−")
+    attends = site.activation == "attention"
+    z = "V" if attends else "z"
+    sigma = "attention(Q, K, V)" if attends else f"{site.activation}(z)"
+    formula = (f"ψ({z}) = {sigma} + D {z}", f"{CONSTRAINTS[site.constraint]}, {_FOLDS[site.constraint]}")
     shapes = [
-        ("z", _shape(found.z), axis),
+        (z, _shape(found.z), _lie(site)),
         ("D", f"{site.width} × {site.width}", f"diag(δ), δ in {site.parameter}"),
         *_affine("W", site.first, found.w),
         *_affine("A", site.second, found.a),
     ]
     return Panel(site.constraint, formula, tuple(shapes), reason(inspection, site), _cost(found))
+
+
+def _lie(site: Site) -> str:
+    """Where the channels lie in z."""
+    if site.view[-1:] == (-1,):
+        return "each channel spans a run of the last axis"
+    if site.view:
+        return f"heads and their channels: δ as {_shape(site.view)}"
+    return f"axis {site.channel_dim} holds the channels".replace("-", "−")
 
 
 def reason(inspection: Inspection, site: Site) -> str:
@@ -56,6 +67,10 @@ def reason(inspection: Inspection, site: Site) -> str:
         "read it), so b_W counts as one more column of W.",
     }
     mode = "" if site.exact == "always" else " Exact in eval mode only: a BatchNorm or an active dropout stands inside."
+    if site.activation == "attention":
+        return (
+            f"Each position that A reads holds values that W made at one position.{' ' + texts[site.constraint]}{mode}"
+        )
     return f"W and A are affine, with only channel-wise maps between. {texts[site.constraint]}{mode}"
 
 
@@ -64,7 +79,9 @@ def _affine(symbol: str, affine: Affine | None, shape: Shape | None) -> list[tup
         return []
     groups = f", {affine.groups} groups" if affine.groups > 1 else ""
     norm = f", with BatchNorm {affine.norm}" if affine.norm else ""
-    return [(symbol, _shape(shape), f"{affine.name} ({affine.op}{groups}{norm})")]
+    part = ", outputs " + ", ".join(f"{start} to {stop - 1}" for start, stop in affine.part[:2]) if affine.part else ""
+    more = ", …" if len(affine.part) > 2 else ""
+    return [(symbol, _shape(shape), f"{affine.name} ({affine.op}{part}{more}{groups}{norm})")]
 
 
 def _shape(shape: Shape | None) -> str:
