@@ -20,6 +20,7 @@ from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep
 from bypass_fx.gamma import Adaptive
 from bypass_fx.passes.fold import in_fold_order
+from bypass_fx.passes.matrices import whole
 from bypass_fx.passes.plan import Plan
 
 
@@ -199,11 +200,11 @@ class Bypass:
 
     def _read(self, values: Tensor, loss: Tensor | float | None) -> dict[str, float]:
         """One number per site brought to the host, the one synchronisation of a step, with a look at all that moves."""
-        extent = get_total_norm(self._moving.values()).to(self.gamma)
+        extent = whole(get_total_norm(self._moving.values())).to(self.gamma)
         value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma)
-        *numbers, whole, cost = torch.cat([values, extent.reshape(1), value.reshape(1)]).tolist()
+        *numbers, total, cost = torch.cat([values, extent.reshape(1), value.reshape(1)]).tolist()
         norms = dict(zip(self._deltas, numbers, strict=True))
-        if not all(map(math.isfinite, (*numbers, whole, cost))):
+        if not all(map(math.isfinite, (*numbers, total, cost))):
             self._expect_finite(norms, cost)
         return norms
 
@@ -212,7 +213,7 @@ class Bypass:
         sites = [(name, norm) for name, norm in norms.items() if not math.isfinite(norm)]
         found += [f"D of site {name!r} is not finite (norm {norm})" for name, norm in sites[:1]]
         # a norm may overflow where no number does
-        broken = [name for name, parameter in self._moving.items() if not bool(parameter.isfinite().all())]
+        broken = [name for name, parameter in self._moving.items() if not bool(whole(parameter).isfinite().all())]
         found += [f"{name} is not finite, and so was its gradient" for name in broken[:1]]
         if found:
             step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps

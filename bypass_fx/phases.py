@@ -60,4 +60,5 @@ def embedded(
         plan=plan,
         mode=settings.mode,
         select=settings.select,
+        snapshot=None,  # a run has checkpoints
     )

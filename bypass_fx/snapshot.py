@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from bypass_fx import param_group
 from bypass_fx.passes.errors import BypassError
+from bypass_fx.passes.matrices import placed_like, whole
 
 _TENSOR = "tensor of the snapshot"
 
@@ -79,7 +80,7 @@ class Snapshot:
         """
         tensors = self._read()
         for name, tensor in _tensors(model, optimizer, set()):
-            tensor.copy_(tensors[name])
+            tensor.copy_(placed_like(tensor, tensors[name]))
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
         parameters = _parameters(optimizer, set())
@@ -189,7 +190,7 @@ def _is_plain(value: Any) -> bool:
 def _keep(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """The value with every tensor in it put aside under a key."""
     if isinstance(value, Tensor):
-        tensors[key] = value.detach().to("cpu", copy=True)
+        tensors[key] = whole(value.detach()).to("cpu", copy=True)
         return {_TENSOR: key, "device": str(value.device)}
     if isinstance(value, Mapping):
         return {name: _keep(inner, f"{key}.{name}", tensors) for name, inner in value.items()}
@@ -204,7 +205,7 @@ def _back(value: Any, tensors: Mapping[str, Tensor], current: Any) -> Any:
         if _TENSOR in value:
             kept = tensors[value[_TENSOR]]
             if isinstance(current, Tensor) and (current.shape, current.dtype) == (kept.shape, kept.dtype):
-                return current.copy_(kept)
+                return current.copy_(placed_like(current, kept))
             return kept.to(value["device"], copy=True)
         inside = current if isinstance(current, Mapping) else {}
         return {name: _back(inner, tensors, inside.get(name)) for name, inner in value.items()}
