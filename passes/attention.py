@@ -18,7 +18,7 @@ from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at
 from .channels import Channels
-from .flow import Flow, UnknownError, broadcast_shapes, numbered
+from .flow import Flow, UnknownError, broadcast_shapes, numbered, takes_shape
 from .link import Linked
 from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
@@ -74,7 +74,7 @@ def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     if isinstance(first, Reason):
         return first
     at, w = first
-    path = _path(calls, spot, at, w)
+    path = _agreed(calls, spot, at, w)
     if isinstance(path, Reason):
         return path
     a, width, part = path.second, len(path.rows), _ranges(path.rows)
@@ -120,24 +120,6 @@ def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
     return Reason("no affine map makes its values")
 
 
-def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
-    """The path; found once for all owners that share a graph and the sizes of its children."""
-    linked, owned = calls.linked, calls.linked.graphs[spot.unit]
-    children = ((name, linked.modules[spot.unit.path].get_submodule(name)) for name in owned.children)
-    sizes = tuple((name, type(child), child.extra_repr()) for name, child in children)
-    key = (owned, spot.node, at.node, sizes)
-    known = calls.value_paths.get(key) if at.unit == spot.unit else None
-    if isinstance(known, Path):
-        use = Spot(spot.unit, known.use.node)
-        second = affine_at(linked, use)
-        if second is not None:
-            return replace(known, second=second, use=use)
-    path = _agreed(calls, spot, at, w)
-    if isinstance(path, Path) and path.use.unit == spot.unit:
-        calls.value_paths[key] = path
-    return path
-
-
 def _agreed(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
     """The path as two runs on inputs of different sizes show it."""
     reason: Reason | None = None
@@ -157,7 +139,7 @@ def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...
         v = flow.tensor(Spot(spot.unit, value)) if value is not None else torch.empty(0, device="meta")
     except UnknownError:
         return Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
-    if v.is_meta:
+    if v.is_meta or value is None or flow.overwritten(Spot(spot.unit, value), spot.node):
         return Reason(f"between {w.affine} and it the values are not only moved")
     try:
         result = _result_shape(flow, spot, v)
@@ -210,7 +192,10 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason
     """A, found by following every use of the result; uses that only ask for its shape do not count."""
     todo, found = [spot], list[tuple[Found, Spot]]()
     while todo:
-        for use in linked.uses(todo.pop()):
+        here = todo.pop()
+        if flow.overwritten(here, here.node):
+            return Reason("its result is overwritten in place")
+        for use in linked.uses(here):
             if use is None:
                 return Reason("its result leaves the code that can be seen")
             if use.unit != spot.unit and not modes_agree(linked.graphs[use.unit]):
@@ -220,11 +205,14 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason
                 found.append((made, use))
                 continue
             try:
-                moved = flow.value(use)
+                leaves = tree_leaves(flow.value(use))
             except UnknownError:
-                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
-            if any(not tensor.is_meta for tensor in tree_leaves(moved) if isinstance(tensor, Tensor)):
+                leaves = [None]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if any(not tensor.is_meta for tensor in tensors):
                 todo.append(use)
+            elif (tensors and not takes_shape(use.node)) or any(leaf is None for leaf in leaves):
+                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
     if len({made.affine.weight for made, _ in found}) != 1:
         return Reason("its result goes into several maps" if found else "its result is not used")
     return found[0]
