@@ -121,30 +121,31 @@ def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
 
 
 def _agreed(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
-    """The path as two runs on inputs of different sizes show it."""
-    reason: Reason | None = None
+    """The path as two runs on inputs of different sizes show it; further axes are tried where it does not run on them."""
+    reason = ""
     for sizes in _POSITIONS.get(w.axis, ()):
-        runs = [_run(calls, spot, at, w, positions) for positions in sizes]
-        if isinstance(runs[0], Path) and runs[0] == runs[1]:
-            return runs[0]
-        reason = reason or next((run for run in runs if isinstance(run, Reason)), None)
-    return reason or Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
+        try:
+            one, two = (_run(calls, spot, at, w, positions) for positions in sizes)
+        except UnknownError as error:
+            reason = reason or str(error)
+            continue
+        if isinstance(one, Reason) or one == two:
+            return one
+    return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
 def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...]) -> Path | Reason:
     linked = calls.linked
     flow = Flow(linked, calls.origins, at, w, positions, spot.unit)
     value = activation_input(spot.node)
-    try:
-        v = flow.tensor(Spot(spot.unit, value)) if value is not None else torch.empty(0, device="meta")
-    except UnknownError:
-        return Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
-    if v.is_meta or value is None or flow.overwritten(Spot(spot.unit, value), spot.node):
+    assert value is not None, "W was found behind it"
+    v = flow.tensor(Spot(spot.unit, value))
+    if v.is_meta or flow.overwritten(Spot(spot.unit, value), spot.node):
         return Reason(f"between {w.affine} and it the values are not only moved")
     try:
         result = _result_shape(flow, spot, v)
-    except UnknownError:
-        return Reason("how many queries it has is not known")
+    except UnknownError as error:
+        raise UnknownError("how many queries it has is not known") from error
     if result != v.shape:
         return Reason(f"it has other queries than values (shapes {tuple(result)} and {tuple(v.shape)} in a trial)")
     flow.known[spot] = numbered(tuple(v.shape))
@@ -204,15 +205,16 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason
             if made is not None and reads_only_value(use, made):
                 found.append((made, use))
                 continue
+            taken = f"its result goes into {label(linked, use)}, which is no affine map"
             try:
                 leaves = tree_leaves(flow.value(use))
-            except UnknownError:
-                leaves = [None]
+            except UnknownError as error:
+                raise UnknownError(taken) from error
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if any(not tensor.is_meta for tensor in tensors):
                 todo.append(use)
             elif (tensors and not takes_shape(use.node)) or any(leaf is None for leaf in leaves):
-                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
+                return Reason(taken)
     if len({made.affine.weight for made, _ in found}) != 1:
         return Reason("its result goes into several maps" if found else "its result is not used")
     return found[0]
