@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at
+from .calls import Constant
 from .channels import Channels
 from .flow import Flow, UnknownError, broadcast_shapes, numbered, takes_shape
 from .link import Linked
@@ -58,6 +59,9 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     linked, owned = calls.linked, calls.linked.graphs[spot.unit]
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
+    at_default = any(isinstance(argument, Constant) for _, argument in owned.call.arguments)
+    if spot.unit.path and not linked.callers.get(spot.unit.path) and at_default:
+        return Reason("its calls are not seen, nor whether they leave its other arguments (a cache?) at their defaults")
     replacing = linked.replaces_weights(spot.unit.path)
     if replacing is not None:
         return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
@@ -152,7 +156,15 @@ def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...
     ends = _ends(linked, flow, spot)
     if isinstance(ends, Reason):
         return ends
-    a, use = ends
+    paths = [_read_by(flow, v, w, *end) for end in ends]
+    refused = next((path for path in paths if isinstance(path, Reason)), None)
+    if refused is None and len({(path.rows, path.view) for path in paths if isinstance(path, Path)}) > 1:
+        return Reason(f"A ({ends[0][0].affine}) reads the values in several orders")
+    return refused or paths[0]
+
+
+def _read_by(flow: Flow, v: Tensor, w: Found, a: Found, use: Spot) -> Path | Reason:
+    """The path to one use of A."""
     assert a.value is not None
     read = flow.tensor(Spot(use.unit, a.value))
     if read.shape[a.axis] != a.inputs:
@@ -168,7 +180,7 @@ def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...
     view = _view(column.view(v.shape))
     if view is None:
         return Reason(f"A ({a.affine}) reads the heads in another order than they stand in")
-    return Path(tuple(rows[0].tolist()), view, replace(a, value=a.value), use, flow.noisy)
+    return Path(tuple(rows[0].tolist()), view, a, use, flow.noisy)
 
 
 def _view(column: Tensor) -> tuple[int, ...] | None:
@@ -189,8 +201,8 @@ def _ranges(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((rows[start], rows[stop - 1] + 1) for start, stop in pairwise(starts))
 
 
-def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason:
-    """A, found by following every use of the result; uses that only ask for its shape do not count."""
+def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | Reason:
+    """The uses of A, found by following every use of the result; uses that only ask for its shape do not count."""
     todo, found = [spot], list[tuple[Found, Spot]]()
     while todo:
         here = todo.pop()
@@ -217,7 +229,7 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason
                 return Reason(taken)
     if len({made.affine.weight for made, _ in found}) != 1:
         return Reason("its result goes into several maps" if found else "its result is not used")
-    return found[0]
+    return found
 
 
 def _result_shape(flow: Flow, spot: Spot, v: Tensor) -> torch.Size:

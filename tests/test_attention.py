@@ -377,3 +377,33 @@ def test_planning_is_no_step_of_a_spectral_norm() -> None:
     before = {name: value.clone() for name, value in net.train().state_dict().items()}
     attention_site(net)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_an_owner_whose_callers_are_not_seen_may_be_passed_a_cache() -> None:
+    class Cached(Attention):
+        def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            mixed = F.scaled_dot_product_attention(q, k, v if past is None else torch.cat([past, v], 2)[:, :, -5:])
+            return self.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    class Untraceable(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x) if x.sum() > 0 else self.inner(x)  # type: ignore[no-any-return]
+
+    assert "its calls are not seen" in refusal(Untraceable(Cached()))
+    attention_site(Untraceable(Attention()))
+
+
+def test_a_map_that_reads_the_heads_in_two_orders_is_refused() -> None:
+    class TwoOrders(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.split(x)
+            mixed = F.scaled_dot_product_attention(q, k, v)
+            reordered = self.proj(mixed.permute(0, 2, 3, 1).flatten(2))
+            return self.proj(mixed.transpose(1, 2).flatten(2)) + reordered  # type: ignore[no-any-return]
+
+    assert "another order" in refusal(TwoOrders())
