@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -26,7 +26,6 @@ class Calls:
     def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
         self.linked, self.example_inputs = linked, example_inputs
         self.origins = Provenance(linked)
-        self.value_paths: dict[Hashable, object] = {}  # what is known of attention, by what decides it
 
     def all(self) -> Iterator[tuple[str, Spot, str]]:
         """(site name, spot, activation) of every call, in the order in which the model defines its modules."""

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at
+from .calls import Constant
 from .channels import Channels
-from .flow import Flow, UnknownError, broadcast_shapes, numbered
+from .flow import Flow, UnknownError, broadcast_shapes, numbered, takes_shape
 from .link import Linked
 from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
@@ -58,6 +59,9 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     linked, owned = calls.linked, calls.linked.graphs[spot.unit]
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
+    at_default = any(isinstance(argument, Constant) for _, argument in owned.call.arguments)
+    if spot.unit.path and not linked.callers.get(spot.unit.path) and at_default:
+        return Reason("its calls are not seen, nor whether they leave its other arguments (a cache?) at their defaults")
     replacing = linked.replaces_weights(spot.unit.path)
     if replacing is not None:
         return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
@@ -74,7 +78,7 @@ def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     if isinstance(first, Reason):
         return first
     at, w = first
-    path = _path(calls, spot, at, w)
+    path = _agreed(calls, spot, at, w)
     if isinstance(path, Reason):
         return path
     a, width, part = path.second, len(path.rows), _ranges(path.rows)
@@ -120,56 +124,47 @@ def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
     return Reason("no affine map makes its values")
 
 
-def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
-    """The path; found once for all owners that share a graph and the sizes of its children."""
-    linked, owned = calls.linked, calls.linked.graphs[spot.unit]
-    children = ((name, linked.modules[spot.unit.path].get_submodule(name)) for name in owned.children)
-    sizes = tuple((name, type(child), child.extra_repr()) for name, child in children)
-    key = (owned, spot.node, at.node, sizes)
-    known = calls.value_paths.get(key) if at.unit == spot.unit else None
-    if isinstance(known, Path):
-        use = Spot(spot.unit, known.use.node)
-        second = affine_at(linked, use)
-        if second is not None:
-            return replace(known, second=second, use=use)
-    path = _agreed(calls, spot, at, w)
-    if isinstance(path, Path) and path.use.unit == spot.unit:
-        calls.value_paths[key] = path
-    return path
-
-
 def _agreed(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
-    """The path as two runs on inputs of different sizes show it."""
-    reason: Reason | None = None
+    """The path as two runs on inputs of different sizes show it; further axes are tried where it does not run on them."""
+    reason = ""
     for sizes in _POSITIONS.get(w.axis, ()):
-        runs = [_run(calls, spot, at, w, positions) for positions in sizes]
-        if isinstance(runs[0], Path) and runs[0] == runs[1]:
-            return runs[0]
-        reason = reason or next((run for run in runs if isinstance(run, Reason)), None)
-    return reason or Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
+        try:
+            one, two = (_run(calls, spot, at, w, positions) for positions in sizes)
+        except UnknownError as error:
+            reason = reason or str(error)
+            continue
+        if isinstance(one, Reason) or one == two:
+            return one
+    return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
 def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...]) -> Path | Reason:
     linked = calls.linked
     flow = Flow(linked, calls.origins, at, w, positions, spot.unit)
     value = activation_input(spot.node)
-    try:
-        v = flow.tensor(Spot(spot.unit, value)) if value is not None else torch.empty(0, device="meta")
-    except UnknownError:
-        return Reason(f"its values are not seen to come from {w.affine} by reshapes alone")
-    if v.is_meta:
+    assert value is not None, "W was found behind it"
+    v = flow.tensor(Spot(spot.unit, value))
+    if v.is_meta or flow.overwritten(Spot(spot.unit, value), spot.node):
         return Reason(f"between {w.affine} and it the values are not only moved")
     try:
         result = _result_shape(flow, spot, v)
-    except UnknownError:
-        return Reason("how many queries it has is not known")
+    except UnknownError as error:
+        raise UnknownError("how many queries it has is not known") from error
     if result != v.shape:
         return Reason(f"it has other queries than values (shapes {tuple(result)} and {tuple(v.shape)} in a trial)")
     flow.known[spot] = numbered(tuple(v.shape))
     ends = _ends(linked, flow, spot)
     if isinstance(ends, Reason):
         return ends
-    a, use = ends
+    paths = [_read_by(flow, v, w, *end) for end in ends]
+    refused = next((path for path in paths if isinstance(path, Reason)), None)
+    if refused is None and len({(path.rows, path.view) for path in paths if isinstance(path, Path)}) > 1:
+        return Reason(f"A ({ends[0][0].affine}) reads the values in several orders")
+    return refused or paths[0]
+
+
+def _read_by(flow: Flow, v: Tensor, w: Found, a: Found, use: Spot) -> Path | Reason:
+    """The path to one use of A."""
     assert a.value is not None
     read = flow.tensor(Spot(use.unit, a.value))
     if read.shape[a.axis] != a.inputs:
@@ -185,7 +180,7 @@ def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...
     view = _view(column.view(v.shape))
     if view is None:
         return Reason(f"A ({a.affine}) reads the heads in another order than they stand in")
-    return Path(tuple(rows[0].tolist()), view, replace(a, value=a.value), use, flow.noisy)
+    return Path(tuple(rows[0].tolist()), view, a, use, flow.noisy)
 
 
 def _view(column: Tensor) -> tuple[int, ...] | None:
@@ -206,11 +201,14 @@ def _ranges(rows: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((rows[start], rows[stop - 1] + 1) for start, stop in pairwise(starts))
 
 
-def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason:
-    """A, found by following every use of the result; uses that only ask for its shape do not count."""
+def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | Reason:
+    """The uses of A, found by following every use of the result; uses that only ask for its shape do not count."""
     todo, found = [spot], list[tuple[Found, Spot]]()
     while todo:
-        for use in linked.uses(todo.pop()):
+        here = todo.pop()
+        if flow.overwritten(here, here.node):
+            return Reason("its result is overwritten in place")
+        for use in linked.uses(here):
             if use is None:
                 return Reason("its result leaves the code that can be seen")
             if use.unit != spot.unit and not modes_agree(linked.graphs[use.unit]):
@@ -219,15 +217,19 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> tuple[Found, Spot] | Reason
             if made is not None and reads_only_value(use, made):
                 found.append((made, use))
                 continue
+            taken = f"its result goes into {label(linked, use)}, which is no affine map"
             try:
-                moved = flow.value(use)
-            except UnknownError:
-                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
-            if any(not tensor.is_meta for tensor in tree_leaves(moved) if isinstance(tensor, Tensor)):
+                leaves = tree_leaves(flow.value(use))
+            except UnknownError as error:
+                raise UnknownError(taken) from error
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if any(not tensor.is_meta for tensor in tensors):
                 todo.append(use)
+            elif (tensors and not takes_shape(use.node)) or any(leaf is None for leaf in leaves):
+                return Reason(taken)
     if len({made.affine.weight for made, _ in found}) != 1:
         return Reason("its result goes into several maps" if found else "its result is not used")
-    return found[0]
+    return found
 
 
 def _result_shape(flow: Flow, spot: Spot, v: Tensor) -> torch.Size:
@@ -246,17 +248,25 @@ def _result_shape(flow: Flow, spot: Spot, v: Tensor) -> torch.Size:
             raise UnknownError from error
     if len(weights) < 2 or weights[-1] != v.shape[-2]:
         raise UnknownError
-    return torch.Size((*broadcast_shapes(weights[:-2], v.shape[:-2]), weights[-2], v.shape[-1]))
+    try:
+        return torch.Size((*broadcast_shapes(weights[:-2], v.shape[:-2]), weights[-2], v.shape[-1]))
+    except RuntimeError as error:
+        raise UnknownError from error
 
 
 def _weights_shape(flow: Flow, spot: Spot) -> torch.Size:
-    """The shape of the weights; where a mask or a table of biases hides it, that of the product of queries and keys."""
+    """The shape of the weights: that of the product of queries and keys behind them, where it can be seen.
+
+    What comes in between, masks and tables of biases for other numbers of positions than the trial's, tells less.
+    """
+    here = spot
+    for _ in range(FAR):
+        here = flow.linked.source(here)
+        inputs = here.node.all_input_nodes
+        if is_product(here.node) or not inputs:
+            break
+        here = Spot(here.unit, inputs[0])
     try:
-        return flow.tensor(spot).shape
+        return flow.tensor(here if is_product(here.node) else spot).shape
     except UnknownError:
-        for _ in range(FAR):
-            spot = flow.linked.source(spot)
-            if is_product(spot.node) or not spot.node.all_input_nodes:
-                break
-            spot = Spot(spot.unit, spot.node.all_input_nodes[0])
         return flow.tensor(spot).shape

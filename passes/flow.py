@@ -24,7 +24,7 @@ from .channels import Provenance
 from .link import Linked
 from .matrices import tensor_named
 from .units import Spot, Unit
-from .wires import Layout, modes_agree, still
+from .wires import Layout, always_drops, modes_agree, still
 from .writes import overwritten
 
 _MOVING = (
@@ -45,6 +45,10 @@ _SAME_SHAPE_MODULES = (
 _BROADCASTS: set[Any] = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul, operator.isub,
     operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div", "add_", "mul_", "sub_", "div_",
+}  # fmt: skip
+_LIKE: set[Any] = {
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
 }  # fmt: skip
 
 
@@ -154,7 +158,7 @@ class Flow:
     def _passed(self, spot: Spot, module: nn.Module | None) -> Tensor:
         before = self.tensor(Spot(spot.unit, spot.node.all_input_nodes[0]))
         wire = still(Layout(axis=-1), spot.node, module)
-        if wire is None:
+        if wire is None or not self._alike_in_eval(spot):
             return _emptied(before)
         self.noisy = self.noisy or (wire.noisy and not before.is_meta)
         return before
@@ -186,10 +190,8 @@ class Flow:
             value = self.value(Spot(spot.unit, inner))
             return value if moves else tree_map_only(Tensor, _emptied, value)
 
-        moves = _moves(node) and (spot.unit == self.home or modes_agree(self.linked.graphs[spot.unit]))
-        moves = moves and not any(
-            overwritten(self.linked, Spot(spot.unit, value), node) for value in node.all_input_nodes
-        )
+        moves = _moves(node) and self._alike_in_eval(spot)
+        moves = moves and not any(self.overwritten(Spot(spot.unit, value), node) for value in node.all_input_nodes)
         args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
         try:
             if node.op == "call_method":
@@ -199,9 +201,27 @@ class Flow:
         except Exception as error:  # a user's call on tensors of the wrong size may raise anything
             raise UnknownError from error
 
+    def overwritten(self, spot: Spot, except_by: fx.Node) -> bool:
+        """Whether something writes into the value, where it is read or where it comes from."""
+        return any(overwritten(self.linked, at, except_by) for at in (spot, self.linked.source(spot)))
+
+    def _alike_in_eval(self, spot: Spot) -> bool:
+        """Whether eval mode does the same here, but for dropout: at home, where it has a graph of its own, it is run too."""
+        owned = self.linked.graphs[spot.unit]
+        if spot.unit != self.home:
+            return modes_agree(owned)
+        return (owned.in_eval is not None and spot.node.graph is owned.graph) or not always_drops(spot.node)
+
+
+def takes_shape(node: fx.Node) -> bool:
+    """Whether the call that makes a tensor without numbers takes no more than the shape of a numbered one."""
+    return node.target in _LIKE or _moves(node)
+
 
 def _moves(node: fx.Node) -> bool:
     """Whether the call moves the elements of a tensor, or repeats them, and does nothing else to them."""
+    if node.target in ("squeeze", torch.squeeze) and len(node.args) + len(node.kwargs) == 1:
+        return False  # which axes go depends on the sizes
     library = str(getattr(node.target, "__module__", "")).partition(".")[0]
     return node.target in _MOVES or (
         library == "einops" and getattr(node.target, "__name__", "") in ("rearrange", "repeat")

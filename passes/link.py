@@ -33,7 +33,11 @@ class Linked(Units):
         if holder in self.unseen:
             return 2
         calls = 0 if holder in self._variants else sum(map(self._in_first_version, self.callers.get(holder, ())))
-        return calls + self._uses_by_name[self.tracing.names.first_name(bias)]
+        return calls + self.uses_by_name(bias)
+
+    def uses_by_name(self, tensor: str | None) -> int:
+        """How often graphs use a parameter or buffer by its name, and not by a call of the module that holds it."""
+        return 0 if tensor is None else self._uses_by_name[self.tracing.names.first_name(tensor)]
 
     @cached_property
     def _uses_by_name(self) -> Counter[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .channels import Channels
 from .link import Linked
@@ -43,18 +44,24 @@ def value_path_inside(linked: Linked, path: str) -> Match | Reason:
         return Reason("its calls are not seen, nor whether it has as many queries as values")
     if not all(_self_attention(linked, caller) for caller in linked.callers[path]):
         return Reason("its queries and its values come from different places, and may differ in number")
-    prefix, width = f"{path}.".lstrip("."), module.embed_dim
-    fused = module.in_proj_weight is not None
+    replacing = linked.replaces_weights(path)
+    if replacing is not None:
+        return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
+    prefix, width, out = f"{path}.".lstrip("."), module.embed_dim, linked.path_of(module.out_proj)
     first = Affine(
-        path, "linear", prefix + ("in_proj_weight" if fused else "v_proj_weight"),
-        prefix + "in_proj_bias" if module.in_proj_bias is not None else None, part=((2 * width, 3 * width),),
+        path, "linear", prefix + ("in_proj_weight" if module._qkv_same_embed_dim else "v_proj_weight"),
+        prefix + "in_proj_bias" if _has_bias(module, "in_proj_bias") else None, part=((2 * width, 3 * width),),
     )  # fmt: skip
-    out = prefix + "out_proj"
-    second = Affine(out, "linear", f"{out}.weight", f"{out}.bias" if module.out_proj.bias is not None else None)
-    carried = bias_is_free(linked, second) and not linked.callers.get(out)
+    second = Affine(out, "linear", f"{out}.weight", f"{out}.bias" if _has_bias(module.out_proj, "bias") else None)
+    carried = bias_is_free(linked, second) and not linked.callers.get(out) and not linked.uses_by_name(second.bias)
     constraint: Constraint = "folded" if carried or first.bias is None else "augmented"
     view = (module.num_heads, 1, module.head_dim) if module.num_heads > 1 else ()
     return Match("strict", constraint, Channels(width, -1), first, second, "always", view)
+
+
+def _has_bias(module: nn.Module, name: str) -> bool:
+    """Whether the module has this bias; it is not asked for it, since a parametrisation may change with each reading."""
+    return module._parameters.get(name) is not None or is_parametrized(module, name)
 
 
 def _self_attention(linked: Linked, caller: Spot) -> bool:

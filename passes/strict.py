@@ -113,7 +113,8 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
             if found is not None:
                 if found.axis != layout.axis or not reads_only_value(use, found):
                     return Reason(f"A ({found.affine}) reads another axis than the channels'")
-                ends[found.affine.weight] = (found, layout, use)
+                noisy = layout.noisy or any(before.noisy for _, before, _ in ends.values())
+                ends[found.affine.weight] = (found, replace(layout, noisy=noisy), use)
                 continue
             passed = through(layout, use.node, linked.module(use)) if _reads_one_value(use.node) else None
             if passed is None:

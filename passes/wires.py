@@ -41,9 +41,9 @@ _SWITCHED = {*_DROPOUTS, F.batch_norm, F.scaled_dot_product_attention}
 def modes_agree(owned: OwnerGraph) -> bool:
     """Whether eval mode runs the same graph as training mode, but for the flags of dropout and normalisation."""
     if owned.in_eval is None:
-        return not any(map(_always_drops, owned.graph.nodes))
+        return not any(map(always_drops, owned.graph.nodes))
     pairs = list(zip(owned.graph.nodes, owned.in_eval.graph.nodes, strict=False))
-    if len(owned.graph.nodes) != len(owned.in_eval.graph.nodes) or any(map(_always_drops, owned.in_eval.graph.nodes)):
+    if len(owned.graph.nodes) != len(owned.in_eval.graph.nodes) or any(map(always_drops, owned.in_eval.graph.nodes)):
         return False
     return all(
         (one.op, one.target, one.name) == (two.op, two.target, two.name)
@@ -52,7 +52,7 @@ def modes_agree(owned: OwnerGraph) -> bool:
     )
 
 
-def _always_drops(node: fx.Node) -> bool:
+def always_drops(node: fx.Node) -> bool:
     """Whether a dropout stays on in the eval graph."""
     drops = node.op == "call_function" and node.target in _DROPOUTS
     return drops and _argument(node, 2, "training", True) is not False and _argument(node, 1, "p", 0.5) != 0

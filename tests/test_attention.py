@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -246,3 +247,185 @@ def test_a_default_device_does_not_matter() -> None:
     expected = bypass_fx.plan(Attention())
     with torch.device("meta"):
         assert bypass_fx.plan(Attention()) == expected
+
+
+class Steps(nn.Module):
+    """One attention with a step before it (on v), behind it (on the result), and beside A."""
+
+    def __init__(
+        self,
+        values: Callable[[Tensor], Tensor] = lambda v: v,
+        result: Callable[[Tensor], Tensor] = lambda o: o,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.v, self.proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.values, self.result, self.beside = values, result, beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.result(F.scaled_dot_product_attention(x, x, self.values(self.v(x))))
+        out: Tensor = self.proj(mixed)
+        return out if self.beside is None else out + self.beside(mixed)
+
+
+def copied(o: Tensor) -> Tensor:
+    other = torch.zeros_like(o)
+    other[:] = o
+    return other
+
+
+def first_token_cleared(v: Tensor) -> Tensor:
+    v[:, 0] = 0
+    return v
+
+
+def doubled_in_a_view(o: Tensor) -> Tensor:
+    o.view(-1).mul_(2)
+    return o
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda o: o * 0.5, lambda o: o.mean(), lambda o: F.layer_norm(o, (8,)), lambda o: torch.cat([o, o], -1)[..., :8],
+        lambda o: (o > 0).to(o.dtype), lambda o: o.detach(), lambda o: F.scaled_dot_product_attention(o, o, o), copied,
+    ],
+    ids=["mul", "mean", "norm", "cat", "comparison", "detach", "attention", "copy"],
+)  # fmt: skip
+def test_a_result_that_something_else_reads_too_is_refused(beside: Callable[[Tensor], Tensor]) -> None:
+    plan = bypass_fx.plan(nn.Sequential(Multihead(), Steps(beside=beside)), mode="strict")
+    assert [site.name for site in plan] == ["0.attn.attention"]
+    assert "no affine map" in next(r.reason for r in plan.refusals if r.name.startswith("1."))
+
+
+def test_a_result_whose_shape_alone_is_read_elsewhere_is_a_site() -> None:
+    attention_site(Steps(beside=lambda o: torch.zeros_like(o) + o.new_ones(1) * o.shape[-1]))
+
+
+@pytest.mark.parametrize("step", [first_token_cleared, doubled_in_a_view, lambda o: o.mul_(2) * 1])
+def test_values_and_results_that_are_overwritten_are_refused(step: Callable[[Tensor], Tensor]) -> None:
+    assert "not only moved" in refusal(Steps(values=step))
+    assert "overwritten in place" in refusal(Steps(result=step))
+
+
+@pytest.mark.parametrize("where", ["values", "result"])
+def test_a_dropout_that_never_stops_is_no_wire(where: str) -> None:
+    refusal(Steps(**{where: F.dropout}))  # type: ignore[arg-type]
+
+
+def test_a_squeeze_of_whatever_has_size_one_is_no_move() -> None:
+    assert "not only moved" in refusal(Steps(values=torch.squeeze))
+
+
+class Between(nn.Module):
+    """Attention from one sequence to another; the result is returned beside the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = F.scaled_dot_product_attention(self.q(x), memory, self.v(memory))
+        return self.proj(mixed), mixed
+
+
+def test_equal_owners_that_are_called_in_other_ways_are_judged_apart(x: Tensor) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alone, self.cross, self.read = Between(), Between(), Between()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.alone(x, x)[0]
+            x = self.cross(x[:, :2], x)[0]
+            out, mixed = self.read(x, x)
+            return out + mixed  # type: ignore[no-any-return]
+
+    net = Net().double()
+    before = net(x)
+    plan = bypass_fx.plan(net)
+    assert [site.owner for site in plan] == ["alone"]
+    assert torch.equal(bypass_fx.extend(net, plan)(x), before)
+
+
+def test_a_map_that_is_also_used_without_the_module_takes_the_augmented_form() -> None:
+    class Reused(Multihead):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + F.linear(x, self.attn.out_proj.weight, self.attn.out_proj.bias)
+
+    assert attention_site(Reused()).constraint == "augmented"
+
+
+def test_two_modules_may_share_their_output_projection(x: Tensor) -> None:
+    net = nn.Sequential(Multihead(), Multihead()).double()
+    net[1].attn.out_proj = net[0].attn.out_proj
+    before = net(x)
+    assert [site.constraint for site in bypass_fx.plan(net)] == ["augmented", "augmented"]
+    assert torch.equal(bypass_fx.extend(net)(x), before)
+
+
+def test_weights_that_a_forward_replaces_are_no_site() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Multihead()
+
+        def forward(self, x: Tensor) -> Tensor:
+            doubled = {name: parameter * 2 for name, parameter in self.inner.named_parameters()}
+            return torch.func.functional_call(self.inner, doubled, (x,))  # type: ignore[no-any-return]
+
+    assert "with other weights" in refusal(Doubled())
+
+
+def test_planning_is_no_step_of_a_spectral_norm() -> None:
+    net = Multihead()
+    torch.nn.utils.parametrizations.spectral_norm(net.attn, "in_proj_weight")
+    before = {name: value.clone() for name, value in net.train().state_dict().items()}
+    attention_site(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_an_owner_whose_callers_are_not_seen_may_be_passed_a_cache() -> None:
+    class Cached(Attention):
+        def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            mixed = F.scaled_dot_product_attention(q, k, v if past is None else torch.cat([past, v], 2)[:, :, -5:])
+            return self.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    class Untraceable(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x) if x.sum() > 0 else self.inner(x)  # type: ignore[no-any-return]
+
+    assert "its calls are not seen" in refusal(Untraceable(Cached()))
+    attention_site(Untraceable(Attention()))
+
+
+def test_a_map_that_reads_the_heads_in_two_orders_is_refused() -> None:
+    class TwoOrders(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.split(x)
+            mixed = F.scaled_dot_product_attention(q, k, v)
+            reordered = self.proj(mixed.permute(0, 2, 3, 1).flatten(2))
+            return self.proj(mixed.transpose(1, 2).flatten(2)) + reordered  # type: ignore[no-any-return]
+
+    assert "another order" in refusal(TwoOrders())
+
+
+def test_a_mask_over_a_fixed_number_of_windows_does_not_hide_the_queries() -> None:
+    class Shifted(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.zeros(16, 5, 5))  # 16 windows of 5 positions
+
+        def forward(self, x: Tensor) -> Tensor:
+            windows, tokens, _ = x.shape
+            q, k, v = self.split(x)
+            scores = (q @ k.transpose(-2, -1)).view(-1, self.mask.shape[0], HEADS, tokens, tokens)
+            weights = (scores + self.mask[:, None]).view(-1, HEADS, tokens, tokens).softmax(dim=-1)
+            return self.proj((weights @ v).transpose(1, 2).reshape(windows, tokens, -1))  # type: ignore[no-any-return]
+
+    assert attention_site(Shifted()).view == (HEADS, 1, 4)

@@ -145,6 +145,22 @@ def test_linear_maps_that_treat_channels_alike_may_stand_between(
     assert (site.constraint, site.exact, site.width) == ("folded", exact, 6)
 
 
+@pytest.mark.parametrize("dropped_first", [True, False])
+def test_a_dropout_before_one_of_several_calls_of_a_counts(dropped_first: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.a, self.drop, self.same = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.w(x).relu()
+            one, two = (self.drop, self.same) if dropped_first else (self.same, self.drop)
+            return self.a(one(y)) + self.a(two(y))  # type: ignore[no-any-return]
+
+    (site,) = bypass_fx.plan(Net(), mode="strict")
+    assert (site.constraint, site.exact) == ("augmented", "eval")
+
+
 def test_average_pooling_that_pads_needs_the_augmented_form() -> None:
     assert (
         only(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AvgPool2d(2, padding=1), nn.Conv2d(6, 2, 1))).constraint
