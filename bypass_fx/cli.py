@@ -142,6 +142,7 @@ def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
 
     from bypass_fx import data as datasets
     from bypass_fx import models, progress
+    from bypass_fx.engine import leave
     from bypass_fx.trainer import Trainer
     from bypass_fx.weights import load_weights
 
@@ -158,12 +159,14 @@ def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
         trainer = Trainer(network, examples, settings, folder=folder, about=about)
         if not trainer.is_main:
             trainer.fit()
+            leave()
             return
         sites = f"{len(trainer.plan)} sites with {trainer.plan.coefficients} coefficients"
         screen.print(f"{name} on {about['data']}: {sites}, {trainer.total_steps} steps")
         trainer.on_event = live = progress.LiveProgress(screen, trainer.lengths, settings.baseline)
         with live:
             history = trainer.fit()
+    leave()
     screen.print(progress.result_table(history))
     screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
 

@@ -178,6 +178,13 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def leave() -> None:
+    """End the group of processes, where there is one, once all have come here: a process that ends alone fails others."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def resolve_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the accelerator where there is one, else the CPU.
 

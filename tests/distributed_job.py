@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bypass_fx.data import load
+from bypass_fx.engine import leave
 from bypass_fx.history import Event, History, Record
 from bypass_fx.interrupt import Stopped
 from bypass_fx.passes.matrices import is_sharded
@@ -61,6 +62,7 @@ def main() -> None:
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
                 save_file(state, given.folder / f"{sharding}.safetensors")
                 (given.folder / f"{sharding}.json").write_text(json.dumps(numbers(done[0])))
+    leave()
 
 
 def numbers(history: History) -> dict[str, Any]:

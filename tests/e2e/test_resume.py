@@ -60,7 +60,7 @@ def _state(model: nn.Module, history: History) -> tuple[Any, ...]:
 def whole() -> dict[str, Any]:
     """Undisturbed runs by their comeback."""
     found = {}
-    for comeback in ("homotopy", "penalty"):
+    for comeback in ("homotopy", "published"):
         model = Noisy()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -70,7 +70,7 @@ def whole() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("comeback", "step"),
-    [("homotopy", 6), ("homotopy", 16), ("homotopy", 25), ("homotopy", 31), ("homotopy", 44), ("penalty", 23)],
+    [("homotopy", 6), ("homotopy", 16), ("homotopy", 25), ("homotopy", 31), ("homotopy", 44), ("published", 23)],
 )
 @pytest.mark.filterwarnings("ignore:opt2 ended")
 def test_a_stopped_run_goes_on_exactly(whole: Any, tmp_path: Path, comeback: str, step: int) -> None:
