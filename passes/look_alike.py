@@ -21,8 +21,7 @@ def linear_look_alike(module: nn.Module) -> Stored | None:
     The forward is run on a copy with weights of its own, in both modes, on inputs of two and of three axes.
     """
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    own = {name for name, parameter in module._parameters.items() if parameter is not None}
-    if weight is None or module._modules or not own <= {"weight", "bias"} or type(module).forward is nn.Linear.forward:
+    if weight is None or not _holds_no_more(module) or type(module).forward is nn.Linear.forward:
         return None
     if weight.dim() != 2 or weight.numel() > LARGEST or not weight.is_floating_point():
         return None
@@ -53,8 +52,7 @@ def is_convolution(module: _ConvNd) -> bool:
     The forward is run on a copy with weights of its own, in both modes, on inputs of two sizes.
     """
     dims = len(module.kernel_size)
-    own = {name for name, parameter in module._parameters.items() if parameter is not None}
-    if module.transposed or module._modules or not own <= {"weight", "bias"} or module.weight.numel() > LARGEST:
+    if module.transposed or not _holds_no_more(module) or module.weight.numel() > LARGEST:
         return False
     for probe, drawn in _probes(module):
         for size in (9, 12):
@@ -63,6 +61,12 @@ def is_convolution(module: _ConvNd) -> bool:
             if found is None or found.dim() != x.dim() or not _convolves(module, drawn, x, found):
                 return False
     return True
+
+
+def _holds_no_more(module: nn.Module) -> bool:
+    """Whether the module holds a weight and a bias alone: a gain or a mask may be 1 today, and something else tomorrow."""
+    held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    return not module._modules and held <= {"weight", "bias"}
 
 
 def _convolves(module: _ConvNd, drawn: Mapping[str, Tensor], x: Tensor, found: Tensor) -> bool:
@@ -98,7 +102,7 @@ def _probes(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     probe.__dict__["_parameters"] = {**module._parameters, **drawn}
     for training in (True, False):
         probe.__dict__["training"] = training
-        yield probe, {name: parameter.detach() for name, parameter in drawn.items()}
+        yield probe, {name: parameter.detach().clone() for name, parameter in drawn.items()}
 
 
 def _input(shape: tuple[int, ...]) -> Tensor:
@@ -107,7 +111,7 @@ def _input(shape: tuple[int, ...]) -> Tensor:
 
 def _result(probe: nn.Module, x: Tensor) -> Tensor | None:
     """What the forward makes of x; None where it takes no such input."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             found = type(probe).forward(probe, x)
         except Exception:  # a forward that does not take such an input is no look-alike

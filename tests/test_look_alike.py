@@ -137,3 +137,33 @@ def test_convolutions_without_a_graph_make_augmented_sites() -> None:
     assert float(bypass_fx.norms(net)[site.name]) < 1e-14
     bypass_fx.contract(net)
     assert torch.allclose(net(x), with_d, rtol=0, atol=1e-13)
+
+
+class Gain(nn.Conv2d):
+    """A mask of ones, or a gain of 1: the weight is another one as soon as it changes."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3, 3)
+        self.register_buffer("gain", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+
+class SelfMasking(nn.Conv2d):
+    """As in PixelCNN: the forward overwrites a part of the weight before it convolves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data[:, :, 2:] = 0
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("module", [Gain(), SelfMasking(2, 3, 3)])
+def test_a_convolution_whose_weight_may_become_another_is_none(module: nn.Conv2d) -> None:
+    assert not is_convolution(module)
+
+
+def test_trying_a_module_out_draws_no_random_numbers_of_the_users() -> None:
+    noisy, before = Noisy(4, 4), torch.get_rng_state()
+    assert linear_look_alike(noisy) is None
+    assert torch.equal(torch.get_rng_state(), before)

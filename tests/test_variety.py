@@ -195,6 +195,44 @@ def test_it_arrives_on_time_at_adw_zero_with_d_unequal_zero_and_without_a_jump(w
     assert jump < 1e-4  # 8e-2 where the optimiser moves W at its full rate to the end; it falls with T
 
 
+class OneW(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 2), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.w(x)
+        return self.a(torch.relu(y)) + self.b(torch.tanh(y))  # type: ignore[no-any-return]
+
+
+class OneA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w, self.a = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.relu(self.v(x))) + self.a(torch.tanh(self.w(x)))  # type: ignore[no-any-return]
+
+
+def test_a_weight_of_two_sites_is_moved_for_neither() -> None:
+    """What one site's cut leaves in the variety, the next one's would take out of it again."""
+    torch.manual_seed(0)
+    model = OneW().double()
+    schedule, _ = bypass(model, torch.optim.Adam(model.parameters(), 1e-2), opt2=40)
+    assert schedule.report is not None
+    assert [arrival.norm < 1e-12 for arrival in schedule.report.arrivals] == [True, True]
+    assert all(arrival.delta > 0.01 for arrival in schedule.report.arrivals)  # the other side moves
+
+
+def test_that_several_sites_share_a_side_is_named_where_no_other_can_move() -> None:
+    """A has as many outputs as channels, so that W cannot move."""
+    model = OneA()
+    bypass_fx.extend(model, mode="strict")
+    comeback = Variety()
+    comeback.begin(model)
+    assert all("its A is that of 2 sites" in note for note in comeback.notes()) and len(comeback.notes()) == 2
+
+
 def test_sites_with_no_such_way_go_to_d_zero_on_time_and_the_report_says_why() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bypass_fx.constraint import cells, groups_cut
 from bypass_fx.extension import root_of, sites
 from bypass_fx.passes.matrices import offset
-from bypass_fx.passes.plan import Site
+from bypass_fx.passes.plan import Affine, Site
 from bypass_fx.surgery import fold_down
 
 from .base import Comeback, Moment
@@ -32,7 +32,8 @@ class Variety(Comeback):
 
     Ends at D ≠ 0 where a side can move, always, T steps after its start at the latest; D is then folded in, A D b_W to
     b_A. Ends at D = 0, as a homotopy, at relaxed sites and where neither side can move: n ≤ l and n ≤ m, groups that
-    cut through each other, or weights that are frozen, tied or parametrised; the report says which. A weight that other
+    cut through each other, or weights that are frozen, tied, parametrised or those of several sites; the report says
+    which. A weight that other
     calls use too is moved for them as well, as an optimiser would. Costs a singular value decomposition of DW, or of
     AD, at each step and site.
 
@@ -56,8 +57,9 @@ class Variety(Comeback):
 
     def begin(self, model: nn.Module) -> None:
         self._sides, self._reasons = {}, {}
+        several = _shared(model)
         for site in sites(model):
-            reasons = {side: hindrance(model, site, side) for side in ("A", "W")}
+            reasons = {side: hindrance(model, site, side) or several.get((site.name, side), "") for side in ("A", "W")}
             free: list[Side] = [side for side, reason in reasons.items() if not reason]  # type: ignore[misc]
             self._sides[site.name] = min(free, key=lambda side: change(model, site, side)) if free else "D"
             if not free:
@@ -120,6 +122,24 @@ def _weights(site: Site, side: Side) -> list[str]:
         return [site.second.weight]
     bias = [site.first.bias] if site.constraint == "augmented" and site.first.bias else []
     return [site.first.weight, *bias]
+
+
+def _shared(model: nn.Module) -> dict[tuple[str, Side], str]:
+    """Where one weight is the A, or the W, of several sites: moved for one of them, it leaves the variety of another."""
+    root, found = root_of(model), dict[tuple[Side, int], list[Site]]()
+    for site in sites(root):
+        ends: tuple[tuple[Side, Affine | None], ...] = (("A", site.second), ("W", site.first))
+        for side, affine in ends:
+            if affine is not None:
+                path, _, attribute = affine.weight.rpartition(".")
+                parameter = root.get_submodule(path)._parameters.get(attribute)
+                found.setdefault((side, id(parameter)), []).append(site)
+    return {
+        (site.name, side): f"its {side} is that of {len(together)} sites"
+        for (side, _), together in found.items()
+        for site in together
+        if len(together) > 1
+    }
 
 
 def _held(root: nn.Module, name: str) -> str:
