@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -247,74 +246,6 @@ def test_a_default_device_does_not_matter() -> None:
     expected = bypass_fx.plan(Attention())
     with torch.device("meta"):
         assert bypass_fx.plan(Attention()) == expected
-
-
-class Steps(nn.Module):
-    """One attention with a step before it (on v), behind it (on the result), and beside A."""
-
-    def __init__(
-        self,
-        values: Callable[[Tensor], Tensor] = lambda v: v,
-        result: Callable[[Tensor], Tensor] = lambda o: o,
-        beside: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.v, self.proj = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.values, self.result, self.beside = values, result, beside
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = self.result(F.scaled_dot_product_attention(x, x, self.values(self.v(x))))
-        out: Tensor = self.proj(mixed)
-        return out if self.beside is None else out + self.beside(mixed)
-
-
-def copied(o: Tensor) -> Tensor:
-    other = torch.zeros_like(o)
-    other[:] = o
-    return other
-
-
-def first_token_cleared(v: Tensor) -> Tensor:
-    v[:, 0] = 0
-    return v
-
-
-def doubled_in_a_view(o: Tensor) -> Tensor:
-    o.view(-1).mul_(2)
-    return o
-
-
-@pytest.mark.parametrize(
-    "beside",
-    [
-        lambda o: o * 0.5, lambda o: o.mean(), lambda o: F.layer_norm(o, (8,)), lambda o: torch.cat([o, o], -1)[..., :8],
-        lambda o: (o > 0).to(o.dtype), lambda o: o.detach(), lambda o: F.scaled_dot_product_attention(o, o, o), copied,
-    ],
-    ids=["mul", "mean", "norm", "cat", "comparison", "detach", "attention", "copy"],
-)  # fmt: skip
-def test_a_result_that_something_else_reads_too_is_refused(beside: Callable[[Tensor], Tensor]) -> None:
-    plan = bypass_fx.plan(nn.Sequential(Multihead(), Steps(beside=beside)), mode="strict")
-    assert [site.name for site in plan] == ["0.attn.attention"]
-    assert "no affine map" in next(r.reason for r in plan.refusals if r.name.startswith("1."))
-
-
-def test_a_result_whose_shape_alone_is_read_elsewhere_is_a_site() -> None:
-    attention_site(Steps(beside=lambda o: torch.zeros_like(o) + o.new_ones(1) * o.shape[-1]))
-
-
-@pytest.mark.parametrize("step", [first_token_cleared, doubled_in_a_view, lambda o: o.mul_(2) * 1])
-def test_values_and_results_that_are_overwritten_are_refused(step: Callable[[Tensor], Tensor]) -> None:
-    assert "not only moved" in refusal(Steps(values=step))
-    assert "overwritten in place" in refusal(Steps(result=step))
-
-
-@pytest.mark.parametrize("where", ["values", "result"])
-def test_a_dropout_that_never_stops_is_no_wire(where: str) -> None:
-    refusal(Steps(**{where: F.dropout}))  # type: ignore[arg-type]
-
-
-def test_a_squeeze_of_whatever_has_size_one_is_no_move() -> None:
-    assert "not only moved" in refusal(Steps(values=torch.squeeze))
 
 
 class Between(nn.Module):
