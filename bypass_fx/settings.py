@@ -161,7 +161,7 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> Settings:
 
     Example:
         >>> preset("paper", {"train1": 1}).comeback
-        'penalty'
+        'published'
     """
     _expect_choice("preset", name, tuple(PRESETS))
     return Settings(**{**PRESETS[name], **(changes or {})})

@@ -102,8 +102,8 @@ def test_inspect_reads_a_run_and_its_norms(run: Run, tmp_path: Path) -> None:
     assert re.search(r"^1 +strict .* +5 +0 +2 +always +\d+\.\d{4} +\d+\.\d{4}$", result.out, re.MULTILINE)
     shown = data_of((tmp_path / "page.html").read_text())["run"]
     recorded = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
-    assert shown["steps"] == [row["step"] for row in recorded if row["residuals"]]
-    for index, row in enumerate([row for row in recorded if row["residuals"]]):
+    assert shown["steps"] == [row["step"] for row in recorded if row.get("residuals")]
+    for index, row in enumerate([row for row in recorded if row.get("residuals")]):
         assert row["residual"] == pytest.approx(sum(values[index] for values in shown["residuals"].values()))
     assert run("inspect", "out").code == 0  # the model of a run, of its data's width
 
