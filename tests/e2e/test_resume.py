@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,5 +209,32 @@ def test_a_full_disk_ends_the_run_with_what_was_saved_before(tmp_path: Path) -> 
         signal.signal(signal.SIGXFSZ, handler)
     model, undisturbed = mlp(digits()), mlp(digits())
     Trainer(model, digits(), settings, folder=tmp_path / "run").fit()
+    Trainer(undisturbed, digits(), settings).fit()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in undisturbed.state_dict().items())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk in memory with room for a few checkpoints of the smallest model and no more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(place)]
+    if sys.platform != "linux" or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes Linux and the rights of root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_run_goes_on_once_a_full_disk_has_room_again(small_disk: Path) -> None:
+    settings = _interrupted(small_disk / "run")
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"0" * 4096):
+            pass
+    with pytest.raises(BypassError, match=r"No space left.*(make room|give --out)"), warnings.catch_warnings(action="ignore"):
+        Trainer(mlp(digits()), digits(), settings, folder=small_disk / "run").fit()
+    filler.unlink()
+    model, undisturbed = mlp(digits()), mlp(digits())
+    Trainer(model, digits(), settings, folder=small_disk / "run").fit()
     Trainer(undisturbed, digits(), settings).fit()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in undisturbed.state_dict().items())
