@@ -218,7 +218,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk in memory with room for a few checkpoints of the smallest model and no more."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
     if sys.platform != "linux" or subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting a small disk takes Linux and the rights of root")
     yield place
