@@ -231,7 +231,10 @@ def test_a_run_goes_on_once_a_full_disk_has_room_again(small_disk: Path) -> None
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"0" * 4096):
             pass
-    with pytest.raises(BypassError, match=r"No space left.*(make room|give --out)"), warnings.catch_warnings(action="ignore"):
+    with (
+        pytest.raises(BypassError, match=r"No space left.*(make room|give --out)"),
+        warnings.catch_warnings(action="ignore"),
+    ):
         Trainer(mlp(digits()), digits(), settings, folder=small_disk / "run").fit()
     filler.unlink()
     model, undisturbed = mlp(digits()), mlp(digits())
