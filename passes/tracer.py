@@ -113,7 +113,7 @@ class TracedValue(Traced):
 
 
 class StoredTensor(Traced):
-    """A parameter or buffer: a traced value whose shape is known."""
+    """A parameter or buffer: a traced value whose shape is known; that it was asked for is noted."""
 
     def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
@@ -121,23 +121,25 @@ class StoredTensor(Traced):
 
     @property
     def shape(self) -> torch.Size:
+        tracer: Any = self.tracer
+        tracer.asked_for_shape(str(self.node.target), self.stored)
         return self.stored.shape
 
     @property
     def ndim(self) -> int:
-        return self.stored.ndim
+        return len(self.shape)
 
     def dim(self) -> int:
-        return self.stored.dim()
+        return len(self.shape)
 
     def numel(self) -> int:
-        return self.stored.numel()
+        return self.shape.numel()
 
     def size(self, dim: int | None = None) -> Any:
-        return self.stored.size() if dim is None else self.stored.size(dim)
+        return self.shape if dim is None else self.shape[dim]
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return self.shape[0]
 
 
 class OwnerTracer(fx.Tracer):
@@ -308,13 +310,19 @@ class OwnerTracer(fx.Tracer):
         where = self.names.module(self.path, module)
         if where is None:
             return value
-        self.reads[where, name, fingerprint(value)] = None
         self.kept.keep(module)
         if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
+            self.reads[where, name, TENSOR] = None
             return self.tensor(value)
+        self.reads[where, name, fingerprint(value)] = None
         if type(value) in (dict, list, set):
             return self.handed.setdefault(id(value), (value, type(value)(value)))[1]
         return value
+
+    def asked_for_shape(self, path: str, tensor: Tensor) -> None:
+        """Note that the method asked for the shape of a parameter or buffer, and may go by it."""
+        where, _, name = path.rpartition(".")
+        self.reads[where, name, fingerprint(tensor)] = None
 
     def read_inherited(self, module: nn.Module, name: str, value: Any) -> None:
         """Note a read of a class's attribute: plain data by its value, the rest as long as no instance overrides it."""
@@ -395,6 +403,7 @@ class _Factories(TorchFunctionMode):
 
 
 MISSING = ("missing",)
+TENSOR = ("tensor",)  # any tensor, whatever its shape
 
 
 def inherited(value: Any) -> tuple[Any, ...]:
