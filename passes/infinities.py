@@ -47,15 +47,19 @@ def may_be_infinite(linked: Linked, spot: Spot) -> bool:
         wire = through(Layout(-3), node, linked.module(here)) or node.target in _PASSES_ON or call_activation(node)
         if not wire:
             continue
-        if any(isinstance(leaf, float) and math.isinf(leaf) for leaf in leaves((node.args, dict(node.kwargs)))):
+        bounded = node.target in _BOUNDS  # an infinite bound binds nothing
+        given = leaves((node.args, dict(node.kwargs)))
+        if not bounded and any(isinstance(leaf, float) and math.isinf(leaf) for leaf in given):
             return True
-        written = [user for value in node.all_input_nodes for user in value.users if user.target in _WRITES]
-        new = {Spot(here.unit, value) for value in (*node.all_input_nodes, *written)} - seen
+        inputs = node.all_input_nodes[:1] if bounded else node.all_input_nodes
+        written = [user for value in inputs for user in value.users if user.target in _WRITES]
+        new = {Spot(here.unit, value) for value in (*inputs, *written)} - seen
         seen |= new
         todo += new
     return False
 
 
+_BOUNDS: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
 _WRITES: set[Any] = {operator.setitem, "masked_fill_", "fill_", "masked_scatter_"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -214,3 +215,21 @@ def test_parts_that_were_extended_one_by_one_are_not_mixed_up() -> None:
     for part in model:
         bypass_fx.contract(part)
     bypass_fx.extend(model)
+
+
+def test_an_infinite_bound_of_a_clamp_brings_no_infinity() -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+            self.register_buffer("least", torch.tensor(-math.inf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(torch.relu(torch.clamp(self.fc1(x), self.least, torch.tensor(1.0).to(x))))  # type: ignore[no-any-return]
+
+    class Plain(Clipped):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(torch.relu(self.fc1(x).clamp(min=-math.inf, max=math.inf)))  # type: ignore[no-any-return]
+
+    assert len(bypass_fx.plan(Plain(), mode="all")) == 1
+    assert len(bypass_fx.plan(Clipped(), mode="all")) == 1
