@@ -63,7 +63,7 @@ TASKS: dict[str, Task] = {
     "eggholder": Task(
         net=lambda: nn.Sequential(nn.Linear(2, 10), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 1)),
         optimizer=lambda parameters: torch.optim.SGD(parameters, 3e-8),
-        loss=F.mse_loss, batch=100, train1=10_000, opt1=4000, opt2=2500, gamma=0.6, epsilon=1e-4,
+        loss=F.mse_loss, batch=100, train1=150_000, opt1=4000, opt2=2500, gamma=0.6, epsilon=1e-4,
     ),
     "digits": Task(
         net=lambda: nn.Sequential(nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 10)),
