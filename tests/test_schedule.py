@@ -322,7 +322,7 @@ def test_a_step_brings_numbers_to_the_host_once(steps: int, monkeypatch: pytest.
 
 
 @pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:penalty")
-@pytest.mark.parametrize("kind", ["penalty", "lagrangian", "variety"])
+@pytest.mark.parametrize("kind", ["penalty", "proximal", "homotopy", "lagrangian", "variety"])
 def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_the_arrivals_and_the_cycles(
     kind: str,
 ) -> None:
