@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 import bypass_fx
 from bypass_fx import comeback as returns
 from bypass_fx import data, param_group, surgery
+from bypass_fx.feed import Feed
 
 from .results_file import ResultsFile
 
@@ -36,7 +37,6 @@ ARMS: dict[str, Callable[[], returns.Comeback]] = {
 }
 TO_THE_END = ("homotopy", "lagrangian", "variety")  # these end exactly, and need no ε: measured without one too
 NO_EPSILON = 1e-30
-COLUMNS = ("steps", "norm", "delta", "highest", "loss_at_end", "jump", "step_jump")
 
 
 def arms() -> list[str]:
@@ -90,16 +90,15 @@ class _Run:
         """The minibatches from the present step on."""
         if self.task.batch >= len(self.x):
             yield from ((self.x, self.y) for _ in count())
-        per_epoch = len(self.x) // self.task.batch
-        for epoch in count(self.steps // per_epoch):
-            yield from data.minibatches(self.examples, self.task.batch, self.seed, epoch)
+        for ((x, y),) in Feed(self.examples, self.task.batch, self.seed).from_step(self.steps):
+            yield x, y
 
     def step(self, batch: tuple[Tensor, Tensor], schedule: bypass_fx.BypassSchedule | None = None) -> float:
         """One optimiser step; the loss without the penalty."""
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         value = loss.item()
-        (loss + schedule.penalty() if schedule else loss).backward()
+        (loss + schedule.penalty() if schedule else loss).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1

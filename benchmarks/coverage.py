@@ -39,7 +39,8 @@ def examine(model: nn.Module) -> dict[str, Any]:
     return {
         "modules": len(linked.modules),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "activations": sum(entry.activation != "attention" for entry in (*everything.sites, *everything.refusals)),
+        "activations": sum(site.activation != "attention" for site in everything.sites)
+        + sum(refusal.activation != "attention" for refusal in everything.refusals),
         "sites": {mode: dict(Counter(_kind(site) for site in plan.sites)) for mode, plan in plans.items()},
         "refusals": {mode: dict(Counter(_class(r.reason) for r in plan.refusals)) for mode, plan in plans.items()},
         "coefficients": everything.coefficients,

@@ -20,7 +20,7 @@ def examine(seed: int) -> dict[str, Any]:
     settings = replace(Settings(), seed=seed)
     examples = data.load("digits", vectors=True)
     torch.manual_seed(seed)
-    model = models.build("mlp", models.Fit(examples.shape, examples.outputs))
+    model = models.build("mlp")
     history = Trainer(model, examples, settings).fit()
     if seed == 0:
         figure.draw(history, RESULTS / "digits.png")

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bypass_fx
 from bypass_fx.passes.activations import FUNCTIONS
+from bypass_fx.passes.plan import Refusal
 from bypass_fx.usual_inputs import usual_inputs
 
 from . import zoo
@@ -94,7 +95,8 @@ def missed(model: nn.Module, inputs: tuple[Any, ...], plan: bypass_fx.Plan) -> t
     with torch.no_grad(), calls.watching():
         model(*inputs)
     planned: Counter[str] = Counter()
-    for entry in (*plan.sites, *plan.refusals):
+    entries: list[bypass_fx.Site | Refusal] = [*plan.sites, *plan.refusals]
+    for entry in entries:
         planned[entry.owner] += entry.activation != "attention"
     per_owner: Counter[str] = Counter()
     for key, count in calls.made.items():
@@ -175,7 +177,7 @@ def _without_gradient(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
     outputs = [leaf for leaf in tree_leaves(model(*copy.deepcopy(inputs))) if isinstance(leaf, Tensor)]
     total = sum(leaf.float().square().sum() for leaf in outputs if leaf.requires_grad)
     if isinstance(total, Tensor):
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
     return [site.name for site in bypass_fx.sites(model) if model.get_parameter(site.parameter).grad is None]
 
 

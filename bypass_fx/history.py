@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from bypass_fx.schedule import ScheduleReport
 
 Phase = Literal["train1", "opt1", "opt2", "train3"]
-PHASES: tuple[Phase, ...] = ("train1", "opt1", "opt2", "train3")
 _ENDS: dict[str, Phase] = {"θ*": "train1", "after opt1": "opt1", "after proj": "opt2", "end": "train3"}
 
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .activation import psi
 from .constraint import residual
 from .extension import delta_of, is_extended, mark, root_of, sites, unmark
-from .passes import fold, generate, insert, matrices
+from .passes import fold, insert, matrices, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
 from .passes.match import match
@@ -293,7 +293,7 @@ def contract(model: nn.Module) -> ContractionReport:
     )
     for site in taken:
         owner = root.get_submodule(site.owner)
-        if generate.is_extended_owner(owner):
+        if subclass.is_extended_owner(owner):
             insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
     unmark(root)
     return report

@@ -14,13 +14,14 @@ from .activation_calls import Calls
 from .attention import value_path
 from .callables import is_held
 from .errors import SurgeryError, UntraceableError
-from .generate import Method, Variant, Watched, class_of_source, generated_class, original_class
+from .generate import Method, Variant, Watched, generated_class
 from .link import Linked
 from .multihead_source import multihead_source
 from .outcome import Match
 from .plan import Site
 from .rewrite import Psi, rewrite
 from .strict import strict
+from .subclass import Code, original_class, subclass
 from .trace import OwnerGraph
 from .tracer import PLAIN, fingerprint
 from .units import Arguments, Spot, Unit
@@ -73,9 +74,8 @@ def extended_multihead(original: type[nn.Module], site: Site, psi: Psi) -> type[
     """The subclass of torch's MultiheadAttention with ψ inside; it takes every call that the original takes."""
     source, scope = multihead_source(site.delta)
     made = Made((written(site),), psi, {}, {}, {})
-    return class_of_source(
-        original, {"forward": False}, source, {**scope, "_psi": psi}, {}, partial(_rewrite_for_call, made)
-    )
+    code = Code({"forward": False}, source, {**scope, "_psi": psi}, partial(_rewrite_for_call, made))
+    return subclass(original, code)
 
 
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:

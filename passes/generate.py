@@ -1,29 +1,18 @@
-"""Python code from rewritten graphs: a subclass of the owner's class with a new forward.
-
-The subclass is made once for every (original class, code), so that equal blocks share one class and one compiled region.
-"""
+"""Python code from rewritten graphs: a function for every variant and mode, and a dispatcher over them."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-import itertools
-import linecache
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .calls import Argument, Call, Constant, Items
-from .errors import PlanError, SurgeryError
-from .tracer import fingerprint
-
-_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
-_serial = itertools.count()
+from .errors import SurgeryError
+from .subclass import Code, Rewriter, original_class, subclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +37,6 @@ class Method:
 Watched = Mapping[tuple[str, str], Any]
 
 
-Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
-
-
 def generated_class(
     original: type[nn.Module],
     methods: Mapping[str, Method],
@@ -67,36 +53,7 @@ def generated_class(
     scope: dict[str, Any] = {}
     sources = [_source(name, method, watched, scope) for name, method in methods.items()]
     held = {name: method.held for name, method in methods.items()}
-    return class_of_source(original, held, "\n\n".join(sources), scope, flags, rewriter)
-
-
-def class_of_source(
-    original: type[nn.Module],
-    methods: Mapping[str, bool],
-    source: str,
-    scope: Mapping[str, Any],
-    flags: Mapping[str, object],
-    rewriter: Rewriter,
-) -> type[nn.Module]:
-    """A subclass whose `methods` are the functions of those names in the text, where the names of `scope` are known.
-
-    `methods` says of each whether the module holds it as an attribute.
-    """
-    objects = tuple(sorted((name, id(value)) for name, value in scope.items()))
-    key = (original, source, objects, tuple(methods.items()), tuple(sorted(flags.items(), key=str)))
-    if key not in _classes:
-        _classes[key] = _new_class(original, methods, source, scope, flags, rewriter)
-    return _classes[key]
-
-
-def is_extended_owner(module: nn.Module) -> bool:
-    """Whether the module's class is one that insertion generated."""
-    return "_bypass_original" in type(module).__dict__
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before the insertion."""
-    return cast(type[nn.Module], type(module).__dict__["_bypass_original"])
+    return subclass(original, Code(held, "\n\n".join(sources), scope, rewriter, flags))
 
 
 def _source(name: str, rewritten: Method, watched: Watched, scope: dict[str, Any]) -> str:
@@ -250,93 +207,3 @@ def _passed(call: Call) -> list[str]:
     if call.stars is not None:
         passed += [f"{call.stars[0]}[{key!r}]" for key, item in call.stars[1] if not isinstance(item, Constant)]
     return passed
-
-
-def _new_class(
-    original: type[nn.Module],
-    methods: Mapping[str, bool],
-    source: str,
-    scope: Mapping[str, Any],
-    flags: Mapping[str, object],
-    rewriter: Rewriter,
-) -> type[nn.Module]:
-    filename = f"<bypass_fx {original.__qualname__} {next(_serial)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace = dict(scope)
-    exec(compile(source, filename, "exec"), namespace)
-    body: dict[str, Any] = {
-        "__module__": original.__module__,
-        "__doc__": original.__doc__,
-        "__getstate__": _refuse_pickling,
-        "__copy__": _refuse_copying,
-        "_bypass_original": original,
-        "_bypass_rewriter": staticmethod(rewriter),
-    }
-    for name, held in methods.items():
-        namespace[name].__doc__ = getattr(getattr(original, name, None), "__doc__", None)
-        body[name] = _before_the_instance(namespace[name]) if held else namespace[name]
-    if flags:
-        body["__setattr__"] = _guarding(original, flags)
-    if not hasattr(original, "__deepcopy__"):
-        body["__deepcopy__"] = _deepcopy
-    try:
-        with _unannounced(original):
-            return type(f"Bypass{original.__name__}", (original,), body)
-    except TypeError as error:
-        raise PlanError(f"{original.__name__} can't be subclassed ({error}); leave it out with select") from error
-
-
-@contextmanager
-def _unannounced(cls: type[nn.Module]) -> Iterator[None]:
-    """Keep the news of a subclass from the class's `__init_subclass__`, which may want arguments or keep a register."""
-    if not any("__init_subclass__" in base.__dict__ for base in cls.__mro__[:-1]):
-        yield
-        return
-    own = cls.__dict__.get("__init_subclass__")
-    cls.__init_subclass__ = classmethod(lambda cls, **kwargs: None)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del cls.__init_subclass__
-        else:
-            cls.__init_subclass__ = own  # type: ignore[method-assign]
-
-
-def _before_the_instance(method: Callable[..., Any]) -> property:
-    """The method as an attribute that goes before the one that the instance holds: the instance stays as it is."""
-    return property(lambda self: MethodType(method, self))
-
-
-def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callable[[nn.Module, str, Any], None]:
-    """A `__setattr__` that refuses what the generated code would not follow."""
-
-    def guarded(self: nn.Module, name: str, value: Any) -> None:
-        if name in flags and fingerprint(value) != flags[name]:
-            raise SurgeryError(
-                f"the forward of this {original.__name__} was rewritten for the present value of `{name}`: "
-                "contract the model, set it, and extend again"
-            )
-        original.__setattr__(self, name, value)
-
-    return guarded
-
-
-def _refuse_pickling(module: nn.Module) -> None:
-    raise SurgeryError(
-        f"an extended {original_class(module).__name__} can't be pickled: save its state_dict(), or contract it first"
-    )
-
-
-def _refuse_copying(module: nn.Module) -> None:
-    raise SurgeryError(
-        f"a shallow copy of an extended {original_class(module).__name__} would share its δ and lose them with it: "
-        "use copy.deepcopy, or contract it first"
-    )
-
-
-def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    replica = module.__new__(type(module))
-    memo[id(module)] = replica
-    replica.__dict__ = copy.deepcopy(module.__dict__, memo)
-    return replica

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from .activations import works_in_place
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
-from .generate import is_extended_owner, original_class
 from .link import Linked
 from .matrices import tensor_named
 from .multihead import is_multihead_site
 from .plan import Plan, Site
 from .rewrite import Psi
+from .subclass import is_extended_owner, original_class
 from .units import Spot, Unit
 
 

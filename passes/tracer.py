@@ -8,7 +8,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,8 +18,9 @@ from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
 from .foreign import calls_become
 from .outside import Kept
-from .recording import FACTORIES, Recorder, asked_by_a_forward
-from .source import reached, says_something
+from .recording import FACTORIES, Recorder
+from .source import reached
+from .traced import StoredTensor, TracedAttribute, TracedValue
 
 Read = tuple[str, str, Any]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -33,113 +34,6 @@ class Names(Protocol):
 
     def tensor(self, owner: str, tensor: Tensor) -> str | None:
         """The path of a parameter or buffer."""
-
-
-class Traced(fx.Proxy):
-    """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if asked_by_a_forward():
-            self.refuse(f"sets the attribute `{name}` of a traced value")
-        super().__setattr__(name, value)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __getattr__(self, k: str) -> Any:
-        return TracedAttribute(self, k)
-
-    def refuse(self, reason: str) -> NoReturn:
-        """End the trace."""
-        cast("OwnerTracer", self.tracer).refuse(f"its forward {reason}, which a graph can't hold")
-
-
-def _refusing(name: str, what: str) -> Callable[..., Any]:
-    original = getattr(fx.Proxy, name, None)
-
-    def answer(self: Any, *args: Any) -> Any:
-        if original is not None and not asked_by_a_forward():
-            return original(self, *args)
-        return self.refuse(what)
-
-    return answer
-
-
-for _names, _what in {
-    ("__hash__",): "uses a traced value as a key",
-    ("__int__", "__float__", "__complex__", "__index__", "__array__", "__len__"): "needs the number that a value holds",
-    ("__copy__", "__deepcopy__"): "copies a traced value as an object",
-}.items():
-    for _name in _names:
-        setattr(Traced, _name, _refusing(_name, _what))
-
-
-def _text(self: Any, *form: Any) -> str:
-    if asked_by_a_forward() and not says_something(sys._getframe(1)):
-        self.refuse("makes a text of a traced value")
-    return f"<{self.node}>"
-
-
-for _name in ("__str__", "__repr__", "__format__"):
-    setattr(Traced, _name, _text)
-
-
-def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    """`x += y` overwrites x; fx.Proxy itself would fall back to `x = x + y`."""
-    operation = getattr(operator, name)
-
-    def assign(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    return assign
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(Traced, f"__{_name}__", _augmented(_name))
-
-
-class TracedAttribute(Traced, fx.proxy.Attribute):
-    """`x.shape`, `x.dtype`, `x.view`: a traced value, or a method about to be called."""
-
-
-class TracedValue(Traced):
-    """A traced value."""
-
-    def __getattr__(self, k: str) -> Any:
-        tracer: Any = self.tracer
-        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
-            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
-        return super().__getattr__(k)
-
-
-class StoredTensor(Traced):
-    """A parameter or buffer: a traced value whose shape is known; that it was asked for is noted."""
-
-    def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
-        super().__init__(node, tracer)
-        self.stored = tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        tracer: Any = self.tracer
-        tracer.asked_for_shape(str(self.node.target), self.stored)
-        return self.stored.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
 
 class OwnerTracer(fx.Tracer):

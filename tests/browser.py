@@ -70,7 +70,7 @@ class Page:
 
     def complaints(self) -> list[Any]:
         """What the browser's console holds."""
-        return list(self.driver.get_log("browser"))
+        return list(self.driver.get_log("browser"))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

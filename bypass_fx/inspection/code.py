@@ -14,10 +14,10 @@ from torch import nn
 from bypass_fx.activation import psi
 from bypass_fx.extension import root_of
 from bypass_fx.passes.folding import fold_names
-from bypass_fx.passes.generate import is_extended_owner, original_class
 from bypass_fx.passes.insert import prepare
 from bypass_fx.passes.link import Linked
 from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.subclass import is_extended_owner, original_class
 
 
 @dataclass(frozen=True, slots=True)
