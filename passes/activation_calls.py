@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,6 +27,7 @@ class Calls:
     def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
         self.linked, self.example_inputs = linked, example_inputs
         self.origins = Provenance(linked)
+        self.paths: dict[Hashable, Any] = {}  # of attention's values, by what equal owners have in common
 
     def all(self) -> Iterator[tuple[str, Spot, str]]:
         """(site name, spot, activation) of every call, in the order in which the model defines its modules."""

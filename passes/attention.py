@@ -19,13 +19,13 @@ from .activations import activation_input
 from .affine import Found, affine_at
 from .calls import Constant
 from .channels import Channels
-from .flow import Flow, UnknownError, broadcast_shapes, numbered, takes_shape
+from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .link import Linked
 from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
-from .units import Spot
+from .units import Spot, likeness
 from .wires import modes_agree
 
 # The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.
@@ -45,6 +45,7 @@ class Path:
         rows: the output of W that each channel is.
         view: the shape of the channels against the last axes of V.
         second: A, and `use`, the spot that applies it.
+        within: whether the owner's graph alone decides it, so that equal owners have equal paths.
     """
 
     rows: tuple[int, ...]
@@ -52,6 +53,7 @@ class Path:
     second: Found
     use: Spot
     noisy: bool
+    within: bool
 
 
 def value_path(calls: Calls, spot: Spot) -> Match | Reason:
@@ -78,7 +80,7 @@ def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     if isinstance(first, Reason):
         return first
     at, w = first
-    path = _agreed(calls, spot, at, w)
+    path = _path(calls, spot, at, w)
     if isinstance(path, Reason):
         return path
     a, width, part = path.second, len(path.rows), _ranges(path.rows)
@@ -124,12 +126,31 @@ def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
     return Reason("no affine map makes its values")
 
 
-def _agreed(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
+def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
+    """The path, found once for all owners with one graph and children of the same kinds and sizes."""
+    linked, unit = calls.linked, spot.unit
+    origin = origin_of(linked, calls.origins, Spot(at.unit, w.value)) if w.value is not None else None
+    owner = linked.modules[unit.path]
+    parts = (owner, *map(owner.get_submodule, linked.graphs[unit].children))
+    key = spot.node, w.axis, origin is None or origin.channels is None, *map(likeness, parts)
+    known = calls.paths.get(key)
+    if isinstance(known, Path):
+        use = Spot(unit, known.use.node)
+        second = affine_at(linked, use)
+        assert second is not None, "the owner is like the one in which A was found"
+        return replace(known, second=second, use=use)
+    found = _agreed(linked, origin, spot, at, w)
+    if isinstance(found, Path) and found.within and at.unit == found.use.unit == unit:
+        calls.paths[key] = found
+    return found
+
+
+def _agreed(linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Found) -> Path | Reason:
     """The path as two runs on inputs of different sizes show it; further axes are tried where it does not run on them."""
     reason = ""
     for sizes in _POSITIONS.get(w.axis, ()):
         try:
-            one, two = (_run(calls, spot, at, w, positions) for positions in sizes)
+            one, two = (_run(linked, origin, spot, at, w, positions) for positions in sizes)
         except UnknownError as error:
             reason = reason or str(error)
             continue
@@ -138,9 +159,10 @@ def _agreed(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
     return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
-def _run(calls: Calls, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...]) -> Path | Reason:
-    linked = calls.linked
-    flow = Flow(linked, calls.origins, at, w, positions, spot.unit)
+def _run(
+    linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...]
+) -> Path | Reason:
+    flow = Flow(linked, origin, at, w, positions, spot.unit)
     value = activation_input(spot.node)
     assert value is not None, "W was found behind it"
     v = flow.tensor(Spot(spot.unit, value))
@@ -170,17 +192,16 @@ def _read_by(flow: Flow, v: Tensor, w: Found, a: Found, use: Spot) -> Path | Rea
     if read.shape[a.axis] != a.inputs:
         return Reason(f"A ({a.affine}) reads {a.inputs} channels, attention makes {read.shape[a.axis]}")
     by_position = read.movedim(a.axis, -1).reshape(-1, a.inputs)
-    made = torch.unravel_index(v.flatten()[by_position], flow.made)
-    rows = made[w.axis]
-    others = [index for axis, index in enumerate(made) if axis != w.axis % len(flow.made)]
-    if not all((index == index[:, :1]).all() for index in others) or not (rows == rows[:1]).all():
+    made = v.flatten()[by_position]
+    rows, positions = made % w.outputs, made // w.outputs
+    if not torch.equal(positions, positions[:, :1].expand_as(made)) or not torch.equal(rows, rows[:1].expand_as(made)):
         return Reason(f"A ({a.affine}) reads the values of several positions at once")
     column = torch.full((v.numel(),), -1, device="cpu")
     column[by_position] = torch.arange(a.inputs, device="cpu").expand_as(by_position)
     view = _view(column.view(v.shape))
     if view is None:
         return Reason(f"A ({a.affine}) reads the heads in another order than they stand in")
-    return Path(tuple(rows[0].tolist()), view, a, use, flow.noisy)
+    return Path(tuple(rows[0].tolist()), view, a, use, flow.noisy, flow.within)
 
 
 def _view(column: Tensor) -> tuple[int, ...] | None:
@@ -208,6 +229,8 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
         here = todo.pop()
         if flow.overwritten(here, here.node):
             return Reason("its result is overwritten in place")
+        if here.unit != spot.unit or any(user.op == "output" for user in here.node.users):
+            flow.within = False  # who calls the owner has a say
         for use in linked.uses(here):
             if use is None:
                 return Reason("its result leaves the code that can be seen")

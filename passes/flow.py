@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from .activations import call_activation, module_activation
 from .affine import Found, affine_at
-from .channels import Provenance
+from .channels import Channels, Provenance
 from .link import Linked
 from .matrices import tensor_named
 from .units import Spot, Unit
@@ -59,56 +59,78 @@ class UnknownError(Exception):
     """The graphs do not tell this value's shape, or do more to the elements than to move them."""
 
 
+class Origin(NamedTuple):
+    """Where W's input comes from: the values of one shape back from it, and the one that the last of them is a reshape of."""
+
+    same: list[Spot]
+    root: Spot
+    channels: Channels | None  # of the root, where it is another value and they are known
+    entry: fx.Node  # where these values enter the graph that reads them
+
+
+def origin_of(linked: Linked, origins: Provenance, read: Spot) -> Origin:
+    """Where the value at a spot comes from."""
+
+    def keeps(spot: Spot) -> bool:
+        return _keeps_shape(spot.node, linked.module(spot))
+
+    same = _back(linked, read, keeps)
+    root = _back(linked, same[-1], lambda spot: _moves(spot.node))[-1]
+    entry = read.node
+    while entry.all_input_nodes and keeps(Spot(read.unit, entry)):
+        entry = entry.all_input_nodes[0]
+    return Origin(same, root, origins.value(root) if root != same[-1] else None, entry)
+
+
+def _back(linked: Linked, spot: Spot, passes: Callable[[Spot], bool]) -> list[Spot]:
+    """The spots from here back to the first that does not pass its first input on."""
+    found = [linked.source(spot)]
+    while len(found) < CALLS and passes(found[-1]) and (inputs := found[-1].node.all_input_nodes):
+        found.append(linked.source(Spot(found[-1].unit, inputs[0])))
+    return found
+
+
 class Flow:
     """One run of the calls behind W, on an input of a few positions.
 
     Attributes:
         made: the shape of W's output.
         noisy: whether a dropout that is active in training mode stood on the way.
+        within: whether all that was asked for is computed in the home unit, from what W's input enters it by.
     """
 
     def __init__(
-        self, linked: Linked, origins: Provenance, first: Spot, found: Found, positions: tuple[int, ...], home: Unit
+        self, linked: Linked, origin: Origin | None, first: Spot, found: Found, positions: tuple[int, ...], home: Unit
     ) -> None:
-        self.linked, self.noisy, self.home = linked, False, home
+        self.linked, self.noisy, self.home, self.within = linked, False, home, True
+        self.entry = origin.entry if origin is not None else None
         self.known: dict[Spot, Any] = {}
         self.budget = CALLS
         read = _shape(positions, found.axis, found.inputs)
-        if found.value is not None:
-            read = self._assume(origins, Spot(first.unit, found.value), read, positions)
+        if origin is not None:
+            read = self._assume(origin, read, positions)
         made = list(read)
         made[found.axis] = found.outputs
         self.made = tuple(made)
-        self.known[first] = numbered(self.made)
+        self.known[first] = numbered(self.made, found.axis)
 
-    def _assume(
-        self, origins: Provenance, read: Spot, shape: tuple[int, ...], positions: tuple[int, ...]
-    ) -> tuple[int, ...]:
+    def _assume(self, origin: Origin, shape: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:
         """Give shapes to W's input and to the values that it comes from; the shape of W's input is returned.
 
         A value that W's input is a reshape of, as a map of features is of tokens, has the axes that its channels tell.
         """
-        same = self._back(read, lambda spot: _keeps_shape(spot.node, self.linked.module(spot)))
-        here = same[-1]
-        root = self._back(here, lambda spot: _moves(spot.node))[-1]
-        known = origins.value(root) if root != here else None
+        known = origin.channels
         if known is not None:
+            self.within = False
             axis = known.axis - (len(positions) + 1) * (known.axis > 0)  # a BatchNorm's is counted from the front
             if -1 - len(positions) <= axis:
-                self.known[root] = torch.empty(_shape(positions, axis, known.width), device="meta")
+                self.known[origin.root] = torch.empty(_shape(positions, axis, known.width), device="meta")
             try:
-                return tuple(self.tensor(here).shape)
+                return tuple(self.tensor(origin.same[-1]).shape)
             except UnknownError:
                 self.known.clear()
-        self.known |= dict.fromkeys(same, torch.empty(shape, device="meta"))
+        self.known |= dict.fromkeys(origin.same, torch.empty(shape, device="meta"))
         return shape
-
-    def _back(self, spot: Spot, passes: Callable[[Spot], bool]) -> list[Spot]:
-        """The spots from here back to the first that does not pass its first input on."""
-        found = [self.linked.source(spot)]
-        while len(found) < CALLS and passes(found[-1]) and (inputs := found[-1].node.all_input_nodes):
-            found.append(self.linked.source(Spot(found[-1].unit, inputs[0])))
-        return found
 
     def value(self, spot: Spot) -> Any:
         """The value at a spot: a numbered tensor, a tensor without data, or a size.
@@ -117,6 +139,8 @@ class Flow:
             UnknownError: it is not known.
         """
         here = self.linked.source(spot)
+        inside = here.unit == self.home and here.node.op != "placeholder"
+        self.within = self.within and (inside or spot.node is self.entry)
         if here in self.known:
             return self.known[here]
         if not self.budget:
@@ -244,9 +268,11 @@ def _shape(positions: tuple[int, ...], axis: int, channels: int) -> tuple[int, .
     return (*positions[:before], channels, *positions[before:])
 
 
-def numbered(shape: tuple[int, ...]) -> Tensor:
-    """A tensor whose elements are their own numbers."""
-    return torch.arange(torch.Size(shape).numel(), device="cpu").view(shape)
+def numbered(shape: tuple[int, ...], axis: int = -1) -> Tensor:
+    """A tensor whose elements are their own numbers, counted along an axis first."""
+    *positions, channels = (*shape[:axis], *shape[axis % len(shape) + 1 :], shape[axis])
+    numbers = torch.arange(torch.Size(shape).numel(), device="cpu").view(*positions, channels)
+    return numbers.movedim(-1, axis)
 
 
 def _keeps_shape(node: fx.Node, module: nn.Module | None) -> bool:

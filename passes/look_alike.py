@@ -76,7 +76,7 @@ def _convolves(module: _ConvNd, drawn: Mapping[str, Tensor], x: Tensor, found: T
         max(0, (made - 1) * step + far - size)
         for made, step, far, size in zip(found.shape[2:], module.stride, reach, x.shape[2:], strict=True)
     ]
-    for before in product(*(range(total + 1) for total in needed)):
+    for before in product(*map(_from_the_middle, needed)):
         sides = [(first, total - first) for first, total in zip(before, needed, strict=True)]
         padded = nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
         bias = drawn.get("bias")
@@ -89,13 +89,18 @@ def _convolves(module: _ConvNd, drawn: Mapping[str, Tensor], x: Tensor, found: T
     return False
 
 
+def _from_the_middle(total: int) -> list[int]:
+    """0 to total, the likelier ways to halve it first."""
+    return sorted(range(total + 1), key=lambda first: abs(2 * first - total))
+
+
 def _probes(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     """A copy of the module in training mode, then in eval mode, and the weights drawn for it."""
     generator = torch.Generator("cpu").manual_seed(0)
     probe = module.__new__(type(module))
     probe.__dict__ = dict(module.__dict__)
     drawn = {
-        name: nn.Parameter(torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu"))
+        name: nn.Parameter(torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32).double())
         for name, parameter in module._parameters.items()
         if parameter is not None
     }

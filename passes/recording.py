@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ class Recorder:
         self.listener: Listener | None = None
         self.thread = threading.get_ident()
         self.depth = 0
+        self._dice: Any = None
 
     def active(self) -> Listener | None:
         """The listener, where this thread is the one that traces."""
@@ -64,7 +66,7 @@ class Recorder:
         if self.depth:
             yield
             return
-        self.depth, self.thread = 1, threading.get_ident()
+        self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
         try:
             with _on_modules(self), _on_switches(self), _on_factories(self), _on_isinstance(self):
                 yield
@@ -81,6 +83,18 @@ class Recorder:
             finally:
                 self.listener = None
 
+    def dice_rolled(self) -> bool:
+        """Whether random numbers were drawn since this was asked last, or since the hooks are in place."""
+        before, self._dice = self._dice, _dice()
+        return bool(before != self._dice)
+
+
+def _dice() -> Any:
+    """The state of every generator that a forward may draw from."""
+    numpy = sys.modules.get("numpy")
+    _, keys, position, *_ = numpy.random.get_state() if numpy is not None else ("", b"", 0)
+    return random.getstate(), bytes(keys), position, torch.get_rng_state().numpy().tobytes()
+
 
 _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
 
@@ -89,13 +103,16 @@ _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
 def _on_modules(recorder: Recorder) -> Iterator[None]:
     """Reads, calls and writes of torch.nn.Module."""
     original_getattr, original_setattr, original_call = nn.Module.__getattr__, nn.Module.__setattr__, nn.Module.__call__
+    plainly, of_every_module = object.__getattribute__, _OF_EVERY_MODULE  # asked at every read of any module
 
     def reading(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        listener = recorder.active()
-        if listener is None or name in _OF_EVERY_MODULE:
+        value = plainly(module, name)
+        if recorder.listener is None or name in of_every_module:
             return value
-        if name not in object.__getattribute__(module, "__dict__"):
+        listener = recorder.active()
+        if listener is None:
+            return value
+        if name not in plainly(module, "__dict__"):
             listener.read_inherited(module, name, value)
             return value
         return listener.read(module, name, value)
@@ -208,12 +225,12 @@ def _on_factories(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _on_isinstance(recorder: Recorder) -> Iterator[None]:
-    original = builtins.isinstance
+    original, traced = builtins.isinstance, fx.Proxy  # asked all the time, and seldom of a traced value
 
     def asking(value: Any, classes: Any) -> bool:
-        listener = recorder.active()
-        if listener is not None and original(value, fx.Proxy) and asked_by_a_forward():
-            answer = listener.is_instance(value, classes)
+        if original(value, traced):
+            listener = recorder.active()
+            answer = listener.is_instance(value, classes) if listener and asked_by_a_forward() else None
             if answer is not None:
                 return answer
         return original(value, classes)

@@ -1,4 +1,4 @@
-"""Channels from example inputs: where provenance does not settle them, one run on fake tensors tells the shapes."""
+"""Channels from example inputs: where provenance does not settle them, one run without values tells the shapes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from .units import ExampleInputs, Spot, Unit
 
 
 class Run:
-    """What a run of the model on fake copies of the inputs told; nothing is computed, and no memory is used.
+    """What a run of the model on copies of the inputs without values told; nothing is computed, and no memory is used.
 
-    A model that asks for values, which fakes do not have, is run once more on the inputs themselves.
+    It is tried on the meta device, then, since a model may mix in tensors of its own, on fakes, and where the model asks
+    for values, which neither have, on the inputs themselves.
 
     Attributes:
         channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
@@ -38,32 +39,37 @@ class Run:
         wanted: dict[Unit, list[Spot]] = {}
         for spot in spots:
             wanted.setdefault(spot.unit, []).append(spot)
-        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
-
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with _values_kept(linked.model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            self._run(linked, wanted, *tree_map_only(Tensor, fake.from_tensor, (args, kwargs)))
-        if self.failure and all(spot in self.channels for spot in spots):
-            self.failure = ""
-        if self.failure and not _has_fakes(
-            linked.model, (args, kwargs)
-        ):  # it asked for values, which fakes do not have
-            self.failure = ""
-            with _values_kept(linked.model):
-                self._run(linked, wanted, *tree_map_only(Tensor, torch.clone, (args, kwargs)))
+        ways: list[Way] = [_on_meta, _on_fakes]
+        if not _has_fakes(linked.model, (args, kwargs)):  # else a run on values is out of the question
+            ways.append(_on_values)
+        for way in ways:
+            self.failure = self._run(linked, wanted, way, args, kwargs)
+            known = {spot for spot, channels in self.channels.items() if channels.width}
+            if not self.failure or known.issuperset(itertools.chain(*wanted.values())):
+                self.failure = ""
+                break
 
     def _run(
-        self, linked: Linked, wanted: Mapping[Unit, list[Spot]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        with _left_as_it_was(linked.model), torch.no_grad():
+        self,
+        linked: Linked,
+        wanted: Mapping[Unit, list[Spot]],
+        way: Way,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> str:
+        """Note the channels that a run tells; the answer is why it ended early."""
+        self.channels = {}
+        with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
             undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
-                linked.model.eval()(*args, **kwargs)
+                way(linked.model.eval(), args, kwargs)
             except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
-                self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             finally:
                 for put_back in reversed(undo):
                     put_back()
+        return ""
 
     def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> Callable[[], None]:
         """See the arguments of every call of a unit; the answer ends that."""
@@ -143,16 +149,41 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         kept.put_back()
 
 
+Way = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object]
+
+
+def _on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the model on the meta device."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (own, args, kwargs))
+    torch.func.functional_call(model, tensors, args, kwargs)
+
+
+def _on_fakes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the model on fake inputs, which take the tensors of a model as they are."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
+    with _buffers_kept(model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
+        model(*args, **kwargs)
+
+
+def _on_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the model on copies of the inputs."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    with _buffers_kept(model):
+        model(*args, **kwargs)
+
+
 @contextmanager
-def _values_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of the buffers and the random numbers back that a run changes: one on fakes may change them too."""
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the values of the buffers back that a run changes: one on fakes may change them too."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            yield
-        finally:
-            for buffer, value in before:
-                buffer.copy_(value)
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _has_fakes(model: nn.Module, inputs: Any) -> bool:

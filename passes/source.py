@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property, partial
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -66,13 +66,11 @@ def activations_in(value: Any) -> list[str]:
     return [known] if known else []
 
 
-def trap(function: Callable[..., Any], cls: type[nn.Module]) -> str | None:
-    """Why running a method on traced values would not show what it does; None where nothing stands against it."""
+def trap(function: Callable[..., Any], functions: Iterable[FunctionType]) -> str | None:
+    """Why running a method, and the functions it reaches, on traced values would not show what it does; None if it would."""
     if any(map(_enters_a_context, codes(function))):
         return "its forward enters a `with` block, which a graph can't hold"
-    return next(
-        (why for each in reached(function, cls) for code in _nested(each.__code__) if (why := _trap(code))), None
-    )
+    return next((why for each in functions for code in _nested(each.__code__) if (why := _trap(code))), None)
 
 
 @cache
@@ -98,6 +96,18 @@ def _trap(code: CodeType) -> str | None:
     if asks_type & compares:
         return f"`{code.co_name}` compares the exact type of a value, which a traced value does not have"
     return None
+
+
+def unpacked_into(frame: FrameType) -> int | None:
+    """Into how many names the frame unpacks a value now (`a, b = x`); None where it does something else with it."""
+    return _unpackings(frame.f_code).get(frame.f_lasti)
+
+
+@cache
+def _unpackings(code: CodeType) -> dict[int, int]:
+    """How many names each unpacking fills, by its place in the bytecode."""
+    found = (each for each in dis.get_instructions(code) if each.opname == "UNPACK_SEQUENCE")
+    return {each.offset: int(each.argval) for each in found}
 
 
 def says_something(frame: FrameType) -> bool:

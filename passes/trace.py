@@ -21,7 +21,7 @@ from .callables import Function, function_of, is_callable_attribute, signature_o
 from .calls import Call, default_call
 from .errors import UntraceableError
 from .recording import Recorder
-from .source import activations_in, activations_named, codes, trap
+from .source import activations_in, activations_named, codes, reached, trap
 from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
 
 
@@ -130,6 +130,8 @@ class Tracing:
         self._recorder = Recorder()
         self._graphs: dict[tuple[Any, ...], list[OwnerGraph]] = {}
         self._failures: dict[tuple[Any, ...], list[tuple[tuple[Read, ...], str]]] = {}
+        self._of_classes: dict[tuple[type[nn.Module], str], Function] = {}
+        self._walked: dict[tuple[Function, type[nn.Module]], tuple[list[FunctionType], str | None]] = {}
 
     def session(self) -> AbstractContextManager[None]:
         """Keep the hooks that tracing needs in place: many traces in one session are faster."""
@@ -138,7 +140,16 @@ class Tracing:
     def signature(self, path: str, method: str = "forward") -> inspect.Signature | None:
         """The signature of a module's method, `self` included; None where it is not plain Python code."""
         module = self.modules[path]
-        return None if isinstance(module, torch.jit.ScriptModule) else signature_of(function_of(module, method))
+        return None if isinstance(module, torch.jit.ScriptModule) else signature_of(self._function(module, method))
+
+    def _function(self, module: nn.Module, name: str) -> Function:
+        """What a call of `module.name` runs; what a class says of it is looked up once."""
+        if name in module.__dict__:
+            return function_of(module, name)
+        key = type(module), name
+        if key not in self._of_classes:
+            self._of_classes[key] = function_of(module, name)
+        return self._of_classes[key]
 
     def trace(self, path: str, call: Call | None = None, method: str = "forward") -> OwnerGraph:
         """The graph of a method of the module at `path`, called as `call` says (as its defaults say, if None).
@@ -152,7 +163,7 @@ class Tracing:
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
         key = (type(module), method, call.key(), fingerprint(module.__dict__.get(method)))
-        for known in self._graphs.get(key, ()):
+        for known in reversed(self._graphs.get(key, ())):  # equal blocks follow each other
             if self._read_same(module, known.reads) and self._resolves(path, known):
                 return known
         for reads, reason in self._failures.get(key, ()):
@@ -160,12 +171,20 @@ class Tracing:
                 raise UntraceableError(f"{where}: {reason}")
         tracer = OwnerTracer(self.names, self._recorder, path, module)
         try:
-            traced = self._trace(tracer, function_of(module, method), signature, call)
+            traced = self._trace(tracer, self._function(module, method), signature, call)
         except UntraceableError as error:
             self._failures.setdefault(key, []).append((tuple(tracer.reads), str(error)))
             raise UntraceableError(f"{where}: {error}") from error
         self._graphs.setdefault(key, []).append(traced)
         return traced
+
+    def _walk(self, function: Function, cls: type[nn.Module]) -> tuple[list[FunctionType], str | None]:
+        """The functions that a method may run, and why it can't be traced (None where it can): looked up once."""
+        key = function, cls
+        if key not in self._walked:
+            functions = reached(function, cls)
+            self._walked[key] = functions, trap(function, functions)
+        return self._walked[key]
 
     def methods(self, path: str) -> list[str]:
         """The methods that a module's forward calls, at any depth, of classes below torch.nn.Module."""
@@ -206,10 +225,10 @@ class Tracing:
 
     def _trace(self, tracer: OwnerTracer, forward: Function, signature: inspect.Signature, call: Call) -> OwnerGraph:
         module = tracer.root
-        why = trap(forward, type(module))
+        functions, why = self._walk(forward, type(module))
         if why is not None:
             raise UntraceableError(why)
-        graph = tracer.run(forward, signature, call)
+        graph = tracer.run(forward, functions, signature, call)
         asked = {where for where, name, _ in tracer.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
@@ -221,7 +240,7 @@ class Tracing:
         for each in modules:
             each.__dict__["training"] = not now
         try:
-            other = again.run(forward, signature, call)
+            other = again.run(forward, functions, signature, call)
         finally:
             for each in modules:
                 each.__dict__["training"] = now
@@ -248,7 +267,13 @@ class Tracing:
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:
-    return module.get_submodule(path) if path else module
+    """The module at a path below another; as get_submodule, but past what modules do when attributes are read."""
+    for step in path.split(".") if path else ():
+        child = module._modules.get(step)
+        if child is None:
+            raise AttributeError(f"{type(module).__name__} has no module {step!r}")
+        module = child
+    return module
 
 
 def _fits(found: tuple[Any, ...], noted: tuple[Any, ...]) -> bool:
@@ -258,8 +283,8 @@ def _fits(found: tuple[Any, ...], noted: tuple[Any, ...]) -> bool:
 
 def _look(module: nn.Module, name: str) -> tuple[Any, ...]:
     """The fingerprint that a read of the attribute would leave now."""
-    registered = (module._parameters, module._buffers, module._modules)
-    if name in module.__dict__ or any(name in names for names in registered):
+    own = module.__dict__
+    if name in own or any(name in own[names] for names in ("_parameters", "_buffers", "_modules")):
         return fingerprint(getattr(module, name))
     if hasattr(type(module), name):
         return inherited(getattr(type(module), name))

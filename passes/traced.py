@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx
 
 from .recording import asked_by_a_forward
-from .source import says_something
+from .source import says_something, unpacked_into
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
@@ -30,6 +30,11 @@ class Traced(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         return TracedAttribute(self, k)
+
+    def __iter__(self) -> Iterator[Any]:
+        value: Any = self
+        names = unpacked_into(sys._getframe(1))
+        return self.tracer.iter(self) if names is None else (value[index] for index in range(names))
 
     def refuse(self, reason: str) -> NoReturn:
         """End the trace."""

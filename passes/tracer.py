@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -19,8 +18,7 @@ from .errors import UntraceableError
 from .foreign import calls_become
 from .outside import Kept
 from .recording import FACTORIES, Recorder
-from .source import reached
-from .traced import StoredTensor, TracedAttribute, TracedValue
+from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
 Read = tuple[str, str, Any]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -56,14 +54,14 @@ class OwnerTracer(fx.Tracer):
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.graph = fx.Graph()
 
-    def run(self, method: Callable[..., Any], signature: inspect.Signature, call: Call) -> fx.Graph:
-        """The graph of the method, called as `call` says.
+    def run(
+        self, method: Callable[..., Any], functions: list[FunctionType], signature: inspect.Signature, call: Call
+    ) -> fx.Graph:
+        """The graph of the method, which may run these functions, called as `call` says.
 
         Raises:
             UntraceableError: it can't be written down as a graph.
         """
-        dice = _dice()
-        functions = reached(method, type(self.root))
         for function in functions:
             self.kept.keep_surroundings(function)
         self.kept.keep(self.root)
@@ -84,6 +82,7 @@ class OwnerTracer(fx.Tracer):
             raise UntraceableError(f"its forward does not trace ({type(error).__name__}: {text})") from error
         finally:
             changed = self.kept.put_back()
+            drew = self.recorder.dice_rolled()
         if self.refused:
             raise UntraceableError(f"{self.refused}; its forward goes on where that fails")
         for thing, new in changed:
@@ -93,7 +92,7 @@ class OwnerTracer(fx.Tracer):
             raise UntraceableError("its forward changes a list that it is given")
         for held, copied in self.handed.values():
             self.check_unchanged(held, copied)
-        if _dice() != dice:
+        if drew:
             raise UntraceableError(
                 "its forward draws random numbers that a graph can't hold (Python's, NumPy's or torch's)"
             )
@@ -166,6 +165,10 @@ class OwnerTracer(fx.Tracer):
         return issubclass(self.containers[value.node], classes)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Traced):  # nearly all arguments are these or plain numbers, and fx asks much before it finds out
+            return a.node
+        if type(a) in PLAIN:
+            return a
         if isinstance(a, Tensor):
             return self.tensor(a).node
         if type(a) is OrderedDict:
@@ -235,14 +238,11 @@ class OwnerTracer(fx.Tracer):
         self.refuse("its forward branches on a traced value: control flow, which a graph can't hold")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value: Any = obj
         parts = _parts(obj.node)
-        if parts is not None:
-            value: Any = obj
-            return (value[index] for index in range(parts))
-        try:
-            return super().iter(obj)
-        except fx.proxy.TraceError:
+        if parts is None:
             self.refuse("its forward runs over the items of a traced value")
+        return (value[index] for index in range(parts))
 
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""
@@ -269,13 +269,6 @@ def _parts(node: fx.Node) -> int | None:
     if isinstance(how, list | tuple):
         return len(how) + ("tensor_split" in str(node.target))
     return how if isinstance(how, int) and "chunk" in str(node.target) else None
-
-
-def _dice() -> Any:
-    """The state of every generator that a forward may draw from."""
-    numpy = sys.modules.get("numpy")
-    _, keys, position, *_ = numpy.random.get_state() if numpy is not None else ("", b"", 0)
-    return random.getstate(), bytes(keys), position, torch.get_rng_state().numpy().tobytes()
 
 
 def _from_parameters(node: fx.Node) -> bool:

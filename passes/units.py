@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ class Units:
         self.failures: dict[str, UntraceableError] = {}
         self._calls: dict[tuple[str, str], Unit] = {}
         self._callees: dict[Spot, Unit] = {}
+        self._children: dict[tuple[str, str], str] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
         self._convolutions: dict[tuple[type, str], bool] = {}
@@ -136,7 +137,8 @@ class Units:
                     child = self.child(unit, node)
                     spot = Spot(unit, node)
                     self.callers.setdefault(child, []).append(spot)
-                    callee = self._enter(child, self._call_of(child, node))
+                    leaf = _is_leaf(self.modules[child])
+                    callee = None if leaf else self._enter(child, self._call_of(child, node))
                     if callee is not None:
                         self._callees[spot] = callee
 
@@ -167,7 +169,10 @@ class Units:
 
     def child(self, unit: Unit, node: fx.Node) -> str:
         """The path under which the model first names the module that the node calls."""
-        return self.path_of(self.modules[unit.path].get_submodule(str(node.target)))
+        key = unit.path, str(node.target)
+        if key not in self._children:
+            self._children[key] = self.path_of(self.modules[unit.path].get_submodule(key[1]))
+        return self._children[key]
 
     def path_of(self, module: nn.Module) -> str:
         """The path under which the model first names a module of its own."""
@@ -219,10 +224,8 @@ class Units:
         module = self.modules[path]
         if not isinstance(module, _ConvNd) or self.variants(path) or not acts_as(module, type(module)):
             return False
-        plain = {
-            name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)
-        }
-        key = (type(module), str({**plain, "in_channels": 0, "out_channels": 0, "groups": module.groups == 1}))
+        width = {"in_channels": 0, "out_channels": 0, "groups": module.groups == 1}
+        key = (type(module), str({**_plain_attributes(module), **width}))
         if key not in self._convolutions:
             self._convolutions[key] = is_convolution(module)
         return self._convolutions[key]
@@ -248,6 +251,17 @@ class Units:
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""
         return self._variants.get(path, [])
+
+
+def likeness(module: nn.Module) -> Hashable:
+    """What modules of one kind and size have in common: class, flags and numbers, the shapes of their tensors, no hooks."""
+    tensors = {**module._parameters, **module._buffers}
+    shapes = tuple((name, None if tensor is None else tuple(tensor.shape)) for name, tensor in tensors.items())
+    return type(module), acts_as(module, type(module)), str(_plain_attributes(module)), shapes
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {n: v for n, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str | tuple)}
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 
 from .link import Linked
-from .units import Spot
+from .units import Spot, Unit
 
 _OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
@@ -25,6 +26,8 @@ _VIEWS: set[Any] = {
 
 def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
     """Whether something but the node `except_by` writes into the value, or into a view of it."""
+    if not _any_writes(linked, value.unit, value.node.graph):
+        return False
     todo, seen = [value.node], {value.node}
     while todo:
         here = todo.pop()
@@ -37,6 +40,18 @@ def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
                 seen.add(user)
                 todo.append(user)
     return False
+
+
+_known: WeakKeyDictionary[Linked, dict[tuple[Unit, fx.Graph], bool]] = WeakKeyDictionary()
+
+
+def _any_writes(linked: Linked, unit: Unit, graph: fx.Graph) -> bool:
+    """Whether anything at all is written in place in a graph of the unit: in most, nothing is."""
+    known = _known.setdefault(linked, {})
+    if (unit, graph) not in known:
+        spots = (Spot(unit, node) for node in graph.nodes)
+        known[unit, graph] = any(_writes(linked, spot, value) for spot in spots for value in spot.node.all_input_nodes)
+    return known[unit, graph]
 
 
 def _writes(linked: Linked, spot: Spot, value: fx.Node) -> bool:
