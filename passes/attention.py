@@ -21,11 +21,12 @@ from .calls import Constant
 from .channels import Channels
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .link import Linked
+from .look_alike import likeness
 from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
-from .units import Spot, likeness
+from .units import Spot
 from .wires import modes_agree
 
 # The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.
@@ -131,8 +132,10 @@ def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
     linked, unit = calls.linked, spot.unit
     origin = origin_of(linked, calls.origins, Spot(at.unit, w.value)) if w.value is not None else None
     owner = linked.modules[unit.path]
-    parts = (owner, *map(owner.get_submodule, linked.graphs[unit].children))
-    key = spot.node, w.axis, origin is None or origin.channels is None, *map(likeness, parts)
+    children = [owner.get_submodule(name) for name in linked.graphs[unit].children]
+    tensors = tuple(tensor.shape for tensor in owner._parameters.values() if tensor is not None)
+    alike = tuple((type(child), likeness(child)) for child in children)  # a likeness of None is none
+    key = spot.node, w.axis, origin is None or origin.channels is None, tensors, alike
     known = calls.paths.get(key)
     if isinstance(known, Path):
         use = Spot(unit, known.use.node)
@@ -140,7 +143,7 @@ def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
         assert second is not None, "the owner is like the one in which A was found"
         return replace(known, second=second, use=use)
     found = _agreed(linked, origin, spot, at, w)
-    if isinstance(found, Path) and found.within and at.unit == found.use.unit == unit:
+    if isinstance(found, Path) and found.within and at.unit == found.use.unit == unit and all(m for _, m in alike):
         calls.paths[key] = found
     return found
 

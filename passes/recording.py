@@ -6,17 +6,17 @@ so they are set once for all the forwards of a model.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 from torch.nn.utils import stateless
@@ -33,9 +33,6 @@ class Listener(Protocol):
 
     def read_missing(self, module: nn.Module, name: str) -> None:
         """The forward looked for an attribute that the module does not have."""
-
-    def is_instance(self, value: Any, classes: Any) -> bool | None:
-        """The forward asked isinstance(); None leaves the answer to Python."""
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward called a module; the answer is the result that it sees."""
@@ -68,7 +65,7 @@ class Recorder:
             return
         self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
         try:
-            with _on_modules(self), _on_switches(self), _on_factories(self), _on_isinstance(self):
+            with _on_modules(self), _on_switches(self), _on_factories(self):
                 yield
         finally:
             self.depth = 0
@@ -223,25 +220,6 @@ def _on_factories(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _on_isinstance(recorder: Recorder) -> Iterator[None]:
-    original, traced = builtins.isinstance, fx.Proxy  # asked all the time, and seldom of a traced value
-
-    def asking(value: Any, classes: Any) -> bool:
-        if original(value, traced):
-            listener = recorder.active()
-            answer = listener.is_instance(value, classes) if listener and asked_by_a_forward() else None
-            if answer is not None:
-                return answer
-        return original(value, classes)
-
-    builtins.isinstance = asking
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
-
-
 def _as_class(module: Any) -> type:
     """A Python module as what fx's patcher says that it takes; it sets attributes on anything."""
     return cast(type, module)
@@ -252,7 +230,14 @@ def asked_by_a_forward() -> bool:
 
     `torch.is_tensor`, in the package's own file, asks on behalf of the user.
     """
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") == "contextlib":
+    return not str(asking_frame(3).f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))
+
+
+def asking_frame(depth: int = 2) -> FrameType:
+    """The frame that calls the caller of this, past the files that ask on behalf of others."""
+    frame = sys._getframe(depth)
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__") == "contextlib" or frame.f_code.co_name == "__instancecheck__"
+    ):
         frame = frame.f_back
-    return not str(frame.f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))
+    return frame

@@ -110,6 +110,27 @@ def _unpackings(code: CodeType) -> dict[int, int]:
     return {each.offset: int(each.argval) for each in found}
 
 
+def asks_type(frame: FrameType) -> bool:
+    """Whether a frame asks a value for its type now, by `isinstance` or `__class__`; C functions do so on their own."""
+    return frame.f_lasti in _type_questions(frame.f_code)
+
+
+@cache
+def _type_questions(code: CodeType) -> frozenset[int]:
+    """Where in the bytecode the type of a value is asked for: a call starts where the name of what it calls does."""
+    named: set[tuple[int | None, int | None]] = set()
+    asked: set[int] = set()
+    for instruction in dis.get_instructions(code):
+        where = instruction.positions
+        start = (where.lineno, where.col_offset) if where else (None, None)
+        if instruction.opname.startswith("LOAD") and instruction.argval == "isinstance":
+            named.add(start)
+        calls = instruction.opname.startswith("CALL") and start in named
+        if calls or (instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__"):
+            asked.add(instruction.offset)
+    return frozenset(asked)
+
+
 def says_something(frame: FrameType) -> bool:
     """Whether a text that a frame makes now is for people: what an assertion, a warning or a log is called with."""
     line, told = frame.f_lineno, _messages(frame.f_code)

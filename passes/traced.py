@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor, fx
 
-from .recording import asked_by_a_forward
-from .source import says_something, unpacked_into
+from .recording import asked_by_a_forward, asking_frame
+from .source import asks_type, says_something, unpacked_into
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 class Traced(fx.Proxy):
     """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def __class__(self) -> type:
+        """What `isinstance` goes by: to a forward, the type of the value that this stands for."""
+        tracer = cast("OwnerTracer", self.__dict__["tracer"])
+        asked = tracer.recorder.active() is tracer and asked_by_a_forward() and asks_type(asking_frame())
+        return tracer.python_type(self) if asked else type(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if asked_by_a_forward():

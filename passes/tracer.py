@@ -18,7 +18,7 @@ from .errors import UntraceableError
 from .foreign import calls_become
 from .outside import Kept
 from .recording import FACTORIES, Recorder
-from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
+from .traced import StoredTensor, Traced, TracedValue
 
 Read = tuple[str, str, Any]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -153,16 +153,14 @@ class OwnerTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return TracedValue(node, self)
 
-    def is_instance(self, value: Any, classes: Any) -> bool | None:
-        """What isinstance() answers to the method: for a traced argument, by what the caller passes."""
-        if type(value) is StoredTensor:
-            return isinstance(value.stored, classes)
-        if not isinstance(value, TracedValue | TracedAttribute):
-            return None
+    def python_type(self, value: Traced) -> type:
+        """The Python type that a value has for the method: that of what the caller passes; a computed one's is not known."""
+        if isinstance(value, StoredTensor):
+            return type(value.stored)
         if value.node not in self.containers:
             self.refuse("its forward asks for the Python type of a computed value")
         self.typed.add(str(value.node.target))
-        return issubclass(self.containers[value.node], classes)
+        return self.containers[value.node]
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Traced):  # nearly all arguments are these or plain numbers, and fx asks much before it finds out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
 from .calls import Call, call_of
 from .errors import UntraceableError
-from .look_alike import Stored, is_convolution, linear_look_alike
+from .look_alike import Stored, is_convolution, linear_look_alike, plain_attributes
 from .trace import OwnerGraph, Tracing
 
 
@@ -225,7 +225,7 @@ class Units:
         if not isinstance(module, _ConvNd) or self.variants(path) or not acts_as(module, type(module)):
             return False
         width = {"in_channels": 0, "out_channels": 0, "groups": module.groups == 1}
-        key = (type(module), str({**_plain_attributes(module), **width}))
+        key = (type(module), str({**plain_attributes(module), **width}))
         if key not in self._convolutions:
             self._convolutions[key] = is_convolution(module)
         return self._convolutions[key]
@@ -251,17 +251,6 @@ class Units:
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""
         return self._variants.get(path, [])
-
-
-def likeness(module: nn.Module) -> Hashable:
-    """What modules of one kind and size have in common: class, flags and numbers, the shapes of their tensors, no hooks."""
-    tensors = {**module._parameters, **module._buffers}
-    shapes = tuple((name, None if tensor is None else tuple(tensor.shape)) for name, tensor in tensors.items())
-    return type(module), acts_as(module, type(module)), str(_plain_attributes(module)), shapes
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {n: v for n, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str | tuple)}
 
 
 def _is_leaf(module: nn.Module) -> bool:

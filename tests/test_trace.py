@@ -218,3 +218,24 @@ def test_is_tensor_is_answered_for_arguments_and_c_functions_get_no_false_tensor
             return torch.tanh(0.5 * (y + 0.044715 * torch.pow(y, 3.0)))
 
     assert "pow" in targets(Net())
+
+
+ISINSTANCE = id(isinstance)
+
+
+def test_python_itself_is_left_alone_while_a_forward_is_traced() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            if id(isinstance) != ISINSTANCE:  # torch's compiler keeps what it finds under this name when it is imported
+                raise RuntimeError
+            return self.fc(x) if isinstance(x, Tensor) else x.tanh()
+
+    assert targets(Net()) == ["x", "fc", "output"]
+
+
+def test_a_forward_that_asks_for_the_class_of_its_argument_gets_the_callers() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.__class__ == Tensor else x.tanh()
+
+    assert targets(Net()) == ["x", "fc", "output"]
