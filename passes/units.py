@@ -64,6 +64,7 @@ class Units:
         self._calls: dict[tuple[str, str], Unit] = {}
         self._callees: dict[Spot, Unit] = {}
         self._children: dict[tuple[str, str], str] = {}
+        self._replacing: dict[str, bool] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
         self._convolutions: dict[tuple[type, str], bool] = {}
@@ -157,7 +158,12 @@ class Units:
     def replaces_weights(self, path: str) -> str | None:
         """The path of a forward without a graph around this module that calls modules with other weights than theirs."""
         around = [failed for failed in self.failures if not failed or f"{path}.".startswith(f"{failed}.")]
-        return next((p for p in around if "functional_call" in self.tracing.attribute_names(p, set())), None)
+        return next(filter(self._replaces_weights, around), None)
+
+    def _replaces_weights(self, path: str) -> bool:
+        if path not in self._replacing:
+            self._replacing[path] = "functional_call" in self.tracing.attribute_names(path, set())
+        return self._replacing[path]
 
     def _call_of(self, path: str, node: fx.Node) -> Call | None:
         signature = self.tracing.signature(path)

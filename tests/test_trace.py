@@ -239,3 +239,14 @@ def test_a_forward_that_asks_for_the_class_of_its_argument_gets_the_callers() ->
             return self.fc(x) if x.__class__ == Tensor else x.tanh()
 
     assert targets(Net()) == ["x", "fc", "output"]
+
+
+def test_a_forward_that_ran_often_asks_for_types_as_one_that_never_ran() -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if isinstance(x, Tensor) else x.tanh()
+
+    model = Net()
+    for _ in range(100):  # Python writes code that runs often anew
+        model(torch.zeros(1, 3))
+    assert targets(model) == ["x", "fc", "output"]
