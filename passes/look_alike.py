@@ -150,7 +150,9 @@ def _probes(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     probe = module.__new__(type(module))
     probe.__dict__ = dict(module.__dict__)
     drawn = {
-        name: nn.Parameter(torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32).double())
+        name: nn.Parameter(
+            torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32).double()
+        )
         for name, parameter in module._parameters.items()
         if parameter is not None
     }

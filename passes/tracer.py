@@ -163,7 +163,7 @@ class OwnerTracer(fx.Tracer):
         return self.containers[value.node]
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Traced):  # nearly all arguments are these or plain numbers, and fx asks much before it finds out
+        if isinstance(a, Traced):  # most arguments are these, or plain: fx asks much before it finds that out
             return a.node
         if type(a) in PLAIN:
             return a
