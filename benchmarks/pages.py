@@ -55,6 +55,8 @@ INTERACTIONS = {
     "search": "byId('search').value = 'norm'; search()",
     "zoom": "view.zoomBy(1.2)",
     "dark": "setTheme('dark')",
+    "show sites": "openSites()",
+    "collapse all": "closeAll()",
 }
 
 

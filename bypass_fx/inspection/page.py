@@ -17,7 +17,7 @@ from .residuals import Residuals
 from .totals import in_words
 
 _LIBRARIES = ("cytoscape", "dagre")
-_SCRIPTS = ("graph.js", "view.js", "page.js")
+_SCRIPTS = ("parts.js", "graph.js", "view.js", "page.js")
 
 
 def as_html(inspection: Inspection, picture: Picture, run: Residuals | None = None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
+
 from bypass_fx.passes.folding import summary
 
 from .facts import Costs, Shape
@@ -31,7 +33,7 @@ def _share(costs: Costs) -> str:
 def _walk(costs: Costs) -> str:
     memory = f"δ, its gradient and Adam's two moments take {si(costs.coefficient_bytes)}B"
     if costs.psi_flops is None or costs.kept_bytes is None:
-        return f"ψ adds 2 FLOP per element of z forward, 4 backward; {memory}; give --input for totals"
+        return f"ψ adds 2 FLOP per element of z forward, 4 backward; {memory}; give example inputs (--input) for totals"
     of = f" ({costs.psi_flops / costs.forward_flops:.2%} of the model's)" if costs.forward_flops else ""
     return (
         f"ψ adds {si(costs.psi_flops)}FLOP a sample forward{of}, twice that backward, and keeps z, at most "
@@ -41,7 +43,10 @@ def _walk(costs: Costs) -> str:
 
 def _return(costs: Costs) -> str:
     flops, memory = si(costs.product_flops), si(costs.product_bytes)
-    beside = f" ({costs.product_flops / costs.forward_flops:.2g} samples' forward)" if costs.forward_flops else ""
+    beside = ""
+    if costs.forward_flops:
+        samples = costs.product_flops / costs.forward_flops
+        beside = f" ({f'{samples:.2g}' if samples >= 0.01 else 'under 0.01'} samples' forward)"
     return (
         f"where the way back asks for the constraint, its products add {flops}FLOP{beside} and {memory}B a step; "
         "a penalty's backward takes about twice that"
@@ -55,7 +60,7 @@ def _basis(inspection: Inspection) -> str:
     tensors = [item for value in given for item in (value if isinstance(value, list) else [value])]
     shapes = ", ".join(_by(tuple(tensor.shape)) for tensor in tensors if hasattr(tensor, "shape"))
     run = inspection.run_to_sites
-    failed = f"; the run ended early: {run.failure}" if run and run.failure else ""
+    failed = f"; the run ended early: {shorten(run.failure, 100)}" if run and run.failure else ""
     return f"Estimates from shapes, for an input of {shapes}{failed}."
 
 

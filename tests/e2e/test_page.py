@@ -64,8 +64,10 @@ def test_a_site_in_the_list_leads_to_its_formula_with_the_actual_shapes(vit: Pag
 
 
 def test_a_double_click_opens_a_module_and_closes_it_again(vit: Page) -> None:
+    vit.js("view.show('blocks.1')")
     vit.click("blocks.1", times=2)
     assert "blocks.1.mlp" in vit.shown()
+    vit.js("view.show('blocks.1.mlp')")
     vit.click("blocks.1.mlp", times=2)
     vit.js("view.fit()")
     vit.click("blocks.1.mlp#act")
@@ -76,22 +78,28 @@ def test_a_double_click_opens_a_module_and_closes_it_again(vit: Page) -> None:
 
 def test_modules_lie_inside_the_ones_around_and_beside_each_other(vit: Page) -> None:
     vit.js("graph.reveal('blocks.2.mlp#act'); view.draw()")
-    overlaps = vit.js("""
-        const boxes = view.cy.nodes().map((node) => [node, node.boundingBox({includeLabels: false, includeOverlays: false})]);
-        const found = [];
-        for (const [a, p] of boxes) for (const [b, q] of boxes) {
-          if (a.id() >= b.id() || a.parent().id() !== b.parent().id()) continue;
-          if (p.x1 < q.x2 - 1 && q.x1 < p.x2 - 1 && p.y1 < q.y2 - 1 && q.y1 < p.y2 - 1) found.push([a.id(), b.id()]);
-        }
-        return found;""")
-    assert overlaps == []
-    off = vit.js("""
-        return graph.visible().nodes.filter(({open}) => open).map(({id, x, width}) => {
-          const box = view.cy.getElementById(id).boundingBox({includeLabels: false, includeOverlays: false});
-          return [id, Math.abs(box.x1 - (x - width / 2)), Math.abs(box.x2 - (x + width / 2))];
+    boxes = vit.js("""
+        return view.cy.nodes('[^of]').map((node) => {
+          const {x, y} = node.position(), w = node.width() / 2, h = node.height() / 2;
+          return [node.id(), graph.nodes.get(node.id()).parent, x - w, y - h, x + w, y + h];
         });""")
-    assert len(off) == 3 and all(max(left, right) < 8 for _, left, right in off), off
-    assert vit.js("return view.cy.getElementById('blocks.2.mlp').parent().id()") == "blocks.2"
+    place = {name: box for name, _, *box in boxes}
+    for name, parent, left, top, right, bottom in boxes:
+        if parent in place:
+            outer = place[parent]
+            assert outer[0] < left and outer[1] < top and right < outer[2] and bottom < outer[3], (name, parent)
+        for other, beside, x1, y1, x2, y2 in boxes:
+            apart = right <= x1 or x2 <= left or bottom <= y1 or y2 <= top
+            assert apart or parent != beside or name == other, (name, other)
+    assert len({parent for _, parent, *_ in boxes}) == 4
+    # what is drawn later lies above: modules, edges, values, titles
+    order = vit.js("""
+        const height = (element) => Number(element.style("z-index"));
+        return view.cy.elements().sort((a, b) => height(a) - height(b)).map((element) => element.id());""")
+    spots = [order.index(name) for name in ("blocks", "blocks.2", "blocks.2.mlp")]
+    edges = [index for index, name in enumerate(order) if name.startswith("→")]
+    assert spots == sorted(spots) and max(spots) < min(edges)
+    assert max(edges) < order.index("blocks.2.mlp#act") < order.index("≡ blocks.2.mlp")
 
 
 def test_search_finds_and_shows(vit: Page) -> None:

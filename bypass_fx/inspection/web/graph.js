@@ -64,6 +64,11 @@ class NestedGraph {
     for (const step of this.chain(id)) for (const stage of ["before", "after"]) this.layouts.delete(`${stage} ${step}`);
   }
 
+  /** How many nodes can be seen. */
+  count(id = this.root) {
+    return this.children(id).reduce((sum, child) => sum + 1 + (this.open.has(child) ? this.count(child) : 0), 0);
+  }
+
   /** Open the modules around a node. */
   reveal(id) {
     for (const step of this.chain(id)) if (step !== id && !this.open.has(step)) this.setOpen(step, true);
@@ -129,7 +134,7 @@ class NestedGraph {
     const key = JSON.stringify([sizes, edges]);
     if (this.arranged.has(key)) return this.arranged.get(key);
     const graph = new dagre.graphlib.Graph();
-    graph.setGraph({ rankdir: "TB", nodesep: 16, ranksep: 26, edgesep: 8 });
+    graph.setGraph({ rankdir: "TB", rankalign: "top", nodesep: 16, ranksep: 26, edgesep: 8 });
     sizes.forEach(({ width, height }, index) => graph.setNode(String(index), { width, height }));
     for (const [from, to] of [...edges, ...NestedGraph.columns(sizes.length, edges)]) graph.setEdge(String(from), String(to), {});
     dagre.layout(graph);
@@ -157,7 +162,8 @@ class NestedGraph {
       const { places, bends } = this.layout(id);
       for (const [child, spot] of places) {
         const open = this.open.has(child);
-        const shown = { id: child, x: left + spot.x, y: top + spot.y, width: spot.width, height: spot.height, open, depth };
+        // Whole pixels: cytoscape keeps pictures of nodes, which blur in between.
+        const shown = { id: child, x: Math.round(left + spot.x), y: Math.round(top + spot.y), width: spot.width, height: spot.height, open, depth };
         nodes.push(shown);
         if (!open) continue;
         const corner = shown.y - spot.height / 2 + NestedGraph.PADDING + this.measure(this.nodes.get(child), true).height;

@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const made = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
-const BUDGET = 60, LISTED = 200;
+const BUDGET = 60, CROWD = 110, LISTED = 200; // nodes drawn at first, nodes opened at once, entries of the list
 const KINDS = { folded: "strict, folded", augmented: "strict, augmented", zero: "relaxed", refused: "refused" };
 const MEANINGS = {
   folded: "comes back at A D W = 0; what is left goes into A’s bias",
@@ -53,9 +53,10 @@ function countKinds(graph) {
   }
 }
 
+splitIntoParts(data);
 const graph = new NestedGraph(data, (node, open = false) => {
   const lines = view.label(node, open).split("\n");
-  return { width: Math.max(34, 18 + Math.max(...lines.map(widthOf))), height: (open ? 6 : 12) + View.LINE * lines.length };
+  return { width: 2 * Math.ceil(Math.max(34, 18 + Math.max(...lines.map(widthOf))) / 2), height: (open ? 6 : 12) + View.LINE * lines.length };
 });
 let view = { label: View.prototype.label };
 let chosen = null;
@@ -213,6 +214,25 @@ function setTheme(theme) {
   view.restyle();
 }
 
+function closeAll() {
+  for (const id of [...graph.open]) if (id !== graph.root) graph.setOpen(id, false);
+  view.draw();
+  view.begin();
+}
+
+/** Open the modules around the sites, the first ones where all would be too many to draw. */
+function openSites() {
+  let shown = 0;
+  for (const node of siteNodes) {
+    if (graph.count() > CROWD) break;
+    graph.reveal(node.id);
+    shown += 1;
+  }
+  view.draw();
+  view.begin();
+  byId("said").textContent = shown < siteNodes.length ? `the first ${shown} of ${siteNodes.length} sites are open` : "all sites are open";
+}
+
 const RAMP = [[59, 76, 192], [33, 144, 141], [143, 215, 68], [253, 231, 37]];
 /** The residual norms of a run, on a scale of logarithms from the least positive one to the greatest. */
 class Heat {
@@ -286,8 +306,8 @@ function start() {
   byId("fit").onclick = () => view.fit();
   byId("zoom-in").onclick = () => view.zoomBy(1.25);
   byId("zoom-out").onclick = () => view.zoomBy(0.8);
-  byId("close-all").onclick = () => { for (const id of [...graph.open]) if (id !== graph.root) graph.setOpen(id, false); view.draw(); view.begin(); };
-  byId("open-sites").onclick = () => { for (const node of siteNodes.slice(0, LISTED)) graph.reveal(node.id); view.draw(); view.begin(); };
+  byId("close-all").onclick = closeAll;
+  byId("open-sites").onclick = openSites;
   document.addEventListener("keydown", pressed);
   requestAnimationFrame(() => requestAnimationFrame(() => { window.drawnAfter = performance.now(); }));
 }

@@ -126,24 +126,26 @@ class View {
     }
     const place = this.places.get(id);
     if (!place) return;
-    const zoom = Math.max(this.cy.zoom(), View.READABLE), middle = this.middle();
-    this.cy.viewport({ zoom, pan: { x: middle.x - place.x * zoom, y: middle.y - place.y * zoom } });
+    this.look(Math.max(this.cy.zoom(), View.READABLE), place, this.middle());
   }
 
-  /** All in sight, where that is not too small to read; else the beginning. */
+  /** All in sight, where that is not too small to read; else the beginning, as wide as can be read. */
   begin() {
-    this.fit();
-    if (this.cy.zoom() >= View.READABLE) return;
-    const box = this.cy.elements().boundingBox(), zoom = View.READABLE;
-    this.cy.viewport({ zoom, pan: { x: this.cy.width() / 2 - (box.x1 + box.w / 2) * zoom, y: 16 - box.y1 * zoom } });
+    const { width, height } = this.graph.layout(this.graph.root);
+    const across = (this.cy.width() - 2 * View.MARGIN) / width, down = (this.cy.height() - 2 * View.MARGIN) / height;
+    if (Math.min(across, down) >= View.READABLE) this.fit();
+    else this.look(Math.min(1, Math.max(View.READABLE, across)), { x: width / 2, y: 0 }, { x: this.cy.width() / 2, y: View.MARGIN });
   }
 
   fit() {
-    this.cy.fit(undefined, 16);
-    if (this.cy.zoom() > 1) {
-      this.cy.zoom(1);
-      this.cy.center();
-    }
+    const { width, height } = this.graph.layout(this.graph.root);
+    const across = (this.cy.width() - 2 * View.MARGIN) / width, down = (this.cy.height() - 2 * View.MARGIN) / height;
+    this.look(Math.min(1, across, down), { x: width / 2, y: height / 2 }, this.middle());
+  }
+
+  /** Show a point of the graph at a point of the screen, in whole pixels. */
+  look(zoom, point, at) {
+    this.cy.viewport({ zoom, pan: { x: Math.round(at.x - point.x * zoom), y: Math.round(at.y - point.y * zoom) } });
   }
 
   middle() {
@@ -199,7 +201,8 @@ class View {
   }
 }
 
-View.READABLE = 1;
+View.READABLE = 0.8;
+View.MARGIN = 16;
 View.FONT = 12;
 View.LINE = 14;
 View.FACE = "system-ui, sans-serif";
