@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class ValueShapes:
     def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
         original, signature = getattr(self._linked.modules[path], method), self._linked.tracing.signature(path, method)
 
+        @wraps(original)  # code may ask how many arguments it takes
         def call(*args: Any, **kwargs: Any) -> Any:
             if signature is None:
                 return original(*args, **kwargs)

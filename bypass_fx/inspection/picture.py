@@ -113,6 +113,8 @@ class _Drawing:
         for node in list(self.nodes.values()):  # what no code calls, such as a dropout that a fused function took over
             if node.role != "module" and node.id not in joined and not (node.site or node.refusal):
                 del self.nodes[node.id]
+        if all(node.role == "module" for node in self.nodes.values()):
+            self.whole()
 
     def in_order(self) -> Iterator[Node]:
         """The nodes, modules that hold any first, outer ones before inner ones."""
@@ -210,6 +212,12 @@ class _Drawing:
             for target in targets:
                 self.join(f"{caller or ROOT}#forward", target, seen=False)
 
+    def whole(self) -> None:
+        """A model of one piece, such as a torch.nn.GRU."""
+        module = self.linked.model
+        made = Node(f"{ROOT}#call", self.module(""), "call", self.inspection.name, type(module).__name__, module.extra_repr())
+        self.nodes[made.id] = made
+
     def called(self, path: str) -> str:
         """A node for a module that no graph is seen to call; its id."""
         module, (above, _, label) = self.linked.modules[path], path.rpartition(".")
@@ -254,19 +262,23 @@ class _Drawing:
         """Note the plan's sites and refusals on their nodes."""
         plan = self.inspection.plan
         for site in plan.sites:
-            self.note(site.name, site.owner, site=site.name, kind=site.constraint)
+            name = self.spot_of(site.name, site.owner, site.activation)
+            self.nodes[name] = replace(self.nodes[name], site=site.name, kind=site.constraint)
         for refusal in plan.refusals:
-            self.note(refusal.name, refusal.owner, refusal=refusal.name, kind="refused")
+            name = self.spot_of(refusal.name, refusal.owner, refusal.activation)
+            self.nodes[name] = replace(self.nodes[name], refusal=refusal.name, kind="refused")
 
-    def note(self, call: str, owner: str, **marks: str) -> None:
-        """Mark an activation call; where it is no value of a graph, its owner, or the owner's code."""
-        spot = self.inspection.spots.get(call)
-        if owner in self.attentions:
-            name = self.attentions[owner].mixed
-        else:
-            name = _name(*spot) if spot else self.calls.get(owner, f"{owner or ROOT}#forward")
-        if name in self.nodes:
-            self.nodes[name] = replace(self.nodes[name], **marks)  # type: ignore[arg-type]
+    def spot_of(self, call: str, owner: str, activation: str) -> str:
+        """The id of an activation call; where no graph shows it, of a node made for it beside its owner's code."""
+        spot, inside = self.inspection.spots.get(call), self.attentions.get(owner)
+        likely = inside and inside.mixed, spot and _name(*spot), self.calls.get(owner)
+        for name in likely:
+            if name in self.nodes:
+                return name
+        made = Node(f"{owner or ROOT}#forward.{call}", self.module(owner), "op", activation)
+        self.nodes[made.id] = made
+        self.join(f"{owner or ROOT}#forward", made.id, seen=False)
+        return made.id
 
     def bypass(self, unit: Unit) -> None:
         """What the surgery adds to a unit: ψ with its δ behind every σ, read off the rewritten graph."""
@@ -319,7 +331,7 @@ def _is_drawn(linked: Linked, unit: Unit) -> bool:
         calls_module = any(node.op == "call_module" for node in linked.graphs[unit].graph.nodes)
         return calls_module or bool(linked.activations_in(unit))
     leaf = linked.activation_module(unit.path) or linked.look_alike(unit.path)
-    return not leaf or unit.path in linked.unseen
+    return not leaf or not unit.path or unit.path in linked.unseen
 
 
 def _prefix(unit: Unit) -> str:

@@ -222,15 +222,11 @@ function closeAll() {
 
 /** Open the modules around the sites, the first ones where all would be too many to draw. */
 function openSites() {
-  let shown = 0;
-  for (const node of siteNodes) {
-    if (graph.count() > CROWD) break;
-    graph.reveal(node.id);
-    shown += 1;
-  }
+  for (const node of siteNodes) if (graph.count() < CROWD) graph.reveal(node.id);
+  const shown = siteNodes.filter((node) => graph.shownBy(node.id) === node.id).length;
   view.draw();
   view.begin();
-  byId("said").textContent = shown < siteNodes.length ? `the first ${shown} of ${siteNodes.length} sites are open` : "all sites are open";
+  byId("said").textContent = `${shown} of ${siteNodes.length} can be seen; search or the list opens others`;
 }
 
 const RAMP = [[59, 76, 192], [33, 144, 141], [143, 215, 68], [253, 231, 37]];
