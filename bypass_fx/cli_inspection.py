@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from bypass_fx.inspection import Inspection, Residuals
     from bypass_fx.passes.plan import Plan
 
 _MODEL = "mlp, 2c2d, timm:NAME, torchvision:NAME, package.module:factory, or the folder of a run."
@@ -86,7 +87,6 @@ def inspect(
         raise UsageError(f"name a model ({_MODEL[:-1]}), or give --run the folder of a run")
     with _without_collecting(), terminal.warnings_as_lines():
         from bypass_fx import inspection
-        from bypass_fx.inspection import tables
 
         network, made, inputs = _model(model or str(run))
         if made is not None and select is None and mode == "auto":
@@ -102,25 +102,31 @@ def inspect(
         norms = inspection.read_residuals(run) if run else None
         for path in out or ():
             inspection.write(found, path, run=norms, stage="after" if after else "before", depth=depth)
-        # what the totals tell is found out here, where warnings are lines
-        totals = None if json else tables.totals(found)
-    if totals is None:
-        typer.echo(found.plan.to_json())
-        return
+        if json:
+            typer.echo(found.plan.to_json())
+            return
+        _print(found, norms, code)
     screen = terminal.console()
+    for path in out or ():
+        screen.print(f"wrote {path}", soft_wrap=True, markup=False)
+    if run and not out:
+        screen.print("--out PAGE.html draws the graph, coloured by these norms, with a slider over the steps")
+
+
+def _print(found: Inspection, norms: Residuals | None, code: bool) -> None:
+    """The tables of sites and refusals, the code if it is asked for, and the totals."""
+    from bypass_fx.inspection import rewritten, tables
+
+    screen, totals = terminal.console(), tables.totals(found)
     if found.plan.sites:
         screen.print(tables.site_table(found.plan, screen.width, norms))
     if found.plan.refusals:
         screen.print()
         screen.print(tables.refusal_table(found.plan))
     if code:
-        screen.print(tables.diff(inspection.rewritten(found.linked, found.plan)), soft_wrap=True)
+        screen.print(tables.diff(rewritten(found.linked, found.plan)), soft_wrap=True)
     screen.print()
     screen.print(totals, soft_wrap=not screen.is_terminal)
-    for path in out or ():
-        screen.print(f"wrote {path}", soft_wrap=True, markup=False)
-    if run and not out:
-        screen.print("--out PAGE.html draws the graph, coloured by these norms, with a slider over the steps")
 
 
 def _model(name: str) -> tuple[nn.Module, Plan | None, tuple[Tensor, ...] | None]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .calls import bound_to_placeholders, call_of
@@ -28,8 +29,6 @@ class ValueShapes:
     """
 
     def __init__(self, linked: Linked, values: Iterable[Spot], inputs: ExampleInputs) -> None:
-        from torch.utils.flop_counter import FlopCounterMode  # slow to import, and rarely needed
-
         self.shapes: dict[Spot, tuple[int, ...]] = {}
         self.flops: int | None = None
         self.failure = ""
@@ -39,12 +38,12 @@ class ValueShapes:
         for unit, node in values:
             self._wanted.setdefault(unit, set()).add(node)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        counter = FlopCounterMode(display=False)
+        counter = _Flops()
         with _eval_mode(linked.model), self._watching(), _without_data(linked.model, (args, kwargs)) as (args, kwargs):
             try:
                 with counter:
                     linked.model(*args, **kwargs)
-                self.flops = int(counter.get_total_flops())
+                self.flops = counter.total
             except Exception as error:  # the user's model may raise anything here; what was seen still holds
                 text = str(error).strip().splitlines()[0] if str(error) else ""
                 self.failure = f"{type(error).__name__}: {text}".rstrip(".: ")
@@ -85,6 +84,23 @@ class ValueShapes:
         values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
         replay = _Replay(self._linked.modules[unit.path], graph, unit, self._wanted[unit], self.shapes)
         return _plain(replay.run(*values))
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums up FLOPs by the formulas of torch's own counter, whose hooks on modules fail where a parameter is an argument."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # slow to import, and rarely needed
+
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total, self._formulas = 0, flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 def _plain(value: Any) -> Any:

@@ -230,7 +230,8 @@ class _Drawing:
         """What the source text of torch.nn.MultiheadAttention shows: values, their mixing, and the projection behind it."""
         module, forward = self.linked.modules[path], f"{path or ROOT}#forward"
         out = f"{path}.out_proj".lstrip(".")
-        values, mixed, result = f"{path or ROOT}#V", f"{path or ROOT}#attention", self.calls.get(out) or self.called(out)
+        values, mixed = f"{path or ROOT}#V", f"{path or ROOT}#attention"
+        result = self.calls.get(out) or self.called(out)
         parent = self.module(path)
         fused = module._parameters.get("in_proj_weight") is not None
         weight = "the last third of in_proj_weight" if fused else "v_proj_weight"
