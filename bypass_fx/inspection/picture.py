@@ -215,7 +215,9 @@ class _Drawing:
     def whole(self) -> None:
         """A model of one piece, such as a torch.nn.GRU."""
         module = self.linked.model
-        made = Node(f"{ROOT}#call", self.module(""), "call", self.inspection.name, type(module).__name__, module.extra_repr())
+        made = Node(
+            f"{ROOT}#call", self.module(""), "call", self.inspection.name, type(module).__name__, module.extra_repr()
+        )
         self.nodes[made.id] = made
 
     def called(self, path: str) -> str:
