@@ -60,7 +60,8 @@ INTERACTIONS = {
 }
 
 
-def _model(name: str) -> tuple[nn.Module, Any]:
+def model_named(name: str) -> tuple[nn.Module, Any]:
+    """A model to look at, and example inputs where nothing else tells them."""
     if name == "torch.nn:Transformer":
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
@@ -83,7 +84,7 @@ def _interact(page: Page, action: str) -> tuple[float, float]:
 
 def measure(name: str, page: Page, folder: Path) -> dict[str, Any]:
     """One page: written, opened, and every interaction done five times."""
-    model, inputs = _model(name)
+    model, inputs = model_named(name)
     found = inspect(model, name, example_inputs=inputs)
     file = folder / "page.html"
     start = time.perf_counter()
@@ -128,7 +129,7 @@ def command() -> dict[str, Any]:
 def screenshots(folder: Path) -> None:
     """The page of one model with a site chosen, light, and after the surgery, dark; and six models on one sheet."""
     file = folder / "page.html"
-    write(inspect(_model(SHOT)[0], SHOT), file)
+    write(inspect(model_named(SHOT)[0], SHOT), file)
     for theme in ("light", "dark"):
         with browsing(1280, 860, dark=theme == "dark") as page:
             page.open(file)
@@ -141,7 +142,7 @@ def screenshots(folder: Path) -> None:
     sheet = Image.new("RGB", (2 * tile[0], 3 * tile[1]))
     with browsing(1280, 860) as page:
         for index, name in enumerate(NAMES[:6]):
-            model, inputs = _model(name)
+            model, inputs = model_named(name)
             write(inspect(model, name, example_inputs=inputs), file)
             page.open(file)
             page.js("view.fit()")

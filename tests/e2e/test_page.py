@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.pages import model_named
 from bypass_fx import models
 from bypass_fx.inspection import Residuals, inspect, write
 from tests.browser import Page, browsing, needs_browser
@@ -172,6 +173,80 @@ def test_forwards_without_a_graph_and_refusals_are_shown_with_their_reason(brows
     assert page.text("#list").splitlines() == ["inner.1", "act"]
     page.driver.find_elements("css selector", "#list button")[1].click()
     assert "it stands in no residual block" in page.text("#panel") and "mode='all' takes it" in page.text("#panel")
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "says"),
+    [
+        ("timm:resnet18", "layer2.1.act1", "axis 1 holds the channels"),
+        ("timm:vit_base_patch16_224", "blocks.5.attn.scaled_dot_product_attention", "ψ(V) = attention(Q, K, V) + D V"),
+        ("timm:convnext_tiny", "stages.2.blocks.4.mlp.act", "384 stages.2.blocks.4.mlp.fc1"),
+        ("timm:efficientnet_b0", "blocks.3.1.se.act1", "A D W = 0"),
+        ("torchvision:fasterrcnn_resnet50_fpn", "roi_heads.box_head.relu", "1024 × 12544 roi_heads.box_head.fc6"),
+        ("torch.nn:Transformer", "decoder.layers.3.self_attn.attention", "10 × 1 × 512"),
+    ],
+)
+def test_every_kind_of_model_can_be_looked_at(browser: Page, folder: Path, name: str, site: str, says: str) -> None:
+    model, inputs = model_named(name)
+    page = opened(browser, folder, model, inputs)
+    assert "How to read this".upper() in page.text("#panel") and page.text("#legend").startswith("strict, folded")
+    page.type(site)
+    page.driver.find_elements("css selector", "#list button")[0].click()
+    chosen = page.js("return chosen")
+    page.js("view.select('nothing'); chosen = null; showPanel(graph.root)")
+    page.click(chosen)
+    assert page.js("return chosen") == chosen and says in page.text("#panel")
+    page.driver.find_element("css selector", "input[value=after]").click()
+    psi = page.js("return data.nodes.find((node) => node.stage === 'after' && node.site === arguments[0]).id", site)
+    assert psi in page.shown()
+    inside = page.js("return graph.nodes.get(chosen).parent")
+    page.js("go(arguments[0])", inside)
+    page.press("\ue007")
+    assert chosen not in page.shown() and inside in page.shown()
+    page.driver.find_element("id", "close-all").click()
+    assert page.js("return graph.open.size") == 1
+    assert page.complaints() == [] and page.js("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_names_from_the_model_are_text_and_no_markup(browser: Page, folder: Path) -> None:
+    evil = type("<img src=x onerror=alert(1)>", (nn.ReLU,), {})()
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name, module in (("<b>'&", evil), ("[red] {0-3}", nn.Linear(4, 4))):
+        model.add_module(name, module)
+    page = opened(browser, folder, model, (torch.zeros(1, 4),))
+    page.press("n")
+    assert "<img src=x onerror=alert(1)>" in page.text("#panel")
+    assert page.js("return document.querySelectorAll('img, b').length") == 0 and page.complaints() == []
+
+
+def test_many_children_are_drawn_in_parts_in_the_order_of_the_dataflow(browser: Page, folder: Path) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(900)))
+    page = opened(browser, folder, model)
+    parts = page.js("return graph.children(graph.root).map((id) => [id, graph.nodes.get(id).label])")
+    assert 20 < len(parts) < 40 and parts[0][1].startswith("input … ") and parts[-1][1].endswith(" … result")
+    held = page.js("return graph.children(graph.root).map((part) => graph.children(part))")
+    assert [number for part in held for number in sorted(int(id) for id in part if id.isdigit())] == list(range(900))
+    assert len(page.shown()) == len(parts)
+    page.js("go('450#_1')")
+    assert "450#_1" in page.shown() and len(page.shown()) < 80
+
+
+def test_blocks_that_only_code_without_a_graph_calls_stand_in_columns(browser: Page, folder: Path) -> None:
+    class Loops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Any:
+            for block in self.blocks:
+                x = block(x) if x.sum() > 0 else x
+            return x
+
+    page = opened(browser, folder, Loops())
+    page.js("go('blocks.0')")
+    places = page.js("return graph.children('blocks').map((id) => [view.places.get(id).x, view.places.get(id).y])")
+    assert len({x for x, _ in places}) == 2 and len({y for _, y in places}) == 6
+    assert page.js("return view.cy.edges('.unseen').map((edge) => edge.target().id())") == ["blocks"]
 
 
 def test_a_slider_colours_the_sites_by_their_norms_over_a_run(browser: Page, folder: Path) -> None:
