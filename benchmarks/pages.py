@@ -133,23 +133,28 @@ def screenshots(folder: Path) -> None:
     for theme in ("light", "dark"):
         with browsing(1280, 860, dark=theme == "dark") as page:
             page.open(file)
-            page.js(f"go({_SITE}.id); view.cy.zoom(0.85); view.cy.center(view.cy.getElementById(chosen))")
+            page.js(f"go({_SITE}.id)")
             if theme == "dark":
                 page.js("setStage('after')")
             time.sleep(0.5)
-            page.driver.save_screenshot(str(RESULTS / f"page-{theme}.png"))
-    tile = (640, 420)
+            save(Image.open(BytesIO(page.driver.get_screenshot_as_png())), f"page-{theme}.png")
+    tile = (560, 376)
     sheet = Image.new("RGB", (2 * tile[0], 3 * tile[1]))
     with browsing(1280, 860) as page:
         for index, name in enumerate(NAMES[:6]):
             model, inputs = model_named(name)
             write(inspect(model, name, example_inputs=inputs), file)
             page.open(file)
-            page.js("view.fit()")
             time.sleep(0.5)
             shot = Image.open(BytesIO(page.driver.get_screenshot_as_png())).convert("RGB").resize(tile)
             sheet.paste(shot, (index % 2 * tile[0], index // 2 * tile[1]))
-    sheet.quantize(64).save(RESULTS / "pages.png", optimize=True)
+    save(sheet, "pages.png")
+
+
+def save(image: Image.Image, name: str) -> None:
+    """A screenshot beside the results, in so few colours that it stays small."""
+    few = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(RESULTS / name, optimize=True)
 
 
 def run(pattern: str = "", results: str = "pages.jsonl") -> ResultsFile:

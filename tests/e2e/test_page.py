@@ -125,6 +125,15 @@ def test_the_switch_shows_psi_after_the_surgery(vit: Page) -> None:
     assert set(vit.shown()) == before
 
 
+def test_the_chosen_node_stays_where_it_is_when_the_surgery_is_shown(vit: Page) -> None:
+    vit.js("go('blocks.11.mlp#act')")
+    where = "return view.cy.getElementById('blocks.11.mlp#act').renderedPosition()"
+    before = vit.js(where)
+    vit.press("b")
+    assert "blocks.11.mlp#psi" in vit.shown()
+    assert vit.js(where) == pytest.approx(before, abs=1)
+
+
 def test_keys_are_enough(vit: Page) -> None:
     vit.press("n")
     assert vit.js("return chosen") == "blocks.0.mlp#act"
@@ -225,7 +234,9 @@ def test_many_children_are_drawn_in_parts_in_the_order_of_the_dataflow(browser: 
     parts = page.js("return graph.children(graph.root).map((id) => [id, graph.nodes.get(id).label])")
     assert 20 < len(parts) < 40 and parts[0][1].startswith("input … ") and parts[-1][1].endswith(" … result")
     held = page.js("return graph.children(graph.root).map((part) => graph.children(part))")
-    assert [number for part in held for number in sorted(int(id) for id in part if id.isdigit())] == list(range(900))
+    assert [number for part in held for number in sorted(int(name) for name in part if name.isdigit())] == list(
+        range(900)
+    )
     assert len(page.shown()) == len(parts)
     page.js("go('450#_1')")
     assert "450#_1" in page.shown() and len(page.shown()) < 80

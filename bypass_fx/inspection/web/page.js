@@ -204,7 +204,7 @@ function pressed(event) {
 
 function setStage(stage) {
   document.querySelector(`input[name=stage][value=${stage}]`).checked = true;
-  view.setStage(stage);
+  view.setStage(stage, chosen);
   if (chosen && graph.has(graph.nodes.get(chosen))) choose(chosen);
 }
 

@@ -95,20 +95,23 @@ class View {
   /** Open or close a module; its upper edge stays where it is. */
   toggle(id) {
     if (!this.graph.isModule(id) || id === this.graph.root) return;
-    const top = () => ({ x: this.places.get(id).x, y: this.places.get(id).y - this.places.get(id).height / 2 });
-    const hidden = !this.places.has(id);
-    if (hidden) this.graph.reveal(id);
-    const before = hidden ? null : top();
+    this.graph.reveal(id);
     this.graph.setOpen(id, !this.graph.open.has(id));
-    this.draw();
-    if (!before) return;
-    const after = top(), zoom = this.cy.zoom();
-    this.cy.panBy({ x: (before.x - after.x) * zoom, y: (before.y - after.y) * zoom });
+    this.redraw(id);
   }
 
-  setStage(stage) {
+  /** Show the model before or after the surgery; one node stays where it is. */
+  setStage(stage, id) {
     this.graph.stage = stage;
+    this.redraw(id);
+  }
+
+  /** Draw, and move the picture so that a node's upper edge is where it was. */
+  redraw(id) {
+    const was = this.places.get(id);
     this.draw();
+    const is = this.places.get(id), zoom = this.cy.zoom();
+    if (was && is) this.cy.panBy({ x: (was.x - is.x) * zoom, y: (was.y - was.height / 2 - is.y + is.height / 2) * zoom });
   }
 
   select(id) {
