@@ -75,23 +75,21 @@ def test_shapes_and_flops_survive_parameters_as_arguments_and_code_that_asks_for
     class Takes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.token, self.block = (
-                nn.Parameter(torch.zeros(1, 4)),
-                nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)),
-            )
+            self.token = nn.Parameter(torch.zeros(1, 4))
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
 
         def chunk(self, x: Tensor) -> Any:
-            return self.block(x)
+            return self.second(F.relu(self.first(x)))
 
         def forward(self, x: Tensor) -> Any:
             assert list(signature(self.chunk).parameters) == ["x"]
-            return self.chunk(x) + self.block(self.token) if x.shape[0] > 2 else x
+            return self.chunk(x) + self.second(self.first(self.token.expand(3, -1))) if x.shape[0] > 2 else x
 
     for device in ("cpu", "meta"):
         found = inspect(Takes().to(device), mode="all", example_inputs=(torch.zeros(3, 4, device=device),))
         assert found.run_to_sites and found.run_to_sites.failure == ""
         assert [fact.z for fact in found.facts.values()] == [(3, 8)]
-        assert found.run_to_sites.flops == 2 * (3 + 1) * (4 * 8 + 8 * 4)
+        assert found.run_to_sites.flops == 2 * (3 + 3) * (4 * 8 + 8 * 4)
 
 
 def test_looking_leaves_the_model_as_it_was() -> None:

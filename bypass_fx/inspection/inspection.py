@@ -78,9 +78,6 @@ class Inspection:
         """Shapes and costs of every site, by name."""
         shapes = self.run_to_sites.shapes if self.run_to_sites else {}
         known = {site.name: shapes.get(z) for site in self.plan.sites if (z := self.z(site))}
-        for site in self.plan.sites:
-            if is_multihead_site(self.linked, site) and (values := known.get(site.name)):
-                known[site.name] = (*values[:-1], site.width)
         return {site.name: facts(self.linked.model, site, known.get(site.name)) for site in self.plan.sites}
 
     @cached_property
