@@ -87,7 +87,7 @@ class ValueShapes:
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums up FLOPs by the formulas of torch's own counter, whose hooks fail at a module that is given a view of a parameter."""
+    """Sums up FLOPs by the formulas of torch's own counter, which fails at a module that is given a view of a parameter."""
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry  # slow to import, and rarely needed
