@@ -138,14 +138,15 @@ def _without_data(model: nn.Module, inputs: Any) -> Iterator[Any]:
 
     A model that fails there is no error to log. torch's fused inference paths, which skip a module's methods, are off.
     """
-    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors += [*model.parameters(), *model.buffers()]
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level, fused = log.level, torch.backends.mha.get_fastpath_enabled()
     log.setLevel(logging.CRITICAL)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), ExitStack() as stack:
-            if not all(tensor.is_meta for tensor in (*given, *model.parameters(), *model.buffers())):
+            if not tensors or not all(tensor.is_meta for tensor in tensors):
                 from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
 
                 fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -10,7 +10,7 @@ from torch import fx
 
 from bypass_fx.activation import psi
 from bypass_fx.passes.link import Linked
-from bypass_fx.passes.multihead import is_multihead, is_multihead_site
+from bypass_fx.passes.multihead import is_multihead
 from bypass_fx.passes.plan import Site
 from bypass_fx.passes.rewrite import rewrite
 from bypass_fx.passes.units import Spot, Unit
@@ -106,8 +106,8 @@ class _Drawing:
         for unit in self.units:
             self.bypass(unit)
         for site in self.inspection.plan.sites:
-            if is_multihead_site(self.linked, site):
-                inside = self.attentions[site.owner]
+            inside = self.attentions.get(site.owner)
+            if inside is not None:
                 self.insert_psi(site, inside.mixed, inside.values, f"{site.owner}#psi", f"{site.owner}#{site.delta}")
         joined = {end for edge in self.edges.values() for end in (edge.source, edge.target)}
         for node in list(self.nodes.values()):  # what no code calls, such as a dropout that a fused function took over
