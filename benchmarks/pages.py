@@ -55,10 +55,13 @@ INTERACTIONS = {
     "search": "byId('search').value = 'norm'; search()",
     "zoom": "view.zoomBy(1.2)",
     "dark": "setTheme('dark')",
+    "show sites": "openSites()",
+    "collapse all": "closeAll()",
 }
 
 
-def _model(name: str) -> tuple[nn.Module, Any]:
+def model_named(name: str) -> tuple[nn.Module, Any]:
+    """A model to look at, and example inputs where nothing else tells them."""
     if name == "torch.nn:Transformer":
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
@@ -81,7 +84,7 @@ def _interact(page: Page, action: str) -> tuple[float, float]:
 
 def measure(name: str, page: Page, folder: Path) -> dict[str, Any]:
     """One page: written, opened, and every interaction done five times."""
-    model, inputs = _model(name)
+    model, inputs = model_named(name)
     found = inspect(model, name, example_inputs=inputs)
     file = folder / "page.html"
     start = time.perf_counter()
@@ -126,27 +129,32 @@ def command() -> dict[str, Any]:
 def screenshots(folder: Path) -> None:
     """The page of one model with a site chosen, light, and after the surgery, dark; and six models on one sheet."""
     file = folder / "page.html"
-    write(inspect(_model(SHOT)[0], SHOT), file)
+    write(inspect(model_named(SHOT)[0], SHOT), file)
     for theme in ("light", "dark"):
         with browsing(1280, 860, dark=theme == "dark") as page:
             page.open(file)
-            page.js(f"go({_SITE}.id); view.cy.zoom(0.85); view.cy.center(view.cy.getElementById(chosen))")
+            page.js(f"go({_SITE}.id)")
             if theme == "dark":
                 page.js("setStage('after')")
             time.sleep(0.5)
-            page.driver.save_screenshot(str(RESULTS / f"page-{theme}.png"))
-    tile = (640, 420)
+            save(Image.open(BytesIO(page.driver.get_screenshot_as_png())), f"page-{theme}.png")
+    tile = (560, 376)
     sheet = Image.new("RGB", (2 * tile[0], 3 * tile[1]))
     with browsing(1280, 860) as page:
         for index, name in enumerate(NAMES[:6]):
-            model, inputs = _model(name)
+            model, inputs = model_named(name)
             write(inspect(model, name, example_inputs=inputs), file)
             page.open(file)
-            page.js("view.fit()")
             time.sleep(0.5)
             shot = Image.open(BytesIO(page.driver.get_screenshot_as_png())).convert("RGB").resize(tile)
             sheet.paste(shot, (index % 2 * tile[0], index // 2 * tile[1]))
-    sheet.quantize(64).save(RESULTS / "pages.png", optimize=True)
+    save(sheet, "pages.png")
+
+
+def save(image: Image.Image, name: str) -> None:
+    """A screenshot beside the results, in so few colours that it stays small."""
+    few = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(RESULTS / name, optimize=True)
 
 
 def run(pattern: str = "", results: str = "pages.jsonl") -> ResultsFile:

@@ -1,35 +1,36 @@
-"""The shapes of a model's values, for people to see: one run on fake tensors in which each graph runs once."""
+"""The shapes of a model's values, for people to see: one run that computes nothing, in which each graph runs once."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .calls import bound_to_placeholders, call_of
 from .link import Linked
 from .units import ExampleInputs, Spot, Unit
 
-if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
 
 class ValueShapes:
-    """What a run of the model on fake copies of the inputs showed; nothing is computed, and no memory is used.
+    """What a run of the model on tensors without data showed; nothing is computed, and no memory is used.
 
     Attributes:
         shapes: the shapes of the values asked for, where the run reached them.
+        flops: FLOPs of this forward pass in its matrix products and convolutions; None where the run ended early.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
     def __init__(self, linked: Linked, values: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.shapes: dict[Spot, tuple[int, ...]] = {}
+        self.flops: int | None = None
         self.failure = ""
         self._linked = linked
         self._wanted: dict[Unit, set[fx.Node]] = {}
@@ -37,12 +38,13 @@ class ValueShapes:
         for unit, node in values:
             self._wanted.setdefault(unit, set()).add(node)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        with _eval_mode(linked.model), self._watching(), on_fakes() as fake:
+        counter = _Flops()
+        with _eval_mode(linked.model), self._watching(), _without_data(linked.model, (args, kwargs)) as (args, kwargs):
             try:
-                linked.model(
-                    *tree_map_only(Tensor, fake.from_tensor, args), **tree_map_only(Tensor, fake.from_tensor, kwargs)
-                )
-            except Exception as error:  # the user's model on fake tensors may raise anything; what was seen still holds
+                with counter:
+                    linked.model(*args, **kwargs)
+                self.flops = counter.total
+            except Exception as error:  # the user's model may raise anything here; what was seen still holds
                 text = str(error).strip().splitlines()[0] if str(error) else ""
                 self.failure = f"{type(error).__name__}: {text}".rstrip(".: ")
 
@@ -51,21 +53,18 @@ class ValueShapes:
         """Inside, the graphs of the methods that hold wanted values run in place of their first calls."""
         methods = {(unit.path, unit.method) for unit in self._wanted}
         watched = [(self._linked.modules[path], method, self._graph_first(path, method)) for path, method in methods]
-        # torch's fused inference paths skip a module's methods unless it has hooks
-        hooks = [module.register_forward_pre_hook(lambda *_: None) for module, *_ in watched]
         for module, method, graph_first in watched:
             module.__dict__[method] = graph_first
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
             for module, method, _ in watched:
                 del module.__dict__[method]
 
     def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
         original, signature = getattr(self._linked.modules[path], method), self._linked.tracing.signature(path, method)
 
+        @wraps(original)  # code may ask how many arguments it takes
         def call(*args: Any, **kwargs: Any) -> Any:
             if signature is None:
                 return original(*args, **kwargs)
@@ -85,6 +84,23 @@ class ValueShapes:
         values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
         replay = _Replay(self._linked.modules[unit.path], graph, unit, self._wanted[unit], self.shapes)
         return _plain(replay.run(*values))
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums up FLOPs by the formulas of torch's own counter, which fails at a module that is given a view of a parameter."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # slow to import, and rarely needed
+
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total, self._formulas = 0, flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 def _plain(value: Any) -> Any:
@@ -116,18 +132,29 @@ class _Replay(fx.Interpreter):
 
 
 @contextmanager
-def on_fakes() -> Iterator[FakeTensorMode]:
-    """Inside, models run on fake tensors without gradients; a model that fails there is no error to log."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+def _without_data(model: nn.Module, inputs: Any) -> Iterator[Any]:
+    """The inputs without data, and inside, a model that runs on them without gradients: fake tensors, unless all tensors
+    are on the meta device anyway, where ops take a tenth of the time.
 
+    A model that fails there is no error to log. torch's fused inference paths, which skip a module's methods, are off.
+    """
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors += [*model.parameters(), *model.buffers()]
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
+    level, fused = log.level, torch.backends.mha.get_fastpath_enabled()
     log.setLevel(logging.CRITICAL)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            yield fake
+        with torch.no_grad(), ExitStack() as stack:
+            if not tensors or not all(tensor.is_meta for tensor in tensors):
+                from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
+
+                fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+                inputs = tree_map_only(Tensor, fake.from_tensor, inputs)
+            yield inputs
     finally:
         log.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

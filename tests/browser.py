@@ -62,7 +62,7 @@ class Page:
 
     def shown(self) -> list[str]:
         """The ids of the nodes that are drawn."""
-        return list(self.js("return view.cy.nodes().map((node) => node.id())"))
+        return list(self.js("return view.cy.nodes('[^of]').map((node) => node.id())"))
 
     def color(self, node: str) -> str:
         """The colour of a drawn node."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,27 @@ def test_shapes_inside_helper_methods_and_without_an_input() -> None:
     }
     blind = inspect(net())
     assert {fact.z for fact in blind.facts.values()} == {None} and blind.costs.psi_flops is None
+
+
+def test_shapes_and_flops_survive_parameters_as_arguments_and_code_that_asks_for_signatures() -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 4))
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def chunk(self, x: Tensor) -> Any:
+            return self.second(F.relu(self.first(x)))
+
+        def forward(self, x: Tensor) -> Any:
+            assert list(signature(self.chunk).parameters) == ["x"]
+            return self.chunk(x) + self.second(self.first(self.token.expand(3, -1))) if x.shape[0] > 2 else x
+
+    for device in ("cpu", "meta"):
+        found = inspect(Takes().to(device), mode="all", example_inputs=(torch.zeros(3, 4, device=device),))
+        assert found.run_to_sites and found.run_to_sites.failure == ""
+        assert [fact.z for fact in found.facts.values()] == [(3, 8)]
+        assert found.run_to_sites.flops == 2 * (3 + 3) * (4 * 8 + 8 * 4)
 
 
 def test_looking_leaves_the_model_as_it_was() -> None:
@@ -155,6 +177,43 @@ def test_before_and_after_differ_by_psi_and_its_delta_and_a_copy_of_what_is_over
     assert set(after.successors("blocks.0#psi")) == set(before.successors("blocks.0#_1")) == {"blocks.0#_2"}
     assert set(after.predecessors("head#psi")) == {"head#_1", "head#clone", "head#delta_1"}
     assert nx.is_directed_acyclic_graph(after) and nx.has_path(after, "(model)#x", "(model)#output")
+
+
+def test_multihead_attention_is_drawn_as_its_source_says_and_psi_stands_before_the_projection() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    found = inspect(nn.TransformerEncoder(layer, 1), example_inputs=(torch.zeros(3, 5, 16),))
+    picture, at = draw(found), "layers.0.self_attn"
+    before, after = edges(picture, "before"), edges(picture, "after")
+    assert set(before.predecessors(f"{at}#attention")) == {f"{at}#V", f"{at}#forward"}
+    assert set(before.successors(f"{at}#attention")) == {f"{at}.out_proj#call"}
+    assert set(after.successors(f"{at}#attention")) == {f"{at}#psi"}
+    assert set(after.predecessors(f"{at}#psi")) == {f"{at}#attention", f"{at}#V", f"{at}#delta_attention"}
+    assert set(after.successors(f"{at}#psi")) == {f"{at}.out_proj#call"}
+    assert not before.has_edge(f"{at}#forward", f"{at}.out_proj#call")
+    assert nx.has_path(before, f"{at}.out_proj#call", "layers.0._sa_block#output")
+    assert next(node.site for node in picture.nodes if node.id == f"{at}#attention") == f"{at}.attention"
+    assert found.facts[f"{at}.attention"].z == (3, 5, 16)
+
+
+def test_a_model_of_one_piece_is_drawn(tmp_path: Path) -> None:
+    found = inspect(nn.GRU(4, 4), "gru")
+    assert [(node.id, node.type) for node in draw(found).nodes] == [("(model)", "GRU"), ("(model)#call", "GRU")]
+    for form in ("svg", "html", "graphml"):
+        write(found, tmp_path / f"gru.{form}")
+    relu = draw(inspect(nn.ReLU(), mode="all", example_inputs=(torch.zeros(2, 3),)))
+    assert [node.site for node in relu.nodes if node.site] == ["relu", "relu"]
+
+
+def test_activations_that_no_graph_shows_have_a_node_each() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return F.relu(x) if x.sum() > 0 else torch.tanh(x)
+
+    found = inspect(nn.Sequential(Branching(), nn.Linear(2, 2)))
+    picture = draw(found)
+    assert {node.refusal for node in picture.nodes if node.refusal} == {refusal.name for refusal in found.plan.refusals}
+    assert len(found.plan.refusals) == 2
+    assert {edge.source for edge in picture.edges if edge.target.startswith("0#forward.")} == {"0#forward"}
 
 
 def test_code_without_a_graph_is_shown_with_the_calls_that_it_may_make() -> None:

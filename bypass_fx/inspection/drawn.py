@@ -124,15 +124,25 @@ def _by_networkx(picture: Picture, form: str) -> bytes:
                 graph.nodes[name]["subset"] = depth
     places = {name: (x, -y) for name, (x, y) in nx.multipartite_layout(graph, align="horizontal").items()}
     layers = Counter(graph.nodes[name]["subset"] for name in graph)
-    figure = Figure(figsize=(max(6, 1.6 * max(layers.values(), default=1)), max(4, 0.5 * len(layers))))
+    figure = Figure(figsize=(max(6, 1.6 * max(layers.values(), default=1)), max(4, 0.8 * len(layers))))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     labels = {name: node.label for name, node in nodes.items()}
     colors = [_COLORS.get(nodes[name].kind, "#ffffff") for name in graph]
-    nx.draw_networkx(
-        graph, places, ax=axes, labels=labels, node_color=colors, edgecolors="#8a93a3", edge_color="#8a93a3",
-        node_shape="s", node_size=500, font_size=6, arrowsize=6,
-    )  # fmt: skip
+    nx.draw_networkx_nodes(
+        graph, places, ax=axes, node_color=colors, edgecolors="#8a93a3", node_shape="s", node_size=900
+    )
+    nx.draw_networkx_labels(graph, places, labels, ax=axes, font_size=6)
+    ahead = {edge: graph.nodes[edge[1]]["subset"] - graph.nodes[edge[0]]["subset"] == 1 for edge in graph.edges}
+    for bend in (0.0, 0.4):  # an edge over several layers would hide behind the nodes between
+        joined = [edge for edge, straight in ahead.items() if straight == (bend == 0)]
+        nx.draw_networkx_edges(
+            graph, places, joined, ax=axes, edge_color="#8a93a3", node_size=900, node_shape="s", arrowsize=6,
+            connectionstyle=f"arc3,rad={bend}",
+        )  # fmt: skip
+    heights = [y for _, y in places.values()]
+    room = 0.6 * (max(heights) - min(heights)) / len(layers) or 1
+    axes.set_ylim(min(heights) - room, max(heights) + room)
     content = io.BytesIO()
     figure.savefig(content, format=form, dpi=100)
     return content.getvalue()

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from bypass_fx.passes.matrices import columns, rows, tensor_named
 from bypass_fx.passes.plan import Plan, Site
 from bypass_fx.passes.units import ExampleInputs
-from bypass_fx.passes.value_shapes import on_fakes
 
 Shape = tuple[int, ...]
 _PSI_FORWARD, _PSI_BACKWARD = 2, 4
@@ -114,22 +111,6 @@ def psi_flops(elements: int) -> tuple[int, int]:
         (2000, 4000)
     """
     return _PSI_FORWARD * elements, _PSI_BACKWARD * elements
-
-
-def forward_flops(model: nn.Module, inputs: ExampleInputs) -> int | None:
-    """FLOPs of one forward pass in its matrix products and convolutions, counted on fake tensors; None where it fails."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    args, kwargs = (tuple(inputs), {}) if isinstance(inputs, tuple) else ((), dict(inputs))
-    counter = FlopCounterMode(display=False)
-    with on_fakes() as fake:
-        faked = partial(tree_map_only, Tensor, fake.from_tensor)
-        try:
-            with counter:
-                model(*faked(args), **faked(kwargs))
-        except Exception:  # the user's model may raise anything; the estimate then says that it is not known
-            return None
-    return int(counter.get_total_flops())
 
 
 def batch_of(inputs: ExampleInputs) -> int | None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import fx, nn
 
 from bypass_fx.passes.activation_calls import Calls
 from bypass_fx.passes.activations import activation_input
 from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
+from bypass_fx.passes.multihead import is_multihead_site
 from bypass_fx.passes.plan import Mode, Plan, Site
 from bypass_fx.passes.units import ExampleInputs, Spot
 from bypass_fx.passes.value_shapes import ValueShapes
 from bypass_fx.surgery import Select, linked_plan
 from bypass_fx.usual_inputs import usual_inputs
 
-from .facts import Costs, Facts, Shape, batch_of, costs, facts, forward_flops
+from .facts import Costs, Facts, Shape, batch_of, costs, facts
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Inspection:
 
     @cached_property
     def run(self) -> ValueShapes | None:
-        """The shapes of all values, from one run on fake tensors."""
+        """The shapes of all values, from one run on tensors without data."""
         values = [Spot(unit, node) for unit, owned in self.linked.graphs.items() for node in owned.graph.nodes]
         return ValueShapes(self.linked, values, self.inputs) if self.inputs is not None else None
 
@@ -54,12 +55,19 @@ class Inspection:
         return ValueShapes(self.linked, filter(None, map(self.z, self.plan.sites)), self.inputs)
 
     def z(self, site: Site) -> Spot | None:
-        """The value that a site's activation reads; the call itself, of the same shape, where that is no traced value.
+        """The value that a site's activation reads, or one of the same positions: the call itself, where what it reads is
+        no traced value, and the values that a torch.nn.MultiheadAttention is called with.
 
         None where the site stands in code without a graph.
         """
         spot = self.spots.get(site.name)
-        return spot and Spot(spot.unit, activation_input(spot.node) or spot.node)
+        if spot is not None:
+            return Spot(spot.unit, activation_input(spot.node) or spot.node)
+        if not is_multihead_site(self.linked, site):
+            return None
+        caller = self.linked.callers[site.owner][0]
+        value = caller.node.args[2] if len(caller.node.args) > 2 else caller.node.kwargs.get("value")
+        return Spot(caller.unit, value) if isinstance(value, fx.Node) else None
 
     def shape(self, spot: Spot) -> Shape | None:
         """The shape of a value; None where no run reached it."""
@@ -76,7 +84,7 @@ class Inspection:
     def costs(self) -> Costs:
         """What the plan adds to the model."""
         batch = batch_of(self.inputs) if self.inputs is not None else None
-        flops = forward_flops(self.linked.model, self.inputs) if self.inputs is not None else None
+        flops = self.run_to_sites.flops if self.run_to_sites else None
         return costs(self.linked.model, self.plan, self.facts.values(), batch, flops)
 
     @cached_property

@@ -14,9 +14,10 @@ from .inspection import Inspection
 from .panel import panel
 from .picture import Picture
 from .residuals import Residuals
+from .totals import in_words
 
 _LIBRARIES = ("cytoscape", "dagre")
-_SCRIPTS = ("graph.js", "view.js", "page.js")
+_SCRIPTS = ("parts.js", "graph.js", "view.js", "page.js")
 
 
 def as_html(inspection: Inspection, picture: Picture, run: Residuals | None = None) -> str:
@@ -42,6 +43,7 @@ def page_data(inspection: Inspection, picture: Picture, run: Residuals | None = 
     return {
         "name": inspection.name,
         "summary": f"{summary(plan)}; mode {plan.mode}",
+        "totals": in_words(inspection),
         "nodes": [_short(asdict(node), stage="both") for node in picture.nodes],
         "edges": [_short(asdict(edge), stage="both", seen=True) for edge in picture.edges],
         "sites": {site.name: asdict(panel(inspection, site)) for site in plan.sites},

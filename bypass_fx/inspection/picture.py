@@ -10,6 +10,7 @@ from torch import fx
 
 from bypass_fx.activation import psi
 from bypass_fx.passes.link import Linked
+from bypass_fx.passes.multihead import is_multihead
 from bypass_fx.passes.plan import Site
 from bypass_fx.passes.rewrite import rewrite
 from bypass_fx.passes.units import Spot, Unit
@@ -63,6 +64,15 @@ class Picture:
 ROOT = "(model)"
 
 
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """The ids of what is drawn inside a torch.nn.MultiheadAttention: its values, their mixing, and its output projection."""
+
+    values: str
+    mixed: str
+    result: str
+
+
 def draw(inspection: Inspection) -> Picture:
     """The picture of an inspected model."""
     drawing = _Drawing(inspection)
@@ -76,6 +86,7 @@ class _Drawing:
         self.edges: dict[tuple[str, str, Stage], Edge] = {}
         self.calls: dict[str, str] = {}  # the first call of each module that is a node, by its path
         self.read_by: dict[str, list[Edge]] = {}
+        self.attentions: dict[str, _Attention] = {}  # of each torch.nn.MultiheadAttention, by its path
         self.units = [unit for unit in self.linked.graphs if _is_drawn(self.linked, unit)]
         for unit in self.units:
             for node in self.linked.graphs[unit].graph.nodes:
@@ -87,14 +98,23 @@ class _Drawing:
                 self.helper(unit)
         for path in sorted(self.linked.unseen):
             self.unseen(path)
+        for path in self.linked.failures:
+            if is_multihead(self.linked.modules[path]):
+                self.attention(path)
         self.connect()
         self.mark()
         for unit in self.units:
             self.bypass(unit)
+        for site in self.inspection.plan.sites:
+            inside = self.attentions.get(site.owner)
+            if inside is not None:
+                self.insert_psi(site, inside.mixed, inside.values, f"{site.owner}#psi", f"{site.owner}#{site.delta}")
         joined = {end for edge in self.edges.values() for end in (edge.source, edge.target)}
         for node in list(self.nodes.values()):  # what no code calls, such as a dropout that a fused function took over
             if node.role != "module" and node.id not in joined and not (node.site or node.refusal):
                 del self.nodes[node.id]
+        if all(node.role == "module" for node in self.nodes.values()):
+            self.whole()
 
     def in_order(self) -> Iterator[Node]:
         """The nodes, modules that hold any first, outer ones before inner ones."""
@@ -150,9 +170,16 @@ class _Drawing:
                 output = next(iter(reversed(self.linked.graphs[callee].graph.nodes)))
                 return _name(callee, output)
             child = self.linked.child(unit, node)
+            if child in self.attentions:
+                return self.attentions[child].result
             if child in self.linked.failures:
                 return f"{child}#forward"
         return _name(unit, node)
+
+    def taken_by(self, unit: Unit, node: fx.Node) -> str:
+        """The id of the node that takes what a value is computed from."""
+        child = self.linked.child(unit, node) if node.op == "call_module" else None
+        return f"{child}#forward" if child in self.attentions else self.stands_for(unit, node)
 
     def opaque(self, path: str) -> None:
         """A forward without a graph."""
@@ -180,14 +207,43 @@ class _Drawing:
         if path in self.linked.failures:
             targets = [f"{path}#forward"]
         elif not self.linked.variants(path) and not module._modules:
-            above = path.rpartition(".")[0]
-            made = Node(f"{path}#call", self.module(above), "call", path.rpartition(".")[2], type(module).__name__)
-            self.nodes[made.id] = replace(made, detail=module.extra_repr())
-            self.calls.setdefault(path, made.id)
-            targets = [made.id]
+            targets = [self.called(path)]
         if caller is not None:
             for target in targets:
                 self.join(f"{caller or ROOT}#forward", target, seen=False)
+
+    def whole(self) -> None:
+        """A model of one piece, such as a torch.nn.GRU."""
+        module = self.linked.model
+        made = Node(
+            f"{ROOT}#call", self.module(""), "call", self.inspection.name, type(module).__name__, module.extra_repr()
+        )
+        self.nodes[made.id] = made
+
+    def called(self, path: str) -> str:
+        """A node for a module that no graph is seen to call; its id."""
+        module, (above, _, label) = self.linked.modules[path], path.rpartition(".")
+        made = Node(f"{path}#call", self.module(above), "call", label, type(module).__name__, module.extra_repr())
+        self.nodes[made.id] = made
+        self.calls.setdefault(path, made.id)
+        return made.id
+
+    def attention(self, path: str) -> None:
+        """What the source text of torch.nn.MultiheadAttention shows: values, their mixing, and the projection behind it."""
+        module, forward = self.linked.modules[path], f"{path or ROOT}#forward"
+        out = f"{path}.out_proj".lstrip(".")
+        values, mixed = f"{path or ROOT}#V", f"{path or ROOT}#attention"
+        result = self.calls.get(out) or self.called(out)
+        parent = self.module(path)
+        fused = module._parameters.get("in_proj_weight") is not None
+        weight = "the last third of in_proj_weight" if fused else "v_proj_weight"
+        self.nodes[forward] = Node(forward, parent, "input", "query, key, value")
+        self.nodes[values] = Node(values, parent, "op", "V", "W_V", f"values, projected by {weight}")
+        self.nodes[mixed] = Node(mixed, parent, "op", "attention", "", "softmax(Q Kᵀ / √d) V, head by head")
+        self.edges.pop((forward, result, "both"), None)
+        for source, target in ((forward, values), (forward, mixed), (values, mixed), (mixed, result)):
+            self.join(source, target)
+        self.attentions[path] = _Attention(values, mixed, result)
 
     def join(self, source: str, target: str, stage: Stage = "both", seen: bool = True) -> None:
         known = source in self.nodes and target in self.nodes and source != target
@@ -197,28 +253,35 @@ class _Drawing:
 
     def connect(self) -> None:
         """The edges of the linked dataflow, with each call of a traced module replaced by what stands in its box."""
-        alias: dict[tuple[str, int, str, str], str] = {}
+        ends: dict[tuple[str, int, str, str], tuple[str, str]] = {}
         for unit in self.units:
             for node in self.linked.graphs[unit].graph.nodes:
-                alias[*unit, node.name] = self.stands_for(unit, node)
+                ends[*unit, node.name] = self.stands_for(unit, node), self.taken_by(unit, node)
         for source, target in self.linked.digraph.edges:
-            if source in alias and target in alias:
-                self.join(alias[source], alias[target])
+            if source in ends and target in ends:
+                self.join(ends[source][0], ends[target][1])
 
     def mark(self) -> None:
         """Note the plan's sites and refusals on their nodes."""
         plan = self.inspection.plan
         for site in plan.sites:
-            self.note(site.name, site.owner, site=site.name, kind=site.constraint)
+            name = self.spot_of(site.name, site.owner, site.activation)
+            self.nodes[name] = replace(self.nodes[name], site=site.name, kind=site.constraint)
         for refusal in plan.refusals:
-            self.note(refusal.name, refusal.owner, refusal=refusal.name, kind="refused")
+            name = self.spot_of(refusal.name, refusal.owner, refusal.activation)
+            self.nodes[name] = replace(self.nodes[name], refusal=refusal.name, kind="refused")
 
-    def note(self, call: str, owner: str, **marks: str) -> None:
-        """Mark an activation call; where it is no value of a graph, its owner, or the owner's code."""
-        spot = self.inspection.spots.get(call)
-        name = _name(*spot) if spot else self.calls.get(owner, f"{owner or ROOT}#forward")
-        if name in self.nodes:
-            self.nodes[name] = replace(self.nodes[name], **marks)  # type: ignore[arg-type]
+    def spot_of(self, call: str, owner: str, activation: str) -> str:
+        """The id of an activation call; where no graph shows it, of a node made for it beside its owner's code."""
+        spot, inside = self.inspection.spots.get(call), self.attentions.get(owner)
+        likely = inside and inside.mixed, spot and _name(*spot), self.calls.get(owner)
+        for name in likely:
+            if name in self.nodes:
+                return name
+        made = Node(f"{owner or ROOT}#forward.{call}", self.module(owner), "op", activation)
+        self.nodes[made.id] = made
+        self.join(f"{owner or ROOT}#forward", made.id, seen=False)
+        return made.id
 
     def bypass(self, unit: Unit) -> None:
         """What the surgery adds to a unit: ψ with its δ behind every σ, read off the rewritten graph."""
@@ -233,28 +296,28 @@ class _Drawing:
 
     def write_psi(self, unit: Unit, node: fx.Node, site: Site) -> None:
         sigma, kept, delta = (value for value in node.args[:3] if isinstance(value, fx.Node))
-        parent, here = self.module(unit.path), _name(unit, sigma)
-        name, coefficients = _name(unit, node), _name(unit, delta)
-        detail = f"ψ(z) = σ(z) + D z, σ = {site.activation}"
-        shape = self.nodes[here].shape
+        z = self.names_of(unit, kept)
+        if kept.name not in {other.name for other in self.linked.graphs[unit].graph.nodes}:
+            copy, before = _name(unit, kept), kept.all_input_nodes[0]
+            self.nodes[copy] = Node(copy, self.module(unit.path), "op", "clone", "", "σ overwrites z", stage="after")
+            self.join(self.names_of(unit, before), copy, "after")
+            z = copy
+        self.insert_psi(site, _name(unit, sigma), z, _name(unit, node), _name(unit, delta))
+
+    def insert_psi(self, site: Site, sigma: str, z: str, name: str, delta: str) -> None:
+        """ψ and its δ behind σ: after the surgery, what read σ reads ψ."""
+        parent = self.nodes[sigma].parent
+        detail, shape = f"ψ(z) = σ(z) + D z, σ = {site.activation}", self.nodes[sigma].shape
         self.nodes[name] = Node(
             name, parent, "op", "ψ", "D-activation", detail, shape, site.name, kind=site.constraint, stage="after"
         )
         about = f"D = diag(δ), {site.width} coefficients, 0 at first"
-        self.nodes[coefficients] = Node(
-            coefficients, parent, "parameter", site.delta, "δ", about, str(site.width), stage="after"
-        )
-        z = self.names_of(unit, kept)
-        if kept.name not in {other.name for other in self.linked.graphs[unit].graph.nodes}:
-            copy, before = _name(unit, kept), kept.all_input_nodes[0]
-            self.nodes[copy] = Node(copy, parent, "op", "clone", "", "σ overwrites z", stage="after")
-            self.join(self.names_of(unit, before), copy, "after")
-            z = copy
-        for edge in self.read_by.pop(here, []):
-            del self.edges[here, edge.target, edge.stage]
-            self.join(here, edge.target, "before", edge.seen)
+        self.nodes[delta] = Node(delta, parent, "parameter", site.delta, "δ", about, str(site.width), stage="after")
+        for edge in self.read_by.pop(sigma, []):
+            del self.edges[sigma, edge.target, edge.stage]
+            self.join(sigma, edge.target, "before", edge.seen)
             self.join(name, edge.target, "after", edge.seen)
-        for value in (here, z, coefficients):
+        for value in (sigma, z, delta):
             self.join(value, name, "after")
 
     def names_of(self, unit: Unit, copied: fx.Node) -> str:
@@ -271,7 +334,7 @@ def _is_drawn(linked: Linked, unit: Unit) -> bool:
         calls_module = any(node.op == "call_module" for node in linked.graphs[unit].graph.nodes)
         return calls_module or bool(linked.activations_in(unit))
     leaf = linked.activation_module(unit.path) or linked.look_alike(unit.path)
-    return not leaf or unit.path in linked.unseen
+    return not leaf or not unit.path or unit.path in linked.unseen
 
 
 def _prefix(unit: Unit) -> str:

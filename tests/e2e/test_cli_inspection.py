@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -186,3 +187,15 @@ def test_the_shell_completes_commands_options_and_models(
 
 def test_help_offers_shell_completion(run: Run) -> None:
     assert "--install-completion" in run("--help").out
+
+
+@pytest.mark.parametrize("command", ["inspect", "list"])
+def test_the_help_has_examples_whose_options_exist(run: Run, command: str) -> None:
+    examples = [line.split()[1:] for line in run(command, "--help").out.splitlines() if line.startswith(" bypass-fx ")]
+    assert len(examples) >= 2
+    known = {line.split()[1] for line in run(command, "--help").out.splitlines() if line.startswith("│ --")}
+    assert {word for example in examples for word in example if word.startswith("--")} <= known
+
+
+def test_looking_leaves_the_collector_of_garbage_as_it_was(run: Run) -> None:
+    assert gc.isenabled() and run("inspect", "mlp").code == 0 and gc.isenabled()

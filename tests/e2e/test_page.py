@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.pages import model_named
 from bypass_fx import models
 from bypass_fx.inspection import Residuals, inspect, write
 from tests.browser import Page, browsing, needs_browser
@@ -64,8 +65,10 @@ def test_a_site_in_the_list_leads_to_its_formula_with_the_actual_shapes(vit: Pag
 
 
 def test_a_double_click_opens_a_module_and_closes_it_again(vit: Page) -> None:
+    vit.js("view.show('blocks.1')")
     vit.click("blocks.1", times=2)
     assert "blocks.1.mlp" in vit.shown()
+    vit.js("view.show('blocks.1.mlp')")
     vit.click("blocks.1.mlp", times=2)
     vit.js("view.fit()")
     vit.click("blocks.1.mlp#act")
@@ -76,22 +79,28 @@ def test_a_double_click_opens_a_module_and_closes_it_again(vit: Page) -> None:
 
 def test_modules_lie_inside_the_ones_around_and_beside_each_other(vit: Page) -> None:
     vit.js("graph.reveal('blocks.2.mlp#act'); view.draw()")
-    overlaps = vit.js("""
-        const boxes = view.cy.nodes().map((node) => [node, node.boundingBox({includeLabels: false, includeOverlays: false})]);
-        const found = [];
-        for (const [a, p] of boxes) for (const [b, q] of boxes) {
-          if (a.id() >= b.id() || a.parent().id() !== b.parent().id()) continue;
-          if (p.x1 < q.x2 - 1 && q.x1 < p.x2 - 1 && p.y1 < q.y2 - 1 && q.y1 < p.y2 - 1) found.push([a.id(), b.id()]);
-        }
-        return found;""")
-    assert overlaps == []
-    off = vit.js("""
-        return graph.visible().nodes.filter(({open}) => open).map(({id, x, width}) => {
-          const box = view.cy.getElementById(id).boundingBox({includeLabels: false, includeOverlays: false});
-          return [id, Math.abs(box.x1 - (x - width / 2)), Math.abs(box.x2 - (x + width / 2))];
+    boxes = vit.js("""
+        return view.cy.nodes('[^of]').map((node) => {
+          const {x, y} = node.position(), w = node.width() / 2, h = node.height() / 2;
+          return [node.id(), graph.nodes.get(node.id()).parent, x - w, y - h, x + w, y + h];
         });""")
-    assert len(off) == 3 and all(max(left, right) < 8 for _, left, right in off), off
-    assert vit.js("return view.cy.getElementById('blocks.2.mlp').parent().id()") == "blocks.2"
+    place = {name: box for name, _, *box in boxes}
+    for name, parent, left, top, right, bottom in boxes:
+        if parent in place:
+            outer = place[parent]
+            assert outer[0] < left and outer[1] < top and right < outer[2] and bottom < outer[3], (name, parent)
+        for other, beside, x1, y1, x2, y2 in boxes:
+            apart = right <= x1 or x2 <= left or bottom <= y1 or y2 <= top
+            assert apart or parent != beside or name == other, (name, other)
+    assert len({parent for _, parent, *_ in boxes}) == 4
+    # what is drawn later lies above: modules, edges, values, titles
+    order = vit.js("""
+        const height = (element) => Number(element.style("z-index"));
+        return view.cy.elements().sort((a, b) => height(a) - height(b)).map((element) => element.id());""")
+    spots = [order.index(name) for name in ("blocks", "blocks.2", "blocks.2.mlp")]
+    edges = [index for index, name in enumerate(order) if name.startswith("→")]
+    assert spots == sorted(spots) and max(spots) < min(edges)
+    assert max(edges) < order.index("blocks.2.mlp#act") < order.index("≡ blocks.2.mlp")
 
 
 def test_search_finds_and_shows(vit: Page) -> None:
@@ -114,6 +123,15 @@ def test_the_switch_shows_psi_after_the_surgery(vit: Page) -> None:
     assert out == ["blocks.0.mlp#drop1"]
     vit.press("b")
     assert set(vit.shown()) == before
+
+
+def test_the_chosen_node_stays_where_it_is_when_the_surgery_is_shown(vit: Page) -> None:
+    vit.js("go('blocks.11.mlp#act')")
+    where = "return view.cy.getElementById('blocks.11.mlp#act').renderedPosition()"
+    before = vit.js(where)
+    vit.press("b")
+    assert "blocks.11.mlp#psi" in vit.shown()
+    assert vit.js(where) == pytest.approx(before, abs=1)
 
 
 def test_keys_are_enough(vit: Page) -> None:
@@ -164,6 +182,82 @@ def test_forwards_without_a_graph_and_refusals_are_shown_with_their_reason(brows
     assert page.text("#list").splitlines() == ["inner.1", "act"]
     page.driver.find_elements("css selector", "#list button")[1].click()
     assert "it stands in no residual block" in page.text("#panel") and "mode='all' takes it" in page.text("#panel")
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "says"),
+    [
+        ("timm:resnet18", "layer2.1.act1", "axis 1 holds the channels"),
+        ("timm:vit_base_patch16_224", "blocks.5.attn.scaled_dot_product_attention", "ψ(V) = attention(Q, K, V) + D V"),
+        ("timm:convnext_tiny", "stages.2.blocks.4.mlp.act", "384 stages.2.blocks.4.mlp.fc1"),
+        ("timm:efficientnet_b0", "blocks.3.1.se.act1", "A D W = 0"),
+        ("torchvision:fasterrcnn_resnet50_fpn", "roi_heads.box_head.relu", "1024 × 12544 roi_heads.box_head.fc6"),
+        ("torch.nn:Transformer", "decoder.layers.3.self_attn.attention", "10 × 1 × 512"),
+    ],
+)
+def test_every_kind_of_model_can_be_looked_at(browser: Page, folder: Path, name: str, site: str, says: str) -> None:
+    model, inputs = model_named(name)
+    page = opened(browser, folder, model, inputs)
+    assert "How to read this".upper() in page.text("#panel") and page.text("#legend").startswith("strict, folded")
+    page.type(site)
+    page.driver.find_elements("css selector", "#list button")[0].click()
+    chosen = page.js("return chosen")
+    page.js("view.select('nothing'); chosen = null; showPanel(graph.root)")
+    page.click(chosen)
+    assert page.js("return chosen") == chosen and says in page.text("#panel")
+    page.driver.find_element("css selector", "input[value=after]").click()
+    psi = page.js("return data.nodes.find((node) => node.stage === 'after' && node.site === arguments[0]).id", site)
+    assert psi in page.shown()
+    inside = page.js("return graph.nodes.get(chosen).parent")
+    page.js("go(arguments[0])", inside)
+    page.press("\ue007")
+    assert chosen not in page.shown() and inside in page.shown()
+    page.driver.find_element("id", "close-all").click()
+    assert page.js("return graph.open.size") == 1
+    assert page.complaints() == [] and page.js("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_names_from_the_model_are_text_and_no_markup(browser: Page, folder: Path) -> None:
+    evil = type("<img src=x onerror=alert(1)>", (nn.ReLU,), {})()
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name, module in (("<b>'&", evil), ("[red] {0-3}", nn.Linear(4, 4))):
+        model.add_module(name, module)
+    page = opened(browser, folder, model, (torch.zeros(1, 4),))
+    page.press("n")
+    assert "<img src=x onerror=alert(1)>" in page.text("#panel")
+    assert page.js("return document.querySelectorAll('img, b').length") == 0 and page.complaints() == []
+
+
+def test_many_children_are_drawn_in_parts_in_the_order_of_the_dataflow(browser: Page, folder: Path) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(900)))
+    page = opened(browser, folder, model)
+    parts = page.js("return graph.children(graph.root).map((id) => [id, graph.nodes.get(id).label])")
+    assert 20 < len(parts) < 40 and parts[0][1].startswith("input … ") and parts[-1][1].endswith(" … result")
+    held = page.js("return graph.children(graph.root).map((part) => graph.children(part))")
+    assert [number for part in held for number in sorted(int(name) for name in part if name.isdigit())] == list(
+        range(900)
+    )
+    assert len(page.shown()) == len(parts)
+    page.js("go('450#_1')")
+    assert "450#_1" in page.shown() and len(page.shown()) < 80
+
+
+def test_blocks_that_only_code_without_a_graph_calls_stand_in_columns(browser: Page, folder: Path) -> None:
+    class Loops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Any:
+            for block in self.blocks:
+                x = block(x) if x.sum() > 0 else x
+            return x
+
+    page = opened(browser, folder, Loops())
+    page.js("go('blocks.0')")
+    places = page.js("return graph.children('blocks').map((id) => [view.places.get(id).x, view.places.get(id).y])")
+    assert len({x for x, _ in places}) == 2 and len({y for _, y in places}) == 6
+    assert page.js("return view.cy.edges('.unseen').map((edge) => edge.target().id())") == ["blocks"]
 
 
 def test_a_slider_colours_the_sites_by_their_norms_over_a_run(browser: Page, folder: Path) -> None:

@@ -3,11 +3,30 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const made = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
-const BUDGET = 60, LISTED = 200;
+const BUDGET = 60, CROWD = 110, LISTED = 200; // nodes drawn at first, nodes opened at once, entries of the list
 const KINDS = { folded: "strict, folded", augmented: "strict, augmented", zero: "relaxed", refused: "refused" };
+const MEANINGS = {
+  folded: "comes back at A D W = 0; what is left goes into A’s bias",
+  augmented: "comes back at A D [W b_W] = 0; A’s bias can’t take it",
+  zero: "comes back at D = 0",
+  refused: "gets no D; its panel says why",
+};
+
+/** Text that may break behind the dots and underscores of a long name. */
+function breakable(text) {
+  const parts = text.split(/(?<=[._:/])/), fragment = document.createDocumentFragment();
+  parts.forEach((part, index) => fragment.append(...(index ? [document.createElement("wbr"), part] : [part])));
+  return fragment;
+}
+
+function namedAs(tag, text, className = "") {
+  const element = made(tag, "", className);
+  element.append(breakable(text));
+  return element;
+}
 
 const pen = document.createElement("canvas").getContext("2d");
-pen.font = "11px system-ui, sans-serif";
+pen.font = `${View.FONT}px ${View.FACE}`;
 const widths = new Map();
 function widthOf(line) {
   if (!widths.has(line)) widths.set(line, pen.measureText(line).width);
@@ -34,9 +53,10 @@ function countKinds(graph) {
   }
 }
 
+splitIntoParts(data);
 const graph = new NestedGraph(data, (node, open = false) => {
   const lines = view.label(node, open).split("\n");
-  return { width: Math.max(34, 18 + Math.max(...lines.map(widthOf))), height: 12 + 13 * lines.length };
+  return { width: 2 * Math.ceil(Math.max(34, 18 + Math.max(...lines.map(widthOf))) / 2), height: (open ? 6 : 12) + View.LINE * lines.length };
 });
 let view = { label: View.prototype.label };
 let chosen = null;
@@ -57,27 +77,49 @@ function go(id) {
   choose(id);
 }
 
-function rows(pairs) {
-  const table = made("table");
+function rows(pairs, className = "") {
+  const table = made("table", "", className);
   for (const cells of pairs) {
     const row = table.insertRow();
-    for (const cell of cells) row.insertCell().textContent = cell;
+    for (const cell of cells) row.insertCell().append(breakable(cell));
   }
   return table;
 }
 
+/** What a first look needs: how to read the picture, what each colour means, and what the surgery costs. */
+function overview() {
+  const panel = made("div");
+  panel.append(made("h3", "How to read this"), made("p", "Frames are modules: a double click opens or closes one. A coloured "
+    + "value is an activation σ; the surgery makes it ψ(z) = σ(z) + D z, and with D = 0 the model computes what it did. "
+    + "Click one for its formula, its shapes and the reason."));
+  const table = made("table");
+  for (const [kind, words] of Object.entries(KINDS)) {
+    const count = siteNodes.filter((node) => node.kind === kind).length, row = table.insertRow();
+    if (!count) continue;
+    row.insertCell().append(made("span", `${count} ${words}`, `badge ${kind}`));
+    row.insertCell().textContent = MEANINGS[kind];
+  }
+  panel.append(table, made("h3", "What it adds"), ...data.totals.map((line) => made("p", line)));
+  return panel;
+}
+
 function showPanel(id) {
   const node = graph.nodes.get(id), panel = byId("panel");
-  panel.replaceChildren(made("h2", node.label), made("p", pathOf(node), "quiet"));
+  panel.scrollTop = 0;
+  panel.replaceChildren(namedAs("h2", node.label), namedAs("p", id === graph.root ? node.type : pathOf(node), "quiet"));
+  if (id === graph.root) {
+    panel.append(overview());
+    return;
+  }
   const site = data.sites[node.site], refusal = data.refusals[node.refusal];
   if (site) {
     panel.append(made("span", KINDS[site.kind], `badge ${site.kind}`));
     panel.append(made("h3", "Formula"), ...site.formula.map((line) => made("p", line, "formula")));
-    panel.append(rows(site.shapes), made("h3", "Why"), made("p", site.reason));
+    panel.append(rows(site.shapes, "shapes"), made("h3", "Why"), namedAs("p", site.reason));
     panel.append(made("h3", "Cost"), made("p", site.cost));
   } else if (refusal) {
     panel.append(made("span", KINDS.refused, "badge refused"), made("p", refusal.activation));
-    panel.append(made("h3", "Why not"), made("p", refusal.reason));
+    panel.append(made("h3", "Why not"), namedAs("p", refusal.reason));
     if (refusal.remedy) panel.append(made("h3", "What would help"), made("p", refusal.remedy));
   }
   if (data.run && node.site) panel.append(made("h3", "Residual norm"), made("p", residualText(node.site)));
@@ -93,7 +135,7 @@ function showPanel(id) {
 function list(nodes, heading) {
   byId("found").textContent = heading;
   byId("list").replaceChildren(...nodes.slice(0, LISTED).map((node) => {
-    const entry = made("li"), button = made("button", node.site || node.refusal || pathOf(node));
+    const entry = made("li"), button = namedAs("button", node.site || node.refusal || pathOf(node));
     button.dataset.id = node.id;
     if (node.kind) button.style.borderColor = `var(--${node.kind})`;
     button.onclick = () => go(node.id);
@@ -121,18 +163,20 @@ function step(by) {
   go(siteNodes[(now + by + siteNodes.length + (now < 0 && by < 0)) % siteNodes.length].id);
 }
 
-/** The next node in a direction: along an edge for up and down, beside it for left and right. */
+/** The next node in a direction: along an edge for up and down, else into or out of a module; beside it for left and right. */
 function neighbour(key) {
-  const element = view.cy.getElementById(chosen);
-  if (!element.length) return graph.children(graph.root)[0];
+  const element = view.cy.getElementById(chosen), here = view.places.get(chosen);
+  if (!here) return graph.children(graph.root)[0];
   if (key === "ArrowDown" || key === "ArrowUp") {
-    const inner = element.isParent() ? element.children() : element;
-    const ends = key === "ArrowDown" ? element.outgoers("node") : element.incomers("node");
-    return (ends.length ? ends : key === "ArrowDown" ? inner : element.parent()).first().id();
+    const down = key === "ArrowDown";
+    const ends = down ? element.outgoers("node") : element.incomers("node");
+    if (ends.length) return ends.first().id();
+    const parent = graph.nodes.get(chosen).parent;
+    return down ? here.open && graph.children(chosen)[0] : parent !== graph.root && parent;
   }
-  const here = element.position(), sign = key === "ArrowRight" ? 1 : -1;
-  const beside = view.cy.nodes().filter((node) => !node.isParent() && sign * (node.position("x") - here.x) > 1);
-  return beside.min((node) => Math.abs(node.position("y") - here.y) * 3 + Math.abs(node.position("x") - here.x)).ele?.id();
+  const sign = key === "ArrowRight" ? 1 : -1, off = (place) => Math.abs(place.y - here.y) * 3 + Math.abs(place.x - here.x);
+  const beside = [...view.places.values()].filter((place) => !place.open && sign * (place.x - here.x) > 1);
+  return beside.sort((a, b) => off(a) - off(b))[0]?.id;
 }
 
 const KEYS = {
@@ -160,7 +204,7 @@ function pressed(event) {
 
 function setStage(stage) {
   document.querySelector(`input[name=stage][value=${stage}]`).checked = true;
-  view.setStage(stage);
+  view.setStage(stage, chosen);
   if (chosen && graph.has(graph.nodes.get(chosen))) choose(chosen);
 }
 
@@ -168,6 +212,21 @@ function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
   byId("theme").textContent = theme === "dark" ? "Light" : "Dark";
   view.restyle();
+}
+
+function closeAll() {
+  for (const id of [...graph.open]) if (id !== graph.root) graph.setOpen(id, false);
+  view.draw();
+  view.begin();
+}
+
+/** Open the modules around the sites, the first ones where all would be too many to draw. */
+function openSites() {
+  for (const node of siteNodes) if (graph.count() < CROWD) graph.reveal(node.id);
+  const shown = siteNodes.filter((node) => graph.shownBy(node.id) === node.id).length;
+  view.draw();
+  view.begin();
+  byId("said").textContent = `${shown} of ${siteNodes.length} can be seen; search or the list opens others`;
 }
 
 const RAMP = [[59, 76, 192], [33, 144, 141], [143, 215, 68], [253, 231, 37]];
@@ -223,10 +282,10 @@ function prepareRun() {
 
 function start() {
   byId("title").append(data.name, made("small", data.summary));
-  graph.openUpTo(BUDGET);
+  graph.openUpTo(BUDGET, byId("graph").clientWidth || Infinity);
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  view = new View(byId("graph"), graph, data, choose);
+  view = new View(byId("graph"), graph, choose);
   byId("theme").textContent = dark ? "Light" : "Dark";
   for (const [kind, words] of Object.entries(KINDS)) byId("legend").append(made("i", "", kind), words);
   byId("legend").append(" · a dashed edge: code without a graph may make this call");
@@ -243,8 +302,8 @@ function start() {
   byId("fit").onclick = () => view.fit();
   byId("zoom-in").onclick = () => view.zoomBy(1.25);
   byId("zoom-out").onclick = () => view.zoomBy(0.8);
-  byId("close-all").onclick = () => { for (const id of [...graph.open]) if (id !== graph.root) graph.setOpen(id, false); view.draw(); view.begin(); };
-  byId("open-sites").onclick = () => { for (const node of siteNodes.slice(0, LISTED)) graph.reveal(node.id); view.draw(); view.begin(); };
+  byId("close-all").onclick = closeAll;
+  byId("open-sites").onclick = openSites;
   document.addEventListener("keydown", pressed);
   requestAnimationFrame(() => requestAnimationFrame(() => { window.drawnAfter = performance.now(); }));
 }
