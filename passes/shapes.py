@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .activations import activation_input
 from .calls import bound_to_placeholders
 from .channels import Channels
+from .fakes import on_fakes
 from .link import Linked
 from .outside import Kept
 from .source import reached
@@ -161,9 +162,7 @@ def _on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _on_fakes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call the model on fake inputs, which take the tensors of a model as they are."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
-
-    with _buffers_kept(model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with _buffers_kept(model), on_fakes() as fake:
         args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
         model(*args, **kwargs)
 

@@ -25,13 +25,13 @@ def codes(function: Callable[..., Any]) -> list[CodeType]:
 def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[FunctionType]:
     """The Python functions that a method may run: itself, the class's own methods, and the functions it names.
 
-    torch's own functions are left out: a graph holds calls of them.
+    torch's own functions are left out: a graph holds calls of them. So are those that import modules: no value reaches them.
     """
     found: dict[FunctionType, None] = {}
     todo = _layers(function)
     while todo and len(found) < _FARTHEST:
         here = todo.pop()
-        if here in found or _is_torchs(here):
+        if here in found or _takes_no_values(here):
             continue
         found[here] = None
         todo += [layer for named in _named(here, cls) for layer in _layers(named)]
@@ -187,8 +187,9 @@ def _layers(value: Any) -> list[FunctionType]:
     return [function for function in dict.fromkeys(both) if isinstance(function, FunctionType)]
 
 
-def _is_torchs(function: FunctionType) -> bool:
-    return str(function.__module__).split(".")[0] in ("torch", "builtins")
+def _takes_no_values(function: FunctionType) -> bool:
+    """Whether a graph holds calls of the function (torch's), or it takes names and not values (those that import)."""
+    return str(function.__module__).split(".")[0] in ("torch", "builtins", "importlib", "_frozen_importlib")
 
 
 def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:

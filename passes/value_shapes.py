@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .calls import bound_to_placeholders, call_of
+from .fakes import on_fakes
 from .link import Linked
 from .units import ExampleInputs, Spot, Unit
 
@@ -136,24 +136,19 @@ def _without_data(model: nn.Module, inputs: Any) -> Iterator[Any]:
     """The inputs without data, and inside, a model that runs on them without gradients: fake tensors, unless all tensors
     are on the meta device anyway, where ops take a tenth of the time.
 
-    A model that fails there is no error to log. torch's fused inference paths, which skip a module's methods, are off.
+    torch's fused inference paths, which skip a module's methods, are off.
     """
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     tensors += [*model.parameters(), *model.buffers()]
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level, fused = log.level, torch.backends.mha.get_fastpath_enabled()
-    log.setLevel(logging.CRITICAL)
+    fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), ExitStack() as stack:
             if not tensors or not all(tensor.is_meta for tensor in tensors):
-                from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and rarely needed
-
-                fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+                fake = stack.enter_context(on_fakes())
                 inputs = tree_map_only(Tensor, fake.from_tensor, inputs)
             yield inputs
     finally:
-        log.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
