@@ -84,6 +84,18 @@ def train(
     gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,
     gamma_unit: Annotated[str, _option("Bypass", "What t counts in γ(t): step or epoch.")] = _DEFAULT.gamma_unit,
     epsilon: Annotated[float, _option("Bypass", "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.")] = _DEFAULT.epsilon,
+    accept: Annotated[
+        str, _option("Bypass", "Keep the outcome: always, not-worse or forecast; else θ* comes back.")
+    ] = _DEFAULT.accept,
+    accept_after: Annotated[
+        int | None, _option("Bypass", "Epochs of --train3 before that is decided; all if not given.")
+    ] = None,
+    accept_tolerance: Annotated[
+        float, _option("Bypass", "How much higher than at θ* the training loss may be.")
+    ] = _DEFAULT.accept_tolerance,
+    at_budget: Annotated[
+        str, _option("Bypass", "With sites still out after --opt2: contract or rollback.")
+    ] = _DEFAULT.at_budget,
     mode: Annotated[str, _option("Bypass", "Sites: auto, strict, relaxed or all.")] = _DEFAULT.mode,
     select: Annotated[str | None, _option("Bypass", "Only sites whose name fits this pattern.")] = None,
     device: Annotated[str, _option("Machine", "auto, cpu, cuda, cuda:1, ...")] = _DEFAULT.device,
@@ -168,6 +180,9 @@ def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
             history = trainer.fit()
     leave()
     screen.print(progress.result_table(history))
+    for cycle, report in enumerate(history.reports, start=1):
+        if report.rolled_back:
+            screen.print(f"bypass {cycle} was rolled back: {report.rolled_back}", soft_wrap=True, markup=False)
     screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
 
 

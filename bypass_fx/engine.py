@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bypass_fx import replicas
+from bypass_fx import fsdp, replicas
 from bypass_fx.feed import Shares
 from bypass_fx.settings import Settings, SettingsError
 from bypass_fx.task import Task
@@ -58,14 +58,16 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._plugin = fsdp.configured()
+        if self._plugin and settings.sharding == "ddp":
+            raise SettingsError("accelerate is configured for FSDP; set sharding to auto, or launch without it")
         self.accelerator = _accelerator(settings)
         self.device: torch.device = self.accelerator.device
         world = self.accelerator.num_processes
         self.shares = Shares(self.accelerator.process_index, world, self.accelerator.gradient_accumulation_steps)
-        wants_shards = settings.sharding == "fsdp2" or (settings.sharding == "auto" and self.accelerator.is_fsdp2)
-        self.sharded = wants_shards and world > 1
-        if self.sharded and settings.ema:
-            raise SettingsError("ema keeps a second, whole model, which sharding is there to avoid; set ema to 0")
+        # One process of a group is sharded too: accelerate would not wrap it otherwise than by FSDP.
+        wants_shards = settings.sharding == "fsdp2" or self._plugin is not None
+        self.sharded = wants_shards and torch.distributed.is_available() and torch.distributed.is_initialized()
         if settings.tf32:
             torch.set_float32_matmul_precision("high")
 
@@ -81,7 +83,7 @@ class Engine:
             runner.to(memory_format=torch.channels_last)
         if self.sharded:
             runner.late = True
-            _shard(runner, self.shares.world, self.device)
+            fsdp.shard(runner, model, self.device, self._plugin)
             wrapped: nn.Module = runner
         else:
             wrapped = self.accelerator.prepare_model(runner, device_placement=False)
@@ -90,6 +92,11 @@ class Engine:
             # dynamic=False: another size of minibatch is a mistake here, and must not make a slower graph of all
             wrapped.compile(fullgraph=self.shares.world == 1, dynamic=False, backend=backend, mode=_mode(mode, backend))
         return wrapped
+
+    def shard(self, model: nn.Module) -> None:
+        """Shard a model that is not trained as those are that are, where those are."""
+        if self.sharded:
+            fsdp.shard(model, model, self.device, self._plugin)
 
     def stepper(self, optimizer: Optimizer) -> Any:
         """The optimiser, behind accelerate's where gradients are scaled: that one looks for packages at every step."""
@@ -242,25 +249,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _mode(mode: str, backend: str) -> str | None:
     return None if mode == "default" or backend != "inductor" else mode
-
-
-def _shard(runner: Runner, world: int, device: torch.device) -> None:
-    """FSDP2 by torch itself: accelerate has it on accelerators only, and swaps the optimiser's parameters for it."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (world,))
-    for block in _blocks(runner.model):
-        fully_shard(block, mesh=mesh)
-    # The root, too, gives back what it gathered: between forwards every parameter is the sharded one that D, the penalty
-    # and the checkpoints work with.
-    fully_shard(runner, mesh=mesh, reshard_after_forward=True)
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules in the model's lists and sequences: its layers, whose parameters are gathered one layer at a time."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from (block for block in child if any(True for _ in block.parameters()))
-        else:
-            yield from _blocks(child)

@@ -104,6 +104,15 @@ def test_eggholder_is_a_regression_without_accuracies(run: Run) -> None:
     assert "test loss" in result.out and "acc." not in result.out
 
 
+def test_a_bypass_that_is_rolled_back_says_why(run: Run) -> None:
+    result = run("train", *SHORT, "--return-lr", "0.5", "--accept", "not-worse")
+    assert result.code == 0, result.err
+    assert re.search(r"^rolled back +25", result.out, re.MULTILINE)
+    assert re.search(
+        r"^bypass 1 was rolled back: the loss is \S+ after 5 steps of train3, and was", result.out, re.MULTILINE
+    )
+
+
 def test_a_warning_is_one_line(run: Run) -> None:
     result = run("train", *SHORT, "--comeback", "penalty", "--gamma", "1e-9")
     assert result.code == 0

@@ -32,6 +32,12 @@ RICH: dict[str, Any] = {
     "optimizer": "nadamw", "weight_decay": 0.01, "evaluate_every": 1,
 }  # fmt: skip
 
+RUNS: dict[str, dict[str, Any]] = {
+    "homotopy": {"comeback": "homotopy", "accept": "not-worse", "accept_tolerance": 100.0},
+    "published": {"comeback": "published"},
+    "undone": {"accept": "not-worse", "return_lr": 2.0},
+}
+
 
 class Noisy(nn.Sequential):
     """Dropout and BatchNorm: random state and buffers to remember."""
@@ -61,29 +67,34 @@ def _state(model: nn.Module, history: History) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
-    """Undisturbed runs by their comeback."""
+    """Undisturbed runs by their names."""
     found = {}
-    for comeback in ("homotopy", "published"):
+    for name, changes in RUNS.items():
         model = Noisy()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            found[comeback] = _state(model, Trainer(model, digits(), short(**RICH, comeback=comeback)).fit())
+            found[name] = _state(model, Trainer(model, digits(), short(**RICH, **changes)).fit())
+    assert [row.name for row in found["undone"][2]].count("rolled back") == 1
     return found
 
 
 @pytest.mark.parametrize(
-    ("comeback", "step"),
-    [("homotopy", 6), ("homotopy", 16), ("homotopy", 25), ("homotopy", 31), ("homotopy", 44), ("published", 23)],
+    ("name", "step"),
+    [
+        *(("homotopy", step) for step in (6, 16, 25, 31, 44)),
+        ("published", 23),
+        *(("undone", step) for step in (16, 31, 40, 50)),  # in opt1, waiting for the verdict, at it, and after it
+    ],
 )
 @pytest.mark.filterwarnings("ignore:opt2 ended")
-def test_a_stopped_run_goes_on_exactly(whole: Any, tmp_path: Path, comeback: str, step: int) -> None:
-    settings = short(**RICH, comeback=comeback)
+def test_a_stopped_run_goes_on_exactly(whole: Any, tmp_path: Path, name: str, step: int) -> None:
+    settings = short(**RICH, **RUNS[name])
     with pytest.raises(Stopped, match=r"stopped after step \d+ of 75, saved; go on with: .*--resume") as stopped:
         Trainer(Noisy(), digits(), settings, _stopping(step), folder=tmp_path / "run").fit()
     assert stopped.value.number == signal.SIGTERM
     model = Noisy()
     history = Trainer(model, digits(), settings, folder=tmp_path / "run").fit()
-    assert _state(model, history) == whole[comeback]
+    assert _state(model, history) == whole[name]
 
 
 def test_kill_9_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
