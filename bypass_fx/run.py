@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -29,16 +30,11 @@ from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
 from bypass_fx.run_log import Losses, RunLog, TrainingError, where
 from bypass_fx.schedule import BypassSchedule, NonFiniteError, ScheduleReport
-from bypass_fx.settings import Settings
+from bypass_fx.settings import FREE_SETTINGS, Settings
 from bypass_fx.task import Task
 
 STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
 _STOP = 1000  # + the number of the signal
-# What may differ between the parts of a run that was interrupted.
-FREE_SETTINGS = {
-    "device", "accumulate", "sharding", "compile", "compile_backend", "channels_last", "tf32", "gradient_checkpointing",
-    "workers", "checkpoint_seconds", "keep", "fused", "tensorboard",
-}  # fmt: skip
 
 
 class Run:
@@ -82,7 +78,7 @@ class Run:
             Stopped: a signal asked for it; the state is saved.
         """
         batches = self._feed.from_step(self.step)
-        while self._advance():
+        while self._goes_on():
             self._take(self._next(batches))
             if wish:
                 self._heed(wish, how_to_go_on)
@@ -169,15 +165,25 @@ class Run:
         return [self._bypass] if self._baseline is None else [self._bypass, self._baseline]
 
     def _next(self, batches: Any) -> list[Any]:
-        try:
+        with self._saved():
             parts = next(batches)
+        return [placed(part, self._engine.device, self._settings.channels_last) for part in parts]
+
+    def _goes_on(self) -> bool:
+        with self._saved():
+            return self._advance()
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Inside, between two steps, data that can't be read end the run with a checkpoint of what it has reached."""
+        try:
+            yield
         except DataError as error:
             saved = ""
-            if self._checkpoints and self._engine.shares.world == 1:
+            if self._checkpoints and self._engine.shares.world == 1:  # of several processes, the others know nothing
                 self.save()
                 saved = f"; step {self.step} is saved"
             raise DataError(f"{error}{saved}") from error
-        return [placed(part, self._engine.device, self._settings.channels_last) for part in parts]
 
     def _advance(self) -> bool:
         """Go over into the next phase where this one is at its end; False at the end of the run."""
@@ -225,8 +231,8 @@ class Run:
     def _roll_back(self, schedule: BypassSchedule) -> None:
         """Go on from θ*, where the schedule has brought all back, with the steps of the cycles that will not be."""
         self._phase = "train3"
-        self._end_bypass(schedule)
         self._moment("rolled back")
+        self._end_bypass(schedule)
         self._cycle_end += (self._lengths.cycles - self._cycle) * self._lengths.cycle
 
     def _end_bypass(self, schedule: BypassSchedule) -> None:
@@ -347,9 +353,11 @@ class Run:
         return Score(self._score_over(arm, self._data.train), self._score_over(arm, self._data.test))
 
     def _score_over(self, arm: Arm, examples: Examples) -> dict[str, float]:
-        engine, channels_last = self._engine, self._settings.channels_last
+        engine, settings = self._engine, self._settings
         with evaluating(arm.runner), engine.accelerator.autocast():
-            own = total_of(arm.runner, self._data, examples, engine.device, engine.shares, channels_last)
+            own = total_of(
+                arm.runner, self._data, examples, engine.device, engine.shares, settings.channels_last, settings.workers
+            )
             return self._task.score(engine.total(own).tolist())
 
     def _training_loss(self, model: nn.Module) -> float:

@@ -18,20 +18,17 @@ SHARDINGS = ("auto", "ddp", "fsdp2")
 ACCEPTS = ("always", "not-worse", "forecast")
 AT_BUDGETS = ("contract", "rollback")
 COMPILE_MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# What may differ between the parts of a run that was interrupted.
+FREE_SETTINGS = {
+    "device", "accumulate", "sharding", "compile", "compile_backend", "channels_last", "tf32", "gradient_checkpointing",
+    "workers", "checkpoint_seconds", "keep", "fused", "tensorboard",
+}  # fmt: skip
 
 _ABOVE_ZERO = ("lr", "epsilon", "return_lr")
 _FROM_ZERO = ("momentum", "weight_decay", "tolerance", "accept_tolerance", "checkpoint_seconds")
 _FROM_ZERO_WHOLE = (
-    "train1",
-    "opt1",
-    "train3",
-    "patience",
-    "warmup",
-    "workers",
-    "evaluate_every",
-    "seed",
-    "accept_after",
-)
+    "train1", "opt1", "train3", "patience", "warmup", "workers", "evaluate_every", "seed", "accept_after",
+)  # fmt: skip
 _FROM_ONE_WHOLE = ("batch_size", "opt2", "n", "cycles", "accumulate", "keep")
 _FOR_A_FORECAST = 4  # losses that a power law is fitted to, at least
 
