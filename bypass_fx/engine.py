@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from bypass_fx.schedule import BypassSchedule
 
+_GRAPHED = ("reduce-overhead", "max-autotune")  # the modes of torch.compile with CUDA graphs; on a CPU it skips them
+
 
 class Runner(nn.Module):
     """Whatever of a step the processes do together: DDP, FSDP2, autocast and torch.compile wrap this module.
@@ -63,6 +65,7 @@ class Engine:
             raise SettingsError("accelerate is configured for FSDP; set sharding to auto, or launch without it")
         self.accelerator = _accelerator(settings)
         self.device: torch.device = self.accelerator.device
+        _expect_compilable(settings, self.device)
         world = self.accelerator.num_processes
         self.shares = Shares(self.accelerator.process_index, world, self.accelerator.gradient_accumulation_steps)
         # One process of a group is sharded too: accelerate would not wrap it otherwise than by FSDP.
@@ -121,7 +124,7 @@ class Engine:
                         loss, penalty = runner(batch)
                 except (IndexError, TypeError, ValueError, RuntimeError) as error:
                     raise describe(error) from error
-                losses.append(loss.detach())
+                losses.append(loss.detach().clone())  # a CUDA graph writes the next loss over this one
                 if self.sharded:
                     self.accelerator.backward(loss)
                     penalty = inner(runner).penalty(loss)
@@ -208,6 +211,15 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"device {name!r} can't be used here ({reason}); take auto or cpu") from error
+
+
+def _expect_compilable(settings: Settings, device: torch.device) -> None:
+    """CUDA graphs keep gradients in memory that the next backward writes over, without a word (pytorch#169545)."""
+    if settings.compile in _GRAPHED and settings.accumulate > 1 and device.type == "cuda":
+        raise SettingsError(
+            f"compile {settings.compile} takes CUDA graphs, which lose accumulated gradients; set accumulate to 1, or "
+            "compile to default"
+        )
 
 
 def _accelerator(settings: Settings) -> Accelerator:
