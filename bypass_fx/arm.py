@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bypass_fx import sharded
-from bypass_fx.engine import Engine
+from bypass_fx.data import Data, Examples
+from bypass_fx.engine import Engine, evaluating
+from bypass_fx.evaluation import total_of
 from bypass_fx.optimizers import make_lr_schedule, make_optimizer
 from bypass_fx.phases import Lengths
 from bypass_fx.settings import Settings
@@ -36,6 +38,12 @@ class Arm:
         optimizer = make_optimizer(model, settings)
         lr_schedule = make_lr_schedule(optimizer, settings, lengths.total, lengths.epoch)
         return cls(name, model, runner, optimizer, engine.stepper(optimizer), lr_schedule)
+
+    def total_of(self, data: Data, examples: Examples, settings: Settings, engine: Engine) -> Tensor:
+        """What the task's sums add up to over a set, in evaluation mode; all processes must call this together."""
+        with evaluating(self.runner), engine.accelerator.autocast():
+            machine = (engine.device, engine.shares, settings.channels_last, settings.workers)
+            return engine.total(total_of(self.runner, data, examples, *machine))
 
     def state_dict(self) -> dict[str, Any]:
         """Model and optimiser in whole tensors; all processes must call this together."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from bypass_fx.schedule import BypassSchedule
 
+FOREIGN_ERRORS = (IndexError, TypeError, ValueError, RuntimeError)  # what models and losses raise of their own
 _GRAPHED = ("reduce-overhead", "max-autotune")  # the modes of torch.compile with CUDA graphs; on a CPU it skips them
 
 
@@ -122,7 +123,7 @@ class Engine:
                 try:
                     with self.accelerator.autocast():
                         loss, penalty = runner(batch)
-                except (IndexError, TypeError, ValueError, RuntimeError) as error:
+                except FOREIGN_ERRORS as error:
                     raise describe(error) from error
                 losses.append(loss.detach().clone())  # a CUDA graph writes the next loss over this one
                 if self.sharded:

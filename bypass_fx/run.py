@@ -19,8 +19,7 @@ from bypass_fx.arm import Arm
 from bypass_fx.averages import Averages
 from bypass_fx.checkpoint import CheckpointError, Checkpoints
 from bypass_fx.data import Data, DataError, Examples
-from bypass_fx.engine import Engine, evaluating, inner
-from bypass_fx.evaluation import total_of
+from bypass_fx.engine import FOREIGN_ERRORS, Engine, inner
 from bypass_fx.feed import Feed, placed
 from bypass_fx.history import Event, History, Moment, Phase, Score
 from bypass_fx.interrupt import Stopped, Wish
@@ -28,7 +27,7 @@ from bypass_fx.passes.matrices import placed_like
 from bypass_fx.passes.plan import Plan
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
-from bypass_fx.run_log import Losses, RunLog, TrainingError, where
+from bypass_fx.run_log import Losses, RunLog, TrainingError, foreign, where
 from bypass_fx.schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from bypass_fx.settings import FREE_SETTINGS, Settings
 from bypass_fx.task import Task
@@ -289,11 +288,9 @@ class Run:
         _seed(self._engine.device, self._settings.seed + self.step + 1_000_003 * self._engine.shares.rank)
         here = where(self._phase, self.step, self._lengths.epoch)
 
-        def describe(error: Exception) -> Exception:
-            hint = "; labels must lie below the model's outputs" if isinstance(error, IndexError) else ""
-            return TrainingError(f"the {arm.name} failed in {here}: {type(error).__name__}: {error}{hint}")
-
-        loss = self._engine.backward(arm.runner, parts, describe)
+        loss = self._engine.backward(
+            arm.runner, parts, lambda error: foreign(error, f"the {arm.name} failed in {here}")
+        )
         arm.stepper.step()
         arm.stepper.zero_grad()
         if arm.lr_schedule is not None:
@@ -353,12 +350,11 @@ class Run:
         return Score(self._score_over(arm, self._data.train), self._score_over(arm, self._data.test))
 
     def _score_over(self, arm: Arm, examples: Examples) -> dict[str, float]:
-        engine, settings = self._engine, self._settings
-        with evaluating(arm.runner), engine.accelerator.autocast():
-            own = total_of(
-                arm.runner, self._data, examples, engine.device, engine.shares, settings.channels_last, settings.workers
-            )
-            return self._task.score(engine.total(own).tolist())
+        try:
+            total = arm.total_of(self._data, examples, self._settings, self._engine)
+        except FOREIGN_ERRORS as error:
+            raise foreign(error, f"the evaluation of the {arm.name} failed after step {self.step}") from error
+        return self._task.score(total.tolist())
 
     def _training_loss(self, model: nn.Module) -> float:
         """Of the bypassed model, over the training set; at θ* that was just looked at."""
