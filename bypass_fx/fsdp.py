@@ -68,9 +68,8 @@ def shard(
 
     with torch.no_grad():
         for tensor in (*root.parameters(), *root.buffers()):
-            theirs = tensor.contiguous()  # what is sent may not have its channels last
-            torch.distributed.broadcast(theirs, src=0)
-            tensor.copy_(theirs)
+            tensor.data = tensor.contiguous()  # FSDP2 shards no weights whose channels are last; images may be so
+            torch.distributed.broadcast(tensor, src=0)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in _layers(model, plugin):
         fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward if plugin else True)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.utils import counters
 
+from bypass_fx import cli
 from bypass_fx.accept import Condition
 from bypass_fx.data import load
 from bypass_fx.engine import leave
@@ -36,8 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp2 averaged": {"sharding": "fsdp2", "ema": 0.9},
     "fsdp2 undone": {"sharding": "fsdp2", "undo": True},
     "stopped in opt1": {"sharding": "fsdp2", "stop": 17},
-    "as launched": {"sharding": "auto"},
+    "as launched": {"sharding": "auto", "accumulate": 2},
 }
+COMMAND = "command line"  # ends the group of processes, so it comes last
+TRAIN = "train --train1 1 --opt1 1 --opt2 1 --train3 1 --lr-schedule cosine --ema 0.9 --out"
 
 
 class Net(nn.Sequential):
@@ -70,6 +73,9 @@ def job(folder: Path, rank: int = 0, **changes: Any) -> tuple[History, nn.Module
 def main() -> None:
     folder, *names = sys.argv[1:]
     for name in names:
+        if name == COMMAND:
+            cli.app([*TRAIN.split(), str(Path(folder) / COMMAND)], standalone_mode=False)
+            continue
         place = Path(folder) / ("stopped" if name == "as launched" else name.split(" in opt1")[0])
         counters.clear()
         done = job(place, _rank(), **VARIANTS[name])

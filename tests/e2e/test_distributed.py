@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bypass_fx import cli
 from bypass_fx.engine import Engine
 from bypass_fx.history import History
 from bypass_fx.run_folder import read_events
 from bypass_fx.settings import Settings, SettingsError
-from tests.distributed_job import VARIANTS, job, numbers
+from tests.distributed_job import COMMAND, TRAIN, VARIANTS, job, numbers
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
@@ -115,9 +116,13 @@ def test_a_bypass_of_a_sharded_model_is_rolled_back_by_the_main_process(under_to
     expect_equal(under_torchrun, "fsdp2 undone", undone)
 
 
-def test_ddp_under_accelerate_launch_with_accumulated_gradients_too(tmp_path: Path, alone: Whole) -> None:
-    launch([*ACCELERATE, *MULTI], tmp_path, "ddp in parts")
+def test_ddp_and_the_command_line_under_accelerate_launch(tmp_path: Path, alone: Whole) -> None:
+    launch([*ACCELERATE, *MULTI], tmp_path, "ddp in parts", COMMAND)
     expect_equal(tmp_path, "ddp in parts", alone)
+    cli.app([*TRAIN.split(), str(tmp_path / "alone")], standalone_mode=False)
+    for file in ("model.safetensors", "averaged.safetensors"):
+        one, two = (load_file(tmp_path / run / file) for run in ("alone", COMMAND))
+        assert all(torch.allclose(two[name], value, rtol=1e-3, atol=1e-5) for name, value in one.items())
 
 
 def test_a_run_goes_on_with_one_process_and_then_as_accelerate_is_configured(
