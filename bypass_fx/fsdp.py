@@ -93,10 +93,10 @@ def _layers(model: nn.Module, plugin: FullyShardedDataParallelPlugin | None) -> 
 
 def _listed(module: nn.Module) -> Iterator[nn.Module]:
     """The modules in a model's lists and sequences, which are its layers in most."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from filter(_holds_any, child)
-        else:
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        yield from filter(_holds_any, module)
+    else:
+        for child in module.children():
             yield from _listed(child)
 
 
