@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from bypass_fx.accept import BeatsForecast, Condition
+from bypass_fx.accept import Accept, BeatsForecast, Condition
 from bypass_fx.feed import Feed
 from bypass_fx.history import History
+from bypass_fx.interrupt import Stopped
 from bypass_fx.optimizers import make_optimizer
 from bypass_fx.settings import SettingsError, preset
 from bypass_fx.trainer import Trainer, TrainingError
@@ -121,6 +123,27 @@ def test_the_improved_preset_is_never_left_worse_than_theta_star() -> None:
     history = Trainer(mlp(data), data, preset("improved", lengths)).fit()
     assert history.reports[0].rolled_back and len(history.reports) == 1
     assert history.moment("end").bypass.train_loss < history.moment("θ*").bypass.train_loss
+
+
+class Counting(Accept):
+    """Keeps whatever comes, and counts how often it was begun."""
+
+    begun = 0
+
+    def begin(self, model: nn.Module) -> None:
+        self.begun += 1
+
+
+def test_a_run_that_is_gone_on_with_does_not_begin_its_condition_again(tmp_path: Path) -> None:
+    def stop(event: Any) -> None:
+        if getattr(event, "phase", "") == "opt1":
+            signal.raise_signal(signal.SIGTERM)
+
+    first, second = Counting(), Counting()
+    with pytest.raises(Stopped):
+        Trainer(mlp(digits()), digits(), short(), stop, accept=first, folder=tmp_path / "run").fit()
+    history = Trainer(mlp(digits()), digits(), short(), accept=second, folder=tmp_path / "run").fit()
+    assert (first.begun, second.begun) == (1, 0) and not history.reports[0].rolled_back
 
 
 @pytest.mark.parametrize(
