@@ -223,9 +223,8 @@ class Run:
     def _keep(self, schedule: BypassSchedule) -> None:
         self._end_bypass(schedule)
         if self._ema is not None:
-            self._ema.begin_anew(
-                self._bypass.model
-            )  # an average over the bypass would mix weights of two architectures
+            # An average over the bypass would mix weights of two architectures.
+            self._ema.begin_anew(self._bypass.model)
 
     def _roll_back(self, schedule: BypassSchedule) -> None:
         """Go on from θ*, where the schedule has brought all back, with the steps of the cycles that will not be."""

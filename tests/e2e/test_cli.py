@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bypass_fx import cli, models, progress
+from bypass_fx.cli_settings import OPTIONS
 from bypass_fx.run_folder import FILES
+from bypass_fx.settings import Settings, preset
 from tests.cifar10 import write_cifar10
 from tests.test_readme import BLOCKS
 
@@ -192,6 +195,32 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert run("train", "--resume", "out").code == 0
     resumed, whole = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_every_setting_is_an_option_once() -> None:
+    listed = [name for texts in OPTIONS.values() for name in texts]
+    assert sorted(listed) == sorted(field.name for field in fields(Settings))
+
+
+def test_options_are_the_settings_of_the_run(run: Run, tmp_path: Path) -> None:
+    given = [
+        "--preset",
+        "improved",
+        "--cycles",
+        "1",
+        "--no-baseline",
+        "--n",
+        "2",
+        "--mode",
+        "strict",
+        "--return-lr",
+        "0.01",
+    ]
+    assert run("train", *SHORT, *given, "--tensorboard", "--out", "out").code == 0
+    lengths = {"train1": 2, "opt1": 1, "opt2": 1, "train3": 1, "cycles": 1, "n": 2}
+    others = {"baseline": False, "mode": "strict", "return_lr": 0.01, "tensorboard": True}
+    wanted = preset("improved", {**lengths, **others})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"] == asdict(wanted)
 
 
 def test_a_package_that_is_not_installed_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
