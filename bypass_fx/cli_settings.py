@@ -79,7 +79,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for panel, texts in OPTIONS.items():
         for name, text in texts.items():
             kind = str if kinds[name] == Mode else kinds[name]  # a wrong one is refused as the other settings are
-            shown: Any = Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]  # type: ignore[valid-type]
+            shown: Any = Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
             default = getattr(defaults, name)
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown)
