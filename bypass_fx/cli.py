@@ -20,7 +20,6 @@ from bypass_fx.settings import Settings, from_dict
 from bypass_fx.settings import preset as make_settings
 
 _DEFAULT = Settings()
-_PHASES = "Phases, in epochs"
 _TRAIN_NEEDS = {"accelerate", "timm", "torchvision", "sklearn", "matplotlib", "PIL", "tensorboard"}
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, pretty_exceptions_enable=False)

@@ -69,7 +69,7 @@ class Engine:
         _expect_compilable(settings, self.device)
         world = self.accelerator.num_processes
         self.shares = Shares(self.accelerator.process_index, world, self.accelerator.gradient_accumulation_steps)
-        # One process of a group is sharded too: accelerate would not wrap it otherwise than by FSDP.
+        # A group of one process is sharded too: accelerate, configured for FSDP, refuses to prepare the model otherwise.
         wants_shards = settings.sharding == "fsdp2" or self._plugin is not None
         self.sharded = wants_shards and torch.distributed.is_available() and torch.distributed.is_initialized()
         if settings.tf32:
@@ -98,7 +98,7 @@ class Engine:
         return wrapped
 
     def shard(self, model: nn.Module) -> None:
-        """Shard a model that is not trained as those are that are, where those are."""
+        """Shard a model that no step is taken with, where those are sharded that are trained."""
         if self.sharded:
             fsdp.shard(model, model, self.device, self._plugin)
 
@@ -215,7 +215,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _expect_compilable(settings: Settings, device: torch.device) -> None:
-    """CUDA graphs keep gradients in memory that the next backward writes over, without a word (pytorch#169545)."""
+    """CUDA graphs keep gradients in memory that the next backward may write over, a fault that torch's makers know of."""
     if settings.compile in _GRAPHED and settings.accumulate > 1 and device.type == "cuda":
         raise SettingsError(
             f"compile {settings.compile} takes CUDA graphs, which lose accumulated gradients; set accumulate to 1, or "
