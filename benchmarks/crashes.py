@@ -36,8 +36,8 @@ def undisturbed(folder: Path) -> float:
     return time.monotonic() - began
 
 
-def examine(number: int, folder: Path, whole: Path, seconds: float) -> dict[str, Any]:
-    """Kill a run at a moment drawn by its number, go on with it, and compare the weights with the undisturbed run's."""
+def kill(number: int, folder: Path, seconds: float) -> dict[str, Any]:
+    """Kill a run at a moment drawn by its number; what it has left behind."""
     moment = random.Random(number).uniform(0, seconds)
     process = start(folder)
     _await(folder, process)
@@ -46,17 +46,23 @@ def examine(number: int, folder: Path, whole: Path, seconds: float) -> dict[str,
     killed = process.wait() == -9 and not (folder / run_folder.SUMMARY).exists()
     row: dict[str, Any] = {"number": number, "after": round(moment, 3), "killed": killed}
     if not killed:  # it had come to its end already
-        return row | {"equal": _equal(folder, whole)}
+        return row
     run_folder.read_about(folder)
     left = [path.name for path in (folder / "checkpoints").glob("*")] if (folder / "checkpoints").exists() else []
     saved = [name for name in left if name.startswith("step-")]
-    row |= {
+    return row | {
         "checkpoints": len(saved),
         "half-written": len(left) - len(saved),
         "at": max(saved, default="")[5:].lstrip("0"),
     }
-    row["resumed"] = start(folder, resume=True).wait() == 0
-    return row | {"equal": row["resumed"] and _equal(folder, whole)}
+
+
+def examine(number: int, folder: Path, whole: Path, seconds: float) -> dict[str, Any]:
+    """Kill a run, go on with it, and compare the weights with the undisturbed run's."""
+    row = kill(number, folder, seconds)
+    if row["killed"]:
+        row["resumed"] = start(folder, resume=True).wait() == 0
+    return row | {"equal": row.get("resumed", True) and equal(folder, whole)}
 
 
 def run(kills: int = 20, results: str = "crashes.jsonl") -> ResultsFile:
@@ -97,6 +103,7 @@ def _await(folder: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.005)
 
 
-def _equal(folder: Path, whole: Path) -> bool:
+def equal(folder: Path, whole: Path) -> bool:
+    """Whether two finished runs came to the same weights, bit for bit."""
     found, wanted = (load_file(path / run_folder.WEIGHTS) for path in (folder, whole))
     return found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())

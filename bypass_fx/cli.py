@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import fields
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from bypass_fx import cli_inspection, terminal
+from bypass_fx.cli_settings import with_settings
 from bypass_fx.interrupt import Stopped
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode
@@ -20,7 +20,6 @@ from bypass_fx.settings import Settings, from_dict
 from bypass_fx.settings import preset as make_settings
 
 _DEFAULT = Settings()
-_PHASES = "Phases, in epochs"
 _TRAIN_NEEDS = {"accelerate", "timm", "torchvision", "sklearn", "matplotlib", "PIL", "tensorboard"}
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -36,6 +35,7 @@ def _option(panel: str, text: str) -> Any:
 
 
 @app.command()
+@with_settings
 def train(
     context: typer.Context,
     preset: Annotated[str, _option("Job", "Settings to begin with: default, paper, improved, ...")] = "default",
@@ -53,52 +53,7 @@ def train(
     image_size: Annotated[int, _option("Job", "Side of an image folder's images, in pixels.")] = 64,
     augment: Annotated[str, _option("Job", "timm's augmentation of an image folder: rand-m9-mstd0.5, flip.")] = "",
     out: Annotated[Path | None, _option("Job", "Run folder to write; runs/DATA-MODEL-TIME if left out.")] = None,
-    seed: Annotated[int, _option("Job", "Fixes the first weights, the minibatches and dropout.")] = _DEFAULT.seed,
-    baseline: Annotated[bool, _option("Job", "Train a copy without the bypass beside it.")] = _DEFAULT.baseline,
-    train1: Annotated[int, _option(_PHASES, "Before the bypass, until training slows down.")] = _DEFAULT.train1,
-    patience: Annotated[
-        int, _option(_PHASES, "End train1 after so many without progress; 0: never.")
-    ] = _DEFAULT.patience,
-    tolerance: Annotated[float, _option(_PHASES, "What counts as progress, as a share.")] = _DEFAULT.tolerance,
-    opt1: Annotated[int, _option(_PHASES, "The walk in the larger space.")] = _DEFAULT.opt1,
-    opt2: Annotated[int, _option(_PHASES, "The way back.")] = _DEFAULT.opt2,
-    train3: Annotated[int, _option(_PHASES, "After the bypass.")] = _DEFAULT.train3,
-    n: Annotated[int | None, _option(_PHASES, "Length of opt1 in steps, instead of --opt1.")] = None,
-    cycles: Annotated[int, _option(_PHASES, "How often opt1, opt2 and train3 are gone through.")] = _DEFAULT.cycles,
-    evaluate_every: Annotated[int, _option(_PHASES, "Evaluate in between; 0: never.")] = _DEFAULT.evaluate_every,
-    optimizer: Annotated[str, _option("Optimiser", "Any of timm's: adam, adamw, momentum, ...")] = _DEFAULT.optimizer,
-    lr: Annotated[float, _option("Optimiser", "Learning rate λ.")] = _DEFAULT.lr,
-    lr_schedule: Annotated[str, _option("Optimiser", "timm's: none, cosine, step, poly, ...")] = _DEFAULT.lr_schedule,
-    warmup: Annotated[int, _option("Optimiser", "Epochs of warm-up of an LR schedule.")] = _DEFAULT.warmup,
-    momentum: Annotated[float, _option("Optimiser", "Momentum, where the optimiser has one.")] = _DEFAULT.momentum,
-    weight_decay: Annotated[float, _option("Optimiser", "Weight decay.")] = _DEFAULT.weight_decay,
-    batch_size: Annotated[int, _option("Optimiser", "Examples in a step, over all processes.")] = _DEFAULT.batch_size,
-    accumulate: Annotated[
-        int, _option("Optimiser", "Parts into which a process splits its share.")
-    ] = _DEFAULT.accumulate,
-    ema: Annotated[float, _option("Optimiser", "Decay of averaged weights; 0: none.")] = _DEFAULT.ema,
-    comeback: Annotated[
-        str, _option("Bypass", "Way back: homotopy, variety, lagrangian, proximal, penalty or published.")
-    ] = _DEFAULT.comeback,
-    return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2; --lr if not given.")] = None,
-    gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,
-    gamma_unit: Annotated[str, _option("Bypass", "What t counts in γ(t): step or epoch.")] = _DEFAULT.gamma_unit,
-    epsilon: Annotated[float, _option("Bypass", "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.")] = _DEFAULT.epsilon,
-    mode: Annotated[str, _option("Bypass", "Sites: auto, strict, relaxed or all.")] = _DEFAULT.mode,
-    select: Annotated[str | None, _option("Bypass", "Only sites whose name fits this pattern.")] = None,
-    device: Annotated[str, _option("Machine", "auto, cpu, cuda, cuda:1, ...")] = _DEFAULT.device,
-    precision: Annotated[str, _option("Machine", "no, bf16 or fp16 (autocast).")] = _DEFAULT.precision,
-    sharding: Annotated[str, _option("Machine", "On many processes: auto, ddp or fsdp2.")] = _DEFAULT.sharding,
-    compile: Annotated[str, _option("Machine", "torch.compile: default, reduce-overhead, ...")] = _DEFAULT.compile,  # noqa: A002
-    compile_backend: Annotated[str, _option("Machine", "Its backend.")] = _DEFAULT.compile_backend,
-    fused: Annotated[bool, _option("Machine", "The optimiser's fused kernels.")] = _DEFAULT.fused,
-    channels_last: Annotated[bool, _option("Machine", "Images with their channels last.")] = _DEFAULT.channels_last,
-    tf32: Annotated[bool, _option("Machine", "TF32 for float32 products.")] = _DEFAULT.tf32,
-    gradient_checkpointing: Annotated[bool, _option("Machine", "Time for memory.")] = _DEFAULT.gradient_checkpointing,
-    workers: Annotated[int, _option("Machine", "Processes that load data.")] = _DEFAULT.workers,
-    checkpoint_seconds: Annotated[float, _option("Machine", "Save this often.")] = _DEFAULT.checkpoint_seconds,
-    keep: Annotated[int, _option("Machine", "How many checkpoints stay.")] = _DEFAULT.keep,
-    tensorboard: Annotated[bool, _option("Machine", "Write events for TensorBoard.")] = _DEFAULT.tensorboard,
+    **settings: Any,
 ) -> None:
     """Train a model through a bypass, beside a baseline that goes on without.
 
@@ -121,20 +76,19 @@ def train(
     from bypass_fx.engine import is_main_process
 
     # By its name: typer brings a click of its own, beside which the installed one's enumeration is another.
-    source = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
-    given = {name: value for name, value in context.params.items() if source[name] == "COMMANDLINE"}
-    changes = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
+    source = {name: getattr(context.get_parameter_source(name), "name", "") for name in settings}
+    changes = {name: value for name, value in settings.items() if source[name] == "COMMANDLINE"}
     if resume:
         about = run_folder.read_about(resume)
-        settings, folder = from_dict({**about["settings"], **changes}), resume
+        chosen, folder = from_dict({**about["settings"], **changes}), resume
     else:
-        settings = make_settings(preset, changes)
+        chosen = make_settings(preset, changes)
         job = {"model": model, "data": data, "weights": str(weights) if weights else None}
         about = {**job, "image_size": image_size, "augment": augment}
         folder = out or Path("runs", f"{_slug(Path(data).name)}-{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}")
         if is_main_process():
             run_folder.expect_writable(folder)
-    _train(about, settings, folder)
+    _train(about, chosen, folder)
 
 
 def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
@@ -168,6 +122,9 @@ def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
             history = trainer.fit()
     leave()
     screen.print(progress.result_table(history))
+    for cycle, report in enumerate(history.reports, start=1):
+        if report.rolled_back:
+            screen.print(f"bypass {cycle} was rolled back: {report.rolled_back}", soft_wrap=True, markup=False)
     screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
 
 

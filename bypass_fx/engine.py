@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bypass_fx import replicas
+from bypass_fx import fsdp, replicas
 from bypass_fx.feed import Shares
 from bypass_fx.settings import Settings, SettingsError
 from bypass_fx.task import Task
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from bypass_fx.schedule import BypassSchedule
+
+FOREIGN_ERRORS = (IndexError, TypeError, ValueError, RuntimeError)  # what models and losses raise of their own
+_GRAPHED = ("reduce-overhead", "max-autotune")  # the modes of torch.compile with CUDA graphs; on a CPU it skips them
 
 
 class Runner(nn.Module):
@@ -58,14 +61,17 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._plugin = fsdp.configured()
+        if self._plugin and settings.sharding == "ddp":
+            raise SettingsError("accelerate is configured for FSDP; set sharding to auto, or launch without it")
         self.accelerator = _accelerator(settings)
         self.device: torch.device = self.accelerator.device
+        _expect_compilable(settings, self.device)
         world = self.accelerator.num_processes
         self.shares = Shares(self.accelerator.process_index, world, self.accelerator.gradient_accumulation_steps)
-        wants_shards = settings.sharding == "fsdp2" or (settings.sharding == "auto" and self.accelerator.is_fsdp2)
-        self.sharded = wants_shards and world > 1
-        if self.sharded and settings.ema:
-            raise SettingsError("ema keeps a second, whole model, which sharding is there to avoid; set ema to 0")
+        # A group of one process is sharded too: accelerate, configured for FSDP, refuses to prepare the model otherwise.
+        wants_shards = settings.sharding == "fsdp2" or self._plugin is not None
+        self.sharded = wants_shards and torch.distributed.is_available() and torch.distributed.is_initialized()
         if settings.tf32:
             torch.set_float32_matmul_precision("high")
 
@@ -81,7 +87,7 @@ class Engine:
             runner.to(memory_format=torch.channels_last)
         if self.sharded:
             runner.late = True
-            _shard(runner, self.shares.world, self.device)
+            fsdp.shard(runner, model, self.device, self._plugin)
             wrapped: nn.Module = runner
         else:
             wrapped = self.accelerator.prepare_model(runner, device_placement=False)
@@ -90,6 +96,11 @@ class Engine:
             # dynamic=False: another size of minibatch is a mistake here, and must not make a slower graph of all
             wrapped.compile(fullgraph=self.shares.world == 1, dynamic=False, backend=backend, mode=_mode(mode, backend))
         return wrapped
+
+    def shard(self, model: nn.Module) -> None:
+        """Shard a model that no step is taken with, where those are sharded that are trained."""
+        if self.sharded:
+            fsdp.shard(model, model, self.device, self._plugin)
 
     def stepper(self, optimizer: Optimizer) -> Any:
         """The optimiser, behind accelerate's where gradients are scaled: that one looks for packages at every step."""
@@ -112,9 +123,9 @@ class Engine:
                 try:
                     with self.accelerator.autocast():
                         loss, penalty = runner(batch)
-                except (IndexError, TypeError, ValueError, RuntimeError) as error:
+                except FOREIGN_ERRORS as error:
                     raise describe(error) from error
-                losses.append(loss.detach())
+                losses.append(loss.detach().clone())  # a CUDA graph writes the next loss over this one
                 if self.sharded:
                     self.accelerator.backward(loss)
                     penalty = inner(runner).penalty(loss)
@@ -203,6 +214,15 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(f"device {name!r} can't be used here ({reason}); take auto or cpu") from error
 
 
+def _expect_compilable(settings: Settings, device: torch.device) -> None:
+    """CUDA graphs keep gradients in memory that the next backward may write over, a fault that torch's makers know of."""
+    if settings.compile in _GRAPHED and settings.accumulate > 1 and device.type == "cuda":
+        raise SettingsError(
+            f"compile {settings.compile} takes CUDA graphs, which lose accumulated gradients; set accumulate to 1, or "
+            "compile to default"
+        )
+
+
 def _accelerator(settings: Settings) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -242,25 +262,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _mode(mode: str, backend: str) -> str | None:
     return None if mode == "default" or backend != "inductor" else mode
-
-
-def _shard(runner: Runner, world: int, device: torch.device) -> None:
-    """FSDP2 by torch itself: accelerate has it on accelerators only, and swaps the optimiser's parameters for it."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (world,))
-    for block in _blocks(runner.model):
-        fully_shard(block, mesh=mesh)
-    # The root, too, gives back what it gathered: between forwards every parameter is the sharded one that D, the penalty
-    # and the checkpoints work with.
-    fully_shard(runner, mesh=mesh, reshard_after_forward=True)
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules in the model's lists and sequences: its layers, whose parameters are gathered one layer at a time."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from (block for block in child if any(True for _ in block.parameters()))
-        else:
-            yield from _blocks(child)

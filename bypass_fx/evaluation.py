@@ -41,10 +41,11 @@ def total_of(
     device: torch.device,
     shares: Shares | None = None,
     channels_last: bool = False,
+    workers: int = 0,
 ) -> Tensor:
     """What `sums` adds up to over this process's share of a set."""
     total: Tensor | None = None
-    for batch, counts in in_order(examples, shares=shares, collate=data.collate):
+    for batch, counts in in_order(examples, shares=shares, collate=data.collate, workers=workers):
         here = sums(placed(batch, device, channels_last)).detach() * counts
         total = here if total is None else total + here
     assert total is not None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from bypass_fx.settings import SettingsError
 
 Collate = Callable[[list[Any]], Any]
 EVAL_BATCH = 512
+_NO_EPOCH = -1  # for the augmentations of an evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,9 @@ class Feed:
         parts = self.shares.parts
         pieces = self._pieces(self._orders(step))
         for number in count(step + 1):
-            try:
-                yield list(islice(pieces, parts))
-            except DataError:
-                raise
-            except Exception as error:  # whatever a user's data set raises
-                reason = str(error).strip().splitlines()[-1:] or [""]
-                raise DataError(
-                    f"reading minibatch {number} failed: {type(error).__name__}: {reason[0]}; mend or remove the example"
-                ) from error
+            with _named(f"minibatch {number}"):
+                piece = list(islice(pieces, parts))
+            yield piece
 
     def _orders(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """For every part of a minibatch, its examples as (epoch, index)."""
@@ -101,13 +97,37 @@ class Feed:
             for order in orders:
                 yield list(self.examples[torch.tensor([index for _, index in order])])
         else:
-            yield from DataLoader(
-                _Seeded(self.examples, self.seed),
-                batch_sampler=cast(Any, orders),
-                collate_fn=self.collate,
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-            )
+            yield from _loader(self.examples, self.seed, orders, self.collate, self.workers)
+
+
+def _loader(examples: Examples, seed: int, orders: Any, collate: Collate, workers: int) -> DataLoader[Any]:
+    """Reads the minibatches that `orders` lists.
+
+    timm's `create_loader` draws the order and the augmentations from the state of its sampler and of each worker, so
+    they would change with the number of either, and in a run that is gone on with in the middle of an epoch.
+    """
+    return DataLoader(
+        _Seeded(examples, seed),
+        batch_sampler=orders,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # else it would draw from everybody's
+    )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Whatever a user's data set raises, in one line that says what was read."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [""]
+        raise DataError(
+            f"reading {what} failed: {type(error).__name__}: {reason[0]}; mend or remove the example"
+        ) from error
 
 
 class _Seeded(Dataset[Any]):
@@ -135,20 +155,37 @@ class _Seeded(Dataset[Any]):
 
 
 def in_order(
-    examples: Examples, batch_size: int = EVAL_BATCH, shares: Shares | None = None, collate: Collate = default_collate
+    examples: Examples,
+    batch_size: int = EVAL_BATCH,
+    shares: Shares | None = None,
+    collate: Collate = default_collate,
+    workers: int = 0,
 ) -> Iterator[tuple[Any, bool]]:
     """All examples once, as an evaluation reads them: this process's share of each minibatch, and whether it counts.
 
-    Every process gets as many minibatches as the others; where there is none left for it, one that does not count.
+    Every process gets as many minibatches as the others; where there is none left for it, one that does not count. An
+    example is augmented in the same way each time, where it is augmented at all.
+
+    Raises:
+        DataError: the data raised something of its own.
     """
     rank, world = (shares.rank, shares.world) if shares else (0, 1)
-    for batch in torch.split(torch.arange(size(examples)), batch_size):
-        parts = batch.chunk(world)
-        own = parts[rank] if rank < len(parts) else batch[:1]
-        if isinstance(examples, TensorDataset) and collate is default_collate:
-            yield list(examples[own]), rank < len(parts)
-        else:
-            yield collate([examples[index] for index in own.tolist()]), rank < len(parts)
+    starts, count = range(0, size(examples), batch_size), size(examples)
+
+    def share(start: int) -> tuple[Tensor, bool]:
+        parts = torch.arange(start, min(start + batch_size, count)).chunk(world)
+        return (parts[rank], True) if rank < len(parts) else (parts[0][:1], False)
+
+    pieces: Iterator[Any]
+    if isinstance(examples, TensorDataset) and collate is default_collate:
+        pieces = (list(examples[share(start)[0]]) for start in starts)
+    else:
+        orders = ([(_NO_EPOCH, index) for index in share(start)[0].tolist()] for start in starts)
+        pieces = iter(_loader(examples, 0, orders, collate, workers))
+    for start in starts:
+        with _named("the data for an evaluation"):
+            piece = next(pieces)
+        yield piece, share(start)[1]
 
 
 def placed(batch: Any, device: torch.device, channels_last: bool = False) -> Any:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from bypass_fx.schedule import ScheduleReport
 
 Phase = Literal["train1", "opt1", "opt2", "train3"]
-_ENDS: dict[str, Phase] = {"θ*": "train1", "after opt1": "opt1", "after proj": "opt2", "end": "train3"}
+# The phase that begins at a moment.
+_BEGINS: dict[str, Phase] = {"θ*": "opt1", "after opt1": "opt2", "after proj": "train3", "rolled back": "train3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Score:
 class Moment:
     """Both arms' scores at one step: at "θ*", "after opt1", "after proj" and at the "end"; or an "evaluation" between.
 
-    Of the bypasses after the first, `cycle` counts which; there "θ*" is where the next one starts.
+    "rolled back" is where a bypass was undone, in whatever phase; train3 goes on from its θ*. Of the bypasses after the
+    first, `cycle` counts which; there "θ*" is where the next one starts.
     """
 
     name: str
@@ -129,14 +131,15 @@ class History:
 
 
 def spans(moments: tuple[Moment, ...]) -> list[tuple[Phase, int, int]]:
-    """Each phase with its first and last step: a moment ends the phase before it."""
+    """Each phase with its first and last step: a moment ends the phase before it, and begins another."""
     found: list[tuple[Phase, int, int]] = []
+    phase: Phase = "train1"
     start = 0
     for moment in moments:
-        phase = "train3" if moment.name == "θ*" and moment.cycle > 1 else _ENDS[moment.name]
         if moment.step > start:
-            found.append((phase, start, moment.step))
-        start = moment.step
+            goes_on = found.pop() if found and found[-1][0] == phase else None
+            found.append((phase, goes_on[1] if goes_on else start, moment.step))
+        phase, start = _BEGINS.get(moment.name, phase), moment.step
     return found
 
 

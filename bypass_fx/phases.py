@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 
+from bypass_fx.accept import Accept
+from bypass_fx.course import AtBudget
 from bypass_fx.passes.plan import Plan
 from bypass_fx.schedule import BypassSchedule
 from bypass_fx.settings import Settings, parse_gamma
@@ -43,9 +46,15 @@ class Lengths:
 
 
 def embedded(
-    model: nn.Module, optimizer: Optimizer, settings: Settings, plan: Plan, lengths: Lengths
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: Settings,
+    plan: Plan,
+    lengths: Lengths,
+    accept: Accept | None = None,
 ) -> BypassSchedule:
-    """The model extended by the plan, under the schedule that the settings describe."""
+    """The model extended by the plan, under the schedule that the settings describe; θ* is kept where it may be needed."""
+    at_budget = cast(AtBudget, settings.at_budget)
     return BypassSchedule(
         model,
         optimizer,
@@ -60,5 +69,7 @@ def embedded(
         plan=plan,
         mode=settings.mode,
         select=settings.select,
-        snapshot=None,  # a run has checkpoints
+        at_budget=at_budget,
+        accept=accept,
+        snapshot="cpu" if accept or at_budget == "rollback" else None,  # a run has checkpoints
     )

@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from bypass_fx import constraint, geometry, sharded, surgery
+from bypass_fx import constraint, geometry, sharded, surgery, verdict
+from bypass_fx.accept import Accept
+from bypass_fx.arm import Arm
+from bypass_fx.averages import Averages
 from bypass_fx.checkpoint import CheckpointError, Checkpoints
 from bypass_fx.data import Data, DataError, Examples
-from bypass_fx.engine import Engine, evaluating, inner
-from bypass_fx.evaluation import total_of
+from bypass_fx.engine import FOREIGN_ERRORS, Engine, inner
 from bypass_fx.feed import Feed, placed
 from bypass_fx.history import Event, History, Moment, Phase, Score
 from bypass_fx.interrupt import Stopped, Wish
-from bypass_fx.optimizers import make_lr_schedule, make_optimizer
 from bypass_fx.passes.matrices import placed_like
 from bypass_fx.passes.plan import Plan
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
-from bypass_fx.run_log import Losses, RunLog, TrainingError, where
-from bypass_fx.schedule import Arrival, BypassSchedule, NonFiniteError, ScheduleReport
-from bypass_fx.settings import Settings
+from bypass_fx.run_log import Losses, RunLog, TrainingError, foreign, where
+from bypass_fx.schedule import BypassSchedule, NonFiniteError, ScheduleReport
+from bypass_fx.settings import FREE_SETTINGS, Settings
 from bypass_fx.task import Task
 
 STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
 _STOP = 1000  # + the number of the signal
-# What may differ between the parts of a run that was interrupted.
-FREE_SETTINGS = {
-    "device", "accumulate", "sharding", "compile", "compile_backend", "channels_last", "tf32", "gradient_checkpointing",
-    "workers", "checkpoint_seconds", "keep", "fused", "tensorboard",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One of the two runs: the model, what the processes call, its optimiser and its LR schedule."""
-
-    name: str
-    model: nn.Module
-    runner: nn.Module
-    optimizer: Optimizer
-    stepper: Any
-    lr_schedule: Any
 
 
 class Run:
@@ -66,16 +50,18 @@ class Run:
         feed: Feed,
         on_event: Callable[[Event], None],
         checkpoints: Checkpoints | None,
+        accept: Accept | None,
     ) -> None:
+        self._accept = accept
         self._data, self._settings, self._task, self._plan = data, settings, task, plan
         self._engine, self._feed, self._checkpoints = engine, feed, checkpoints
         self._lengths = Lengths.of(settings, feed.steps_per_epoch)
         self.log = RunLog(on_event, self._lengths.total, self._lengths.epoch)
         self._plateau = Plateau(settings.patience, settings.tolerance)
         twin = copy.deepcopy(model) if settings.baseline else None  # now, as a sharded model can't be copied
-        self._bypass = self._arm("bypass", model)
-        self._baseline = self._arm("baseline", twin) if twin is not None else None
-        self._ema = self._averaged(model)
+        self._ema = Averages(model, settings.ema, engine) if settings.ema else None
+        self._bypass = Arm.of("bypass", model, settings, engine, task, self._lengths)
+        self._baseline = Arm.of("baseline", twin, settings, engine, task, self._lengths) if twin is not None else None
         self._schedule: BypassSchedule | None = None
         self._theta: geometry.Point | None = None
         self._reports: list[ScheduleReport] = []
@@ -91,7 +77,7 @@ class Run:
             Stopped: a signal asked for it; the state is saved.
         """
         batches = self._feed.from_step(self.step)
-        while self._advance():
+        while self._goes_on():
             self._take(self._next(batches))
             if wish:
                 self._heed(wish, how_to_go_on)
@@ -101,9 +87,9 @@ class Run:
             self._plan, tuple(self._reports), records, moments, self._lengths.epoch, log.seconds(), evaluations
         )
 
-    def averaged(self) -> nn.Module | None:
-        """The model of averaged weights, where the settings ask for one."""
-        return None if self._ema is None else self._ema.module
+    def averaged(self) -> dict[str, torch.Tensor] | None:
+        """The averaged weights, where the settings ask for them; all processes must call this together."""
+        return None if self._ema is None else self._ema.state_dict()
 
     def save(self) -> None:
         """Write a checkpoint; every process must call this.
@@ -127,11 +113,11 @@ class Run:
             "progress": [self.step, self._phase, self._cycle, self._cycle_end],
             "log": self.log.state_dict(self._engine.mean),
             "plateau": {**self._plateau.state_dict(), "sum": self._plateau_sum()},
-            "arms": {arm.name: _arm_state(arm) for arm in self._arms()},
+            "arms": {arm.name: arm.state_dict() for arm in self._arms()},
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "reports": [asdict(report) for report in self._reports],
             "theta": sharded.gathered(self._theta),
-            "ema": None if self._ema is None else self._ema.module.state_dict(),
+            "ema": self.averaged(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -143,67 +129,60 @@ class Run:
         """
         self._expect_same(state)
         self.step, self._phase, self._cycle, self._cycle_end = state["progress"]
+        self.log.load_state_dict(state["log"], self._engine.device)
         if state["schedule"] is not None:
-            self._schedule = self._embedded()
+            self._schedule = self._embedded(begun=True)
             self._schedule.load_state_dict(state["schedule"])
-            inner(self._bypass.runner).schedule = self._schedule if self._schedule.phase != "done" else None
+            self._heed_schedule(self._schedule)
         try:
             for arm in self._arms():
-                sharded.load_model(arm.model, state["arms"][arm.name]["model"])
-                sharded.load_optimizer(arm.optimizer, state["arms"][arm.name]["optimizer"])
+                arm.load_state_dict(state["arms"][arm.name])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint is of another model or optimizer ({error}); build that one"
             ) from error
         if self._ema is not None:
-            self._ema.module.load_state_dict(state["ema"])
+            self._ema.load_state_dict(state["ema"])
         if state["scaler"] is not None and self._engine.accelerator.scaler is not None:
             self._engine.accelerator.scaler.load_state_dict(state["scaler"])
         if state["theta"] is not None:
             own = dict(self._bypass.model.named_parameters())
             self._theta = {name: placed_like(own[name], value) for name, value in state["theta"].items()}
-        self._reports = [_report(saved) for saved in state["reports"]]
+        self._reports = [*map(ScheduleReport.from_state, state["reports"])]
         self._plateau.load_state_dict(state["plateau"])
-        self.log.load_state_dict(state["log"], self._engine.device)
 
     def _expect_same(self, state: Mapping[str, Any]) -> None:
-        before, now = state["settings"], asdict(self._settings)
-        changed = [name for name in now if name not in FREE_SETTINGS and before.get(name) != now[name]]
+        before, now = asdict(Settings()) | state["settings"], asdict(self._settings)
+        changed = [name for name in now if name not in FREE_SETTINGS and before[name] != now[name]]
         if changed:
             name = changed[0]
-            raise CheckpointError(
-                f"the checkpoint was saved with {name}={before.get(name)!r}, not {now[name]!r}; set that"
-            )
+            raise CheckpointError(f"the checkpoint was saved with {name}={before[name]!r}, not {now[name]!r}; set that")
         if state["plan"] != self._plan.to_json():
             raise CheckpointError("the checkpoint was saved with another plan; take the same model, mode and select")
 
     def _arms(self) -> list[Arm]:
         return [self._bypass] if self._baseline is None else [self._bypass, self._baseline]
 
-    def _arm(self, name: str, model: nn.Module) -> Arm:
-        model.train()
-        runner = self._engine.runner(model, self._task)
-        optimizer = make_optimizer(model, self._settings)
-        lr_schedule = make_lr_schedule(optimizer, self._settings, self._lengths.total, self._lengths.epoch)
-        return Arm(name, model, runner, optimizer, self._engine.stepper(optimizer), lr_schedule)
-
-    def _averaged(self, model: nn.Module) -> Any:
-        if not self._settings.ema:
-            return None
-        from timm.utils import ModelEmaV3
-
-        return ModelEmaV3(model, decay=self._settings.ema)
-
     def _next(self, batches: Any) -> list[Any]:
-        try:
+        with self._saved():
             parts = next(batches)
+        return [placed(part, self._engine.device, self._settings.channels_last) for part in parts]
+
+    def _goes_on(self) -> bool:
+        with self._saved():
+            return self._advance()
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Inside, between two steps, data that can't be read end the run with a checkpoint of what it has reached."""
+        try:
+            yield
         except DataError as error:
             saved = ""
-            if self._checkpoints and self._engine.shares.world == 1:
+            if self._checkpoints and self._engine.shares.world == 1:  # of several processes, the others know nothing
                 self.save()
                 saved = f"; step {self.step} is saved"
             raise DataError(f"{error}{saved}") from error
-        return [placed(part, self._engine.device, self._settings.channels_last) for part in parts]
 
     def _advance(self) -> bool:
         """Go over into the next phase where this one is at its end; False at the end of the run."""
@@ -211,13 +190,18 @@ class Run:
             schedule = self._schedule
             if self._phase == "train1" and (self.step >= self._lengths.train1 or self._plateau.reached):
                 self._begin_cycle()
+            elif schedule is not None and _rolled_back(schedule):
+                self._roll_back(schedule)
             elif self._phase == "opt1" and schedule is not None and schedule.phase != "opt1":
                 self._moment("after opt1")
                 self._phase = "opt2"
-            elif self._phase == "opt2" and schedule is not None and schedule.phase == "done":
-                self._end_bypass(schedule)
+            elif self._phase == "opt2" and schedule is not None and schedule.phase != "opt2":
+                self._moment("after proj")
+                self._phase = "train3"
+            elif self._phase == "train3" and schedule is not None and schedule.phase == "done":
+                self._keep(schedule)
             elif self._phase == "train3" and self.step >= self._cycle_end:
-                if self._cycle == self._lengths.cycles:
+                if self._cycle == self._lengths.cycles or self._reports[-1].rolled_back:
                     self._moment("end")
                     return False
                 self._begin_cycle()
@@ -236,17 +220,32 @@ class Run:
         self._phase = "opt1"
         self._cycle_end = self.step + self._lengths.cycle
 
+    def _keep(self, schedule: BypassSchedule) -> None:
+        self._end_bypass(schedule)
+        if self._ema is not None:
+            # An average over the bypass would mix weights of two architectures.
+            self._ema.begin_anew(self._bypass.model)
+
+    def _roll_back(self, schedule: BypassSchedule) -> None:
+        """Go on from θ*, where the schedule has brought all back, with the steps of the cycles that will not be."""
+        self._phase = "train3"
+        self._moment("rolled back")
+        self._end_bypass(schedule)
+        self._cycle_end += (self._lengths.cycles - self._cycle) * self._lengths.cycle
+
     def _end_bypass(self, schedule: BypassSchedule) -> None:
         assert schedule.report is not None
-        self._moment("after proj")
         self._reports.append(schedule.report)
-        self._schedule = inner(self._bypass.runner).schedule = None
-        if self._ema is not None:
-            self._ema.set(self._bypass.model)  # an average over the bypass would mix weights of two architectures
-        self._phase = "train3"
+        self._schedule = None
 
-    def _embedded(self) -> BypassSchedule:
-        schedule = embedded(self._bypass.model, self._bypass.optimizer, self._settings, self._plan, self._lengths)
+    def _embedded(self, begun: bool = False) -> BypassSchedule:
+        theta = next((moment.step for moment in self.log.moments if moment.name == "θ*"), 0)
+        before = [moment for moment in self.log.evaluations if moment.step <= theta]
+        accept = self._accept or verdict.condition(self._settings, self._lengths, self._training_loss, before)
+        if accept is not None:
+            accept = verdict.Verdict(accept, self._engine.from_main, begun)
+        arm = self._bypass
+        schedule = embedded(arm.model, arm.optimizer, self._settings, self._plan, self._lengths, accept)
         if not self._engine.sharded:  # there, extend has seen to it
             deltas = [surgery.delta_of(self._bypass.model, site) for site in surgery.sites(self._bypass.model)]
             self._engine.share_gradients(deltas)
@@ -259,13 +258,15 @@ class Run:
         due = self.log.next_is_due
         self.step += 1
         loss = self._update(self._bypass, parts)
+        whole = self._schedule is None or self._note_step(self._schedule)
         other = self._update(self._baseline, parts) if self._baseline is not None and self._phase != "train1" else None
-        self.log.note(Losses(self.step, self._phase, loss, other))
+        if whole:
+            self.log.note(Losses(self.step, self._phase, loss, other))
         if self._ema is not None and self._schedule is None:
             self._ema.update(self._bypass.model)
         if self._phase == "train1":
             self._plateau.note(loss)
-        if due:
+        if due and whole:
             self._record(before)
         if self.step % self._lengths.epoch == 0:
             self._epoch_over()
@@ -286,30 +287,42 @@ class Run:
         _seed(self._engine.device, self._settings.seed + self.step + 1_000_003 * self._engine.shares.rank)
         here = where(self._phase, self.step, self._lengths.epoch)
 
-        def describe(error: Exception) -> Exception:
-            hint = "; labels must lie below the model's outputs" if isinstance(error, IndexError) else ""
-            return TrainingError(f"the {arm.name} failed in {here}: {type(error).__name__}: {error}{hint}")
-
-        loss = self._engine.backward(arm.runner, parts, describe)
+        loss = self._engine.backward(
+            arm.runner, parts, lambda error: foreign(error, f"the {arm.name} failed in {here}")
+        )
         arm.stepper.step()
         arm.stepper.zero_grad()
         if arm.lr_schedule is not None:
             arm.lr_schedule.step_update(self.step)
-        if arm is self._bypass and self._schedule is not None:
-            try:
-                self._schedule.step()
-            except NonFiniteError as error:
-                raise TrainingError(f"{here}: {error}") from error
-            if self._schedule.phase == "done":
-                inner(arm.runner).schedule = None
         return loss
+
+    def _note_step(self, schedule: BypassSchedule) -> bool:
+        """Tell the schedule of a step of the bypass; whether that was a whole one, with a finite outcome.
+
+        Raises:
+            TrainingError: it was not, and there is no θ* to go back to.
+        """
+        try:
+            schedule.step()
+        except NonFiniteError as error:
+            if not _rolled_back(schedule):
+                here = where(self._phase, self.step, self._lengths.epoch)
+                raise TrainingError(f"{here}: {error}") from error
+            return False
+        finally:
+            self._heed_schedule(schedule)
+        return True
+
+    def _heed_schedule(self, schedule: BypassSchedule) -> None:
+        """Have the schedule's penalty in the loss for as long as there is one."""
+        inner(self._bypass.runner).schedule = schedule if schedule.phase in ("opt1", "opt2") else None
 
     def _record(self, before: list[geometry.Point]) -> None:
         schedule = self._schedule
         residuals: dict[str, float] | None = None
         if self._phase == "opt1":
             residuals = {name: norm.item() for name, norm in constraint.norms(self._bypass.model).items()}
-        elif schedule is not None:
+        elif self._phase == "opt2" and schedule is not None:
             residuals = dict(schedule.norms)
         others = (before[1], self._baseline.model) if self._baseline is not None and before else None
         seen = geometry.between(self._theta, before[0], self._bypass.model, others) if before and self._theta else None
@@ -317,7 +330,7 @@ class Run:
         self.log.record(
             self._engine.mean,
             residuals,
-            None if schedule is None else len(schedule.out),
+            len(schedule.out) if residuals is not None and schedule is not None else None,
             self._cycle,
             None if rate is None else float(rate),
             seen,
@@ -333,14 +346,21 @@ class Run:
         self.log.moment(Moment(name, self.step, bypass, baseline, max(1, self._cycle + starts)))
 
     def _score(self, arm: Arm) -> Score:
-        def of(examples: Examples) -> dict[str, float]:
-            engine = self._engine
-            channels_last = self._settings.channels_last
-            own = total_of(arm.runner, self._data, examples, engine.device, engine.shares, channels_last)
-            return self._task.score(engine.total(own).tolist())
+        return Score(self._score_over(arm, self._data.train), self._score_over(arm, self._data.test))
 
-        with evaluating(arm.runner), self._engine.accelerator.autocast():
-            return Score(of(self._data.train), of(self._data.test))
+    def _score_over(self, arm: Arm, examples: Examples) -> dict[str, float]:
+        try:
+            total = arm.total_of(self._data, examples, self._settings, self._engine)
+        except FOREIGN_ERRORS as error:
+            raise foreign(error, f"the evaluation of the {arm.name} failed after step {self.step}") from error
+        return self._task.score(total.tolist())
+
+    def _training_loss(self, model: nn.Module) -> float:
+        """Of the bypassed model, over the training set; at θ* that was just looked at."""
+        last = self.log.moments[-1]
+        if last.step == self.step:
+            return last.bypass.train_loss
+        return self._score_over(self._bypass, self._data.train)["loss"]
 
     def _heed(self, wish: Wish, how_to_go_on: str) -> None:
         """Save where it is time to, and stop where a signal asked for it."""
@@ -360,16 +380,8 @@ class Run:
                 warnings.warn(f"{error}; the run goes on, and the checkpoint before stays", stacklevel=2)
 
 
-def _report(saved: Mapping[str, Any]) -> ScheduleReport:
-    sites = {key: tuple(Arrival(**entry) for entry in saved[key]) for key in ("arrivals", "left_out")}
-    return ScheduleReport(**{**saved, **sites})
-
-
-def _arm_state(arm: Arm) -> dict[str, Any]:
-    return {
-        "model": sharded.gathered(arm.model.state_dict()),
-        "optimizer": sharded.gathered(arm.optimizer.state_dict()),
-    }
+def _rolled_back(schedule: BypassSchedule) -> bool:
+    return schedule.report is not None and bool(schedule.report.rolled_back)
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bypass_fx.checkpoint import Checkpoints, sync
 from bypass_fx.history import Event, History, Moment, from_row, to_row
@@ -143,7 +143,7 @@ class RunFolder:
         if self._board:
             _to_board(self._board, event)
 
-    def finish(self, history: History, state: Mapping[str, Tensor], averaged: nn.Module | None) -> None:
+    def finish(self, history: History, state: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None) -> None:
         """Write the weights, the figure and at last the summary, each whole or not at all; the checkpoints go.
 
         Raises:
@@ -158,7 +158,7 @@ class RunFolder:
                 save_file(plain(state), file)
             if averaged is not None:
                 with _replacing(self.path / AVERAGED) as file:
-                    save_file(plain(averaged.state_dict()), file)
+                    save_file(plain(averaged), file)
             with _replacing(self.path / FIGURE) as file:
                 figure.draw(history, file)
             _write_json(self.path / SUMMARY, {**self._about, **summary(history)})

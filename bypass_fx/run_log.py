@@ -155,6 +155,17 @@ class RunLog:
         return values
 
 
+def foreign(error: Exception, what: str) -> TrainingError:
+    """What a model or a loss raised, in one line after what it was raised in.
+
+    Example:
+        >>> foreign(ValueError("two\\nlines"), "the bypass failed in opt1")
+        TrainingError('the bypass failed in opt1: ValueError: two lines')
+    """
+    hint = "; labels must lie below the model's outputs" if isinstance(error, IndexError) else ""
+    return TrainingError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}{hint}")
+
+
 def where(phase: Phase, step: int, epoch_steps: int) -> str:
     """A step of a run as messages name it.
 

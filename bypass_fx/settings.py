@@ -15,12 +15,22 @@ from bypass_fx.passes.plan import MODES, Mode
 LR_SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 PRECISIONS = ("no", "bf16", "fp16")
 SHARDINGS = ("auto", "ddp", "fsdp2")
+ACCEPTS = ("always", "not-worse", "forecast")
+AT_BUDGETS = ("contract", "rollback")
 COMPILE_MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# What may differ between the parts of a run that was interrupted.
+FREE_SETTINGS = {
+    "device", "accumulate", "sharding", "compile", "compile_backend", "channels_last", "tf32", "gradient_checkpointing",
+    "workers", "checkpoint_seconds", "keep", "fused", "tensorboard",
+}  # fmt: skip
 
 _ABOVE_ZERO = ("lr", "epsilon", "return_lr")
-_FROM_ZERO = ("momentum", "weight_decay", "tolerance", "checkpoint_seconds")
-_FROM_ZERO_WHOLE = ("train1", "opt1", "train3", "patience", "warmup", "workers", "evaluate_every", "seed")
+_FROM_ZERO = ("momentum", "weight_decay", "tolerance", "accept_tolerance", "checkpoint_seconds")
+_FROM_ZERO_WHOLE = (
+    "train1", "opt1", "train3", "patience", "warmup", "workers", "evaluate_every", "seed", "accept_after",
+)  # fmt: skip
 _FROM_ONE_WHOLE = ("batch_size", "opt2", "n", "cycles", "accumulate", "keep")
+_FOR_A_FORECAST = 4  # losses that a power law is fitted to, at least
 
 
 class SettingsError(BypassError):
@@ -34,13 +44,19 @@ class Settings:
     Attributes:
         optimizer, lr, momentum, weight_decay, fused: timm's optimiser of that name; `fused` takes torch's fused kernels.
         lr_schedule, warmup: timm's LR schedule of that name over the whole run, after so many epochs of warm-up.
-        ema: decay of an exponential moving average of the weights, which rests during a bypass; 0 keeps none.
+        ema: decay of an exponential moving average of the weights, which rests until a bypass is over and kept, and then
+            begins anew; 0 keeps none.
         train1: epochs before the bypass; with `patience` the most there may be: train1 ends once the training loss of
             an epoch has not fallen by the share `tolerance` below its best for `patience` epochs.
         opt1, opt2, train3: epochs of the walk, of the way back and after it. `n` is opt1 in steps, where given.
         cycles: how often opt1, opt2 and train3 follow each other.
         comeback, return_lr, gamma, gamma_unit, epsilon: see `BypassSchedule`; `return_lr` is λ', None keeps `lr`.
             `gamma` is γ(t) as `parse_gamma` reads it; t counts steps or epochs of opt2, as `gamma_unit` says.
+        accept, accept_tolerance: when the outcome of a bypass is kept: "always"; "not-worse" than at θ*, by the training
+            loss and up to the tolerance; or where it beats the "forecast" made of the evaluations in train1. Else θ* comes
+            back, with the optimiser's state, and plain training goes on to the end.
+        accept_after: epochs of train3 after which the outcome is looked at; None is all of them.
+        at_budget: what to do with sites that are still out after opt2: "contract" anyway, or "rollback" to θ*.
         mode, select: which sites, see `bypass_fx.plan`.
         baseline: whether a copy goes on from θ* without the bypass, on the same minibatches.
         evaluate_every: epochs between evaluations on both sets; 0 evaluates at the moments of the run only.
@@ -49,7 +65,8 @@ class Settings:
         precision: "bf16" or "fp16" autocast, or "no".
         accumulate: parts into which each process splits its share of a minibatch, for memory.
         sharding: "ddp", "fsdp2", or "auto", which takes what `accelerate launch` was configured for.
-        compile, compile_backend: mode of torch.compile, "" for none, and its backend.
+        compile, compile_backend: mode of torch.compile, "" for none, and its backend. "reduce-overhead" takes CUDA graphs,
+            where there is CUDA: for small models.
         channels_last, tf32, gradient_checkpointing: as torch and the model know them.
         workers: processes that load data, beside each training process.
         checkpoint_seconds, keep: how often a run with a folder is saved, and how many checkpoints stay.
@@ -86,6 +103,10 @@ class Settings:
     gamma: str = "0.005"
     gamma_unit: str = "step"
     epsilon: float = 5e-6
+    accept: str = "always"
+    accept_after: int | None = None
+    accept_tolerance: float = 0.0
+    at_budget: str = "contract"
     mode: Mode = "auto"
     select: str | None = None
     baseline: bool = True
@@ -123,6 +144,8 @@ class Settings:
             raise SettingsError(f"seed is {self.seed}; give a whole number below 2**32")
         if not 0 <= self.ema < 1:
             raise SettingsError(f"ema is {self.ema}; give a decay from 0 (none) to below 1, such as 0.9998")
+        _expect_choice("accept", self.accept, ACCEPTS)
+        _expect_choice("at_budget", self.at_budget, AT_BUDGETS)
         _expect_choice("mode", self.mode, MODES)
         _expect_choice("gamma_unit", self.gamma_unit, ("step", "epoch"))
         _expect_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
@@ -130,11 +153,23 @@ class Settings:
         _expect_choice("sharding", self.sharding, SHARDINGS)
         _expect_choice("compile", self.compile, COMPILE_MODES)
         parse_gamma(self.gamma)
+        self._expect_verdict_in_time()
+
+    def _expect_verdict_in_time(self) -> None:
+        if self.accept_after is not None and self.accept_after > self.train3:
+            raise SettingsError(f"accept_after is {self.accept_after}; give at most train3, {self.train3} epochs")
+        shortest = min(self.train1, self.patience + 1) if self.patience else self.train1
+        evaluations = shortest // self.evaluate_every if self.evaluate_every else 0
+        if self.accept == "forecast" and (self.cycles > 1 or evaluations < _FOR_A_FORECAST):
+            raise SettingsError(
+                f"a forecast is made for one cycle, from {_FOR_A_FORECAST} evaluations in train1 or more; "
+                "set cycles to 1 and evaluate_every to 1, or accept to not-worse"
+            )
 
 
 # Preset → the settings in which it differs from the defaults. The paper's are those of its Sec. V and VI, opt2 at least as
 # long as theirs took, and t counted in steps (60 epochs of CIFAR-10 are 23,400); "improved" is several bypasses in a row
-# with a planned return, which did best in what was measured on small networks.
+# with a planned return, which did best in what was measured on small networks, each undone where it left a higher loss.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -149,7 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 5e-4, "weight_decay": 0.1, "batch_size": 128, "train1": 1200, "opt1": 800, "opt2": 200, "train3": 200,
         "comeback": "published", "gamma": "3e-6,23400:3e-5", "epsilon": 2e-3, "mode": "relaxed",
     },
-    "improved": {"opt1": 120, "opt2": 160, "train3": 20, "cycles": 3, "comeback": "homotopy"},
+    "improved": {"opt1": 120, "opt2": 160, "train3": 20, "cycles": 3, "comeback": "homotopy", "accept": "not-worse"},
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bypass_fx import sharded, surgery
+from bypass_fx.accept import Accept, resolve
 from bypass_fx.data import Data
 from bypass_fx.engine import Engine
 from bypass_fx.evaluation import expect_fit
@@ -47,6 +48,8 @@ class Trainer:
         settings: the phases, the optimiser, the bypass and the machine.
         on_event: called with each `Record` and each `Moment` as it comes up, in the main process.
         loss_fn: `loss_fn(model, batch)` gives the mean loss of a minibatch; None takes that of the data's task.
+        accept: on which condition the outcome of a bypass is kept, as `BypassSchedule` takes it; None takes what the
+            settings say. Every process calls it, and the main process's word holds.
         folder: where the run is written: records as they come, checkpoints, and at the end the weights. If a run lies
             there, `fit` goes on with it.
         about: what else `folder` should say of the run.
@@ -71,9 +74,11 @@ class Trainer:
         on_event: Callable[[Event], None] = lambda event: None,
         *,
         loss_fn: LossFn | None = None,
+        accept: Accept | Callable[[nn.Module], Any] | None = None,
         folder: str | Path | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
+        self._accept = resolve(accept)
         self.settings = settings or Settings()
         self.model, self.data, self.on_event = model, data, on_event
         self.task = task(data.task, loss_fn)
@@ -131,6 +136,7 @@ class Trainer:
             self._feed,
             self._emit,
             checkpoints,
+            self._accept,
         )
         if checkpoints:
             found = checkpoints.newest() if self._engine.is_main else None
@@ -142,9 +148,9 @@ class Trainer:
                 stack.enter_context(writer.writing(run.log.records, run.log.moments, run.log.evaluations))
             wish = stack.enter_context(noticed()) if self._folder else None  # else Ctrl-C ends the step where it is
             history = run.go(wish, self._folder.how_to_go_on if self._folder else "")
-        state = sharded.gathered(self.model.state_dict())
+        state, averaged = sharded.gathered(self.model.state_dict()), run.averaged()
         if writer:
-            writer.finish(history, state, run.averaged())
+            writer.finish(history, state, averaged)
         return history
 
     def _emit(self, event: Event) -> None:

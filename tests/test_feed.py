@@ -105,6 +105,26 @@ def test_an_evaluation_reads_every_example_once_whatever_the_number_of_processes
         assert sorted(counted) == list(range(11))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_augments_an_example_the_same_way_each_time(workers: int) -> None:
+    def noise(shares: Shares | None = None) -> list[tuple[int, float]]:
+        batches = in_order(Plain(noise=True), 4, shares, workers=workers)
+        return [(int(x), float(y)) for (xs, ys), counts in batches if counts for x, y in zip(xs, ys, strict=True)]
+
+    torch.manual_seed(0)
+    alone = noise()
+    torch.manual_seed(1)
+    expected = torch.get_rng_state()
+    assert noise() == alone and torch.equal(torch.get_rng_state(), expected)
+    assert sorted([*noise(Shares(0, 2)), *noise(Shares(1, 2))]) == alone and len({y for _, y in alone}) == 11
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_names_data_that_raise(workers: int) -> None:
+    with pytest.raises(DataError, match=r"the data for an evaluation failed: OSError: .*disk that has gone"):
+        list(in_order(Plain(broken=7), 4, workers=workers))
+
+
 def test_images_are_placed_as_floats_with_their_channels_last() -> None:
     batch = {"x": torch.full((2, 3, 4, 4), 255, dtype=torch.uint8), "y": torch.tensor([1, 2]), "name": "a"}
     found = placed(batch, torch.device("cpu"), channels_last=True)

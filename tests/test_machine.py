@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +16,9 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from bypass_fx.comeback import COMEBACKS
 from bypass_fx.data import Data
+from bypass_fx.engine import _expect_compilable
 from bypass_fx.history import History, Record
 from bypass_fx.models import Fit, ModelError, build
 from bypass_fx.settings import PRESETS, SettingsError, from_dict, preset
@@ -24,13 +28,15 @@ from tests.runs import digits, mlp, short, trainer
 
 EPOCH = 5
 
+can_build = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
 
 def _losses(history: History) -> list[float]:
     return [record.loss for record in history.records]
 
 
-@pytest.mark.parametrize("comeback", ["homotopy", "penalty", "proximal"])
-@pytest.mark.filterwarnings("ignore:opt2 ended")
+@pytest.mark.parametrize("comeback", COMEBACKS)
+@pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:variety", "ignore:lagrangian")
 def test_a_whole_run_needs_three_compilations_and_has_no_graph_break(comeback: str) -> None:
     way = {"comeback": comeback, "gamma": "0.5", "epsilon": 0.05}
     plain = trainer(**way).fit()
@@ -39,7 +45,26 @@ def test_a_whole_run_needs_three_compilations_and_has_no_graph_break(comeback: s
     history = trainer(compile="default", compile_backend="aot_eager", **way).fit()
     assert not counters["graph_break"]
     assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    assert {record.phase for record in history.records if record.baseline} == {"opt1", "opt2", "train3"}
     assert _losses(history) == pytest.approx(_losses(plain), rel=1e-5)
+
+
+@pytest.mark.skipif(not can_build, reason="torch's own backend needs a C++ compiler and Python's headers")
+def test_cuda_graphs_can_be_asked_for_and_are_skipped_on_a_cpu() -> None:
+    lengths = {"train1": 1, "opt1": 1, "opt2": 1, "train3": 1, "device": "cpu"}
+    plain = trainer(**lengths).fit()
+    torch.compiler.reset()
+    counters.clear()
+    history = trainer(compile="reduce-overhead", **lengths).fit()
+    assert counters["inductor"]["cudagraph_skips"] and counters["stats"]["unique_graphs"] <= 3
+    assert not counters["graph_break"] and _losses(history) == pytest.approx(_losses(plain), rel=1e-5)
+
+
+def test_cuda_graphs_are_refused_where_they_would_lose_gradients() -> None:
+    settings = short(compile="reduce-overhead", accumulate=2)
+    _expect_compilable(settings, torch.device("cpu"))
+    with pytest.raises(SettingsError, match="set accumulate to 1, or compile to default"):
+        _expect_compilable(settings, torch.device("cuda"))
 
 
 def _vit() -> tuple[nn.Module, Data]:

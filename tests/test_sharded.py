@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bypass_fx
-from bypass_fx import sharded, surgery
+from bypass_fx import fsdp, sharded, surgery
 from bypass_fx.passes.matrices import is_sharded, placed_like, whole
 
 
@@ -72,6 +72,40 @@ def test_a_sharded_model_is_planned_walked_and_contracted_as_the_whole_one_is(gr
     state = sharded.gathered(net.state_dict())
     assert all(torch.allclose(state[name], value, atol=1e-6) for name, value in plain.state_dict().items())
     assert [type(module) for module in net.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    ("policy", "units"),
+    [
+        ({}, ["0", "1", "3", "6", "8"]),  # what stands in lists and sequences and has parameters
+        ({"AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "MIN_NUM_PARAMS": "80"}, ["0", "6"]),
+        ({"AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "TRANSFORMER_CLS_TO_WRAP": "Conv2d"}, ["0", "3"]),
+    ],
+)
+def test_layers_are_sharded_as_accelerate_is_configured(
+    group: Any, monkeypatch: pytest.MonkeyPatch, policy: dict[str, str], units: list[str]
+) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in policy.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    net = _net().to(memory_format=torch.channels_last)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    fsdp.shard(net, net, torch.device("cpu"), fsdp.configured())
+    assert [name for name, module in net.named_modules() if isinstance(module, FSDPModule)] == ["", *units]
+    assert all(torch.equal(value, before[name]) for name, value in sharded.gathered(net.state_dict()).items())
+
+
+def test_layers_that_the_model_does_not_have_are_named(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "TRANSFORMER_CLS_TO_WRAP": "Blck"}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    net = _net()
+    with pytest.raises(bypass_fx.BypassError, match=r"layer class Blck.*Mend fsdp_transformer_layer_cls_to_wrap"):
+        fsdp.shard(net, net, torch.device("cpu"), fsdp.configured())
 
 
 def test_states_are_gathered_and_given_back_in_shards(group: Any) -> None:

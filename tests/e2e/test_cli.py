@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bypass_fx import cli, models, progress
+from bypass_fx.cli_settings import OPTIONS
 from bypass_fx.run_folder import FILES
+from bypass_fx.settings import Settings, preset
 from tests.cifar10 import write_cifar10
+from tests.test_readme import BLOCKS
 
 SHORT = ["--train1", "2", "--opt1", "1", "--opt2", "1", "--train3", "1"]
 
@@ -63,9 +67,12 @@ def test_the_main_job_trains_shows_and_leaves_a_run_folder(run: Run, tmp_path: P
     fresh.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
 
 
-def test_the_default_run_beats_the_baseline_after_opt1(run: Run, tmp_path: Path) -> None:
-    assert run("train", "--out", "out", "--opt2", "1", "--train3", "0").code == 0
-    after = json.loads((tmp_path / "out" / "summary.json").read_text())["moments"]["after opt1"]
+def test_the_readmes_job_beats_the_baseline_after_opt1(run: Run, tmp_path: Path) -> None:
+    first = next(block for language, block in BLOCKS if not language)
+    program, *arguments = first.partition(" && ")[2].split()
+    assert program == "bypass-fx" and run(*arguments).code == 0
+    (summary,) = tmp_path.glob("runs/*/summary.json")
+    after = json.loads(summary.read_text())["moments"]["after opt1"]
     assert after["bypass"]["train_loss"] < after["baseline"]["train_loss"]
 
 
@@ -102,6 +109,15 @@ def test_eggholder_is_a_regression_without_accuracies(run: Run) -> None:
     result = run("train", "--data", "eggholder", "--n", "3", *SHORT)
     assert result.code == 0, result.err
     assert "test loss" in result.out and "acc." not in result.out
+
+
+def test_a_bypass_that_is_rolled_back_says_why(run: Run) -> None:
+    result = run("train", *SHORT, "--return-lr", "0.5", "--accept", "not-worse")
+    assert result.code == 0, result.err
+    assert re.search(r"^rolled back +25", result.out, re.MULTILINE)
+    assert re.search(
+        r"^bypass 1 was rolled back: the loss is \S+ after 5 steps of train3, and was", result.out, re.MULTILINE
+    )
 
 
 def test_a_warning_is_one_line(run: Run) -> None:
@@ -179,6 +195,32 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert run("train", "--resume", "out").code == 0
     resumed, whole = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_every_setting_is_an_option_once() -> None:
+    listed = [name for texts in OPTIONS.values() for name in texts]
+    assert sorted(listed) == sorted(field.name for field in fields(Settings))
+
+
+def test_options_are_the_settings_of_the_run(run: Run, tmp_path: Path) -> None:
+    given = [
+        "--preset",
+        "improved",
+        "--cycles",
+        "1",
+        "--no-baseline",
+        "--n",
+        "2",
+        "--mode",
+        "strict",
+        "--return-lr",
+        "0.01",
+    ]
+    assert run("train", *SHORT, *given, "--tensorboard", "--out", "out").code == 0
+    lengths = {"train1": 2, "opt1": 1, "opt2": 1, "train3": 1, "cycles": 1, "n": 2}
+    others = {"baseline": False, "mode": "strict", "return_lr": 0.01, "tensorboard": True}
+    wanted = preset("improved", {**lengths, **others})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"] == asdict(wanted)
 
 
 def test_a_package_that_is_not_installed_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
