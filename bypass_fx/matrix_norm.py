@@ -69,11 +69,17 @@ def _plain_gram(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
 
 
 def _gradients(factor: Tensor, r: Tensor, a: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R Wᵀ D, rows of W ∘ AᵀR summed, D AᵀR) times the factor of each site, with R = A D W."""
-    factor = factor[..., None, None, None]
-    back = a.mT @ (r * factor)
-    of_d = (w * back).sum(-1)
-    return (r * factor) @ w.mT * d.unsqueeze(-2), of_d, back * d.unsqueeze(-1)
+    """(R Wᵀ D, diag(AᵀR Wᵀ), D AᵀR) times the factor of each site, with R = A D W.
+
+    The diagonal is taken from the smaller of R Wᵀ and AᵀR, which is wanted anyway.
+    """
+    by = factor[..., None, None]
+    across, down = (by * d).unsqueeze(-2), (by * d).unsqueeze(-1)
+    if a.shape[-2] <= w.shape[-1]:
+        right = r @ w.mT
+        return right * across, by * (a * right).sum(-2), (a * across).mT @ r
+    left = a.mT @ r
+    return r @ (w * down).mT, by * (w * left).sum(-1), left * down
 
 
 def _over(g: Tensor, norm: Tensor) -> Tensor:
