@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bypass_fx
 from bypass_fx import models
-from bypass_fx.constraint import residual
+from bypass_fx.constraint import residual_entries
 from bypass_fx.inspection import Residuals, RunError, as_networkx, draw, inspect, read_residuals, rewritten, write
 from bypass_fx.inspection.drawn import closed
 from bypass_fx.inspection.export import ExportError
@@ -105,7 +105,7 @@ def test_the_flops_of_the_constraint_are_those_of_its_products(model: nn.Module)
     fact = found.facts[site.name]
     bypass_fx.extend(model, found.plan)
     with FlopCounterMode(display=False) as counter:
-        residual(model, site)
+        residual_entries(model, site)
     assert site.first and site.second
     rows = bypass_fx.passes.matrices.columns(model, site.second, site.width)
     dense = len({site.first.groups, site.second.groups}) == 2 and min(site.first.groups, site.second.groups) > 1
