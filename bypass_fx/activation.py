@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .passes.derivatives import ELEMENTWISE, NAME_OF, Parameter
 from .passes.errors import BypassError
 
 
-def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, ...]) -> Tensor:
+def psi(
+    sigma: Tensor | nn.Module | str,
+    z: Tensor,
+    delta: Tensor,
+    channels: int | tuple[int, ...],
+    *parameters: Parameter,
+) -> Tensor:
     """ψ(z) = σ(z) + D z with D = diag(δ), one coefficient per channel (eq. 7 and 8 of the paper).
 
     Args:
-        activated: σ(z), any shape and dtype; the result has its shape, dtype and memory format.
+        sigma: σ(z), any shape and dtype; the result has its shape, dtype and memory format. Or σ itself, a module or
+            one of the names in `passes.derivatives`: then both are one step of autograd, which keeps z and nothing else.
+            A σ that works in place may overwrite z.
         z: the activation's input, of the same shape.
         delta: δ, shape (channels,).
         channels: the axis of z along which the channels lie; or the shape of δ against the last axes of z, where they
             lie along several: (heads, 1, head channels) for the values of attention, with shape
             (batch, heads, tokens, head channels) or (batch · heads, tokens, head channels). (channels, -1) stands for
             channels that each span a run of the last axis, as behind a flatten.
+        *parameters: of the σ that is named.
 
     Raises:
         BypassError: z has another number of channels than δ, or another shape than σ(z), or is sparse.
@@ -27,10 +37,112 @@ def psi(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, 
         >>> z = torch.tensor([[-1.0, 2.0]])
         >>> psi(torch.relu(z), z, torch.tensor([0.5, 0.0]), -1)
         tensor([[-0.5000,  2.0000]])
+        >>> psi("leaky_relu", z, torch.tensor([0.5, 0.0]), -1, 0.25)
+        tensor([[-0.7500,  2.0000]])
     """
+    if isinstance(sigma, Tensor):
+        return _beside(sigma, z, delta, channels)
+    if isinstance(sigma, str):
+        name, given = sigma, parameters
+    else:
+        name = "" if _hooked(sigma) else NAME_OF.get(type(sigma), "")
+        given = tuple(getattr(sigma, attribute) for attribute in ELEMENTWISE[name].attributes) if name else ()
+    if name and isinstance(channels, int) and _as_one_step(z, delta):
+        return Within.apply(z, _along(delta, z, channels), name, given)  # type: ignore[no-any-return]
+    if isinstance(sigma, nn.Module):
+        kept = z.clone() if getattr(sigma, "inplace", False) else z
+        return _beside(sigma(z), kept, delta, channels)
+    return _beside(ELEMENTWISE[name].value(z, *given), z, delta, channels)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward."""
+    everywhere = nn.modules.module
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def _as_one_step(z: Tensor, delta: Tensor) -> bool:
+    """Whether σ and D are one step of autograd: for plain tensors, where nothing else takes the steps apart anyway."""
+    plain = type(z) is Tensor and type(delta) in (Tensor, nn.Parameter) and z.layout is torch.strided
+    return (
+        plain
+        and not z.is_nested
+        and z.is_floating_point()
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # the compiler fuses the steps into their neighbours by itself
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and not torch._C._are_functorch_transforms_active()  # they know every step by itself
+    )
+
+
+class Within(torch.autograd.Function):
+    """σ(z) + d z for a σ of the table, d having the shape of δ against z's last axes: keeps z and d, and no result.
+
+    With g the gradient that arrives, z gets σ'(z) g + d g, and d gets Σ g z in its own dtype, over all but its channels.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, d: Tensor, name: str, parameters: tuple[Parameter, ...]) -> Tensor:
+        activated = ELEMENTWISE[name].value(z, *parameters)
+        z, d = z.to(activated.dtype), d.to(activated.dtype)
+        return torch.addcmul(activated, z, d, out=activated)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+        z, d, ctx.name, ctx.parameters = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(z, d)  # type: ignore[arg-type]
+        ctx.save_for_forward(z, d)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        z, d = ctx.saved_tensors  # type: ignore[attr-defined]
+        of_z = of_d = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            slope = ELEMENTWISE[ctx.name].derivative(g, z, *ctx.parameters)  # type: ignore[attr-defined]
+            seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+            of_z = torch.addcmul(slope, g, d.to(g.dtype), out=None if seen else slope)
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            of_d = _summed(g, z, d)
+        return of_z, of_d, None, None
+
+    @staticmethod
+    def jvp(ctx: torch.autograd.function.FunctionCtx, dz: Tensor | None, dd: Tensor | None, *_: None) -> Tensor:
+        z, d = ctx.saved_tensors  # type: ignore[attr-defined]
+        along = z.new_zeros(()).expand_as(z) if dz is None else dz
+        slope: Tensor = ELEMENTWISE[ctx.name].derivative(along, z, *ctx.parameters)  # type: ignore[attr-defined]
+        moved = torch.addcmul(slope, along, d.to(along.dtype))
+        return moved if dd is None else moved + z * dd.to(z.dtype)
+
+
+_PIECE = 2**18  # numbers: g z of a piece stays in the processor's cache between its product and its sum
+
+
+def _summed(g: Tensor, z: Tensor, d: Tensor) -> Tensor:
+    """Σ g z over what d is spread along, in d's shape and dtype."""
+    axes = [axis for axis in range(z.dim()) if axis < z.dim() - d.dim() or d.shape[axis - z.dim()] == 1]
+    pieces = g.numel() // _PIECE if g.device.type == "cpu" and 0 in axes else 1
+    parts = [
+        (one * its_z).sum(axes, keepdim=True, dtype=d.dtype)
+        for one, its_z in zip(g.tensor_split(max(1, pieces)), z.tensor_split(max(1, pieces)), strict=True)
+    ]
+    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return total.reshape(d.shape)
+
+
+def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, ...]) -> Tensor:
     if activated.is_nested:  # torch's fused attention layers pass ragged batches; addcmul takes none
         parts = zip(activated.unbind(), z.unbind(), strict=True)
-        return torch.nested.as_nested_tensor([psi(one, its_z, delta, channels) for one, its_z in parts])
+        return torch.nested.as_nested_tensor([_beside(one, its_z, delta, channels) for one, its_z in parts])
     if activated.layout != torch.strided:
         raise BypassError(
             f"a D-activation met a {activated.layout} tensor: contract the model, and leave this site out with select"

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from bypass_fx import constraint, param_group, surgery
 from bypass_fx.arrival import Threshold
 from bypass_fx.bypass_report import Arrival, NonFiniteError
-from bypass_fx.comeback import Moment
+from bypass_fx.comeback import Comeback, Moment
 from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep
 from bypass_fx.gamma import Adaptive
 from bypass_fx.passes.fold import in_fold_order
 from bypass_fx.passes.matrices import whole
 from bypass_fx.passes.plan import Plan
+from bypass_fx.readout import Reading, Readout
 
 
 class Bypass:
@@ -43,6 +44,9 @@ class Bypass:
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
         self._threshold = Threshold(course.epsilon, [*self._deltas], like=self.gamma)
+        self._order = in_fold_order(self.plan)
+        self._readout = Readout(first.device)
+        self._latest: Tensor | None = None  # the norms last taken, scaled as D was since, [sites]
         self.out = frozenset(self._deltas)
         self.norms: dict[str, float] = {}
         self.arrivals: list[Arrival] = []
@@ -75,9 +79,16 @@ class Bypass:
             raise
         return Plan(tuple(sites)), deltas
 
+    @property
+    def measures(self) -> bool:
+        """Whether the coming step of opt2 is one of those in which the constraint is looked at."""
+        course = self._course
+        return self.opt2_steps % course.every == 0 or self.opt2_steps + 1 >= course.opt2
+
     def penalty(self) -> Tensor | None:
-        """What the return adds to the loss."""
-        return self._course.comeback.penalty(self._root, self.out, self.gamma)
+        """What the return adds to the loss; in every k-th step only, it counts k times."""
+        term = self._course.comeback.penalty(self._root, self.out, self.gamma)
+        return term if term is None or self._course.every == 1 else self._course.every * term
 
     def step(self, loss: Tensor | float | None) -> None:
         """Note one step of the optimiser.
@@ -92,10 +103,13 @@ class Bypass:
 
     def _walk(self, loss: Tensor | float | None) -> None:
         self.opt1_steps += 1
-        largest = [delta.abs().amax().to(self.gamma) for delta in self._deltas.values()]
-        self._read(torch.stack(largest), loss)
+        self._exchange(self._largest(), loss, measured=False)
         if self.opt1_steps >= self._course.opt1:
             self._turn_back()
+
+    def _largest(self) -> Tensor:
+        """max |δ| of every site, [sites]: not finite where any of them is not."""
+        return torch.stack([delta.abs().amax().to(self.gamma) for delta in self._deltas.values()])
 
     def _turn_back(self) -> None:
         comeback = self._course.comeback
@@ -126,34 +140,50 @@ class Bypass:
         course, comeback = self._course, self._course.comeback
         for name in self._deltas.keys() - self.out:
             self._deltas[name].zero_()  # the optimiser's momentum moves even what has no gradient
-        norms = self._shrunk(self._norms())
+        measured = self.measures or self._latest is None
+        norms = self._norms() if measured or self._latest is None else self._latest
+        self._latest = norms = self._shrunk(norms, measured)
         self.opt2_steps += 1
-        self.norms = self._read(norms, loss)
+        last = self.opt2_steps >= course.opt2
+        readings = [self._exchange(norms if measured else self._largest(), loss, measured)]
+        if last:
+            readings.append(self._looked_at(self._readout.flush()))
+        arrived: list[str] = []
+        for taken in filter(None, readings):
+            self.norms = taken
+            arrived = self._threshold.arrived(taken, self.out)
+            if isinstance(course.gamma, Adaptive):
+                course.gamma.observe(sum(taken[name] for name in self.out - frozenset(arrived)))
         on_time = comeback.ends and self.opt2_steps == course.opt2
-        self._project(sorted(self.out) if on_time else self._threshold.arrived(self.norms, self.out))
-        if isinstance(course.gamma, Adaptive):
-            course.gamma.observe(sum(self.norms[name] for name in self.out))
+        self._project(sorted(self.out) if on_time else arrived)
         self._set_gamma()
         if not self.out:
+            self._looked_at(self._readout.flush())
             self.contract()
-        elif self.opt2_steps >= course.opt2 and course.at_budget != "continue":
+        elif last and course.at_budget != "continue":
             self.exhausted = True
 
-    def _shrunk(self, norms: Tensor) -> Tensor:
+    def _shrunk(self, norms: Tensor, measured: bool) -> Tensor:
         """Let the return scale the residuals, and give their norms after that."""
         course, comeback = self._course, self._course.comeback
         rate = param_group.current_lr(self._optimizer, next(iter(self._deltas.values()))) * self._rate_factor
         last = {name: self.norms[name] for name in self.out if name in self.norms}
         moment = Moment(norms, self.gamma, self.opt2_steps, course.opt2, rate, last)
-        comeback.observe(self._root, moment)
+        if measured:
+            comeback.observe(self._root, moment)
         factors = comeback.shrink(moment)
         if factors is None:
             return norms
         # What is within ε already is folded in from where it is; to shrink it first would lose A D b_W.
         factors = torch.where(self._threshold.within(norms), torch.ones_like(factors), factors)
-        by_name = dict(zip(self._deltas, factors, strict=True))
-        for site in in_fold_order(site for site in self.plan if site.name in self.out):
-            comeback.scale(self._root, site, by_name[site.name])
+        by_name = dict(zip(self._deltas, factors.unbind(), strict=True))
+        only_d = type(comeback).scale is Comeback.scale
+        for site in self._order:
+            if site.name in self.out and only_d:
+                delta = self._deltas[site.name]
+                delta.mul_(by_name[site.name].to(delta))
+            elif site.name in self.out:
+                comeback.scale(self._root, site, by_name[site.name])
         param_group.moved_by_hand(self._optimizer)
         return self._norms() if comeback.moves(self._root) else norms * factors
 
@@ -163,6 +193,9 @@ class Bypass:
             surgery.project(self._root, names)
             param_group.moved_by_hand(self._optimizer)
             self.out -= frozenset(names)
+            if self._latest is not None:
+                gone = torch.tensor([name in names for name in self._deltas], device=self._latest.device)
+                self._latest = torch.where(gone, torch.zeros_like(self._latest), self._latest)
 
     def _where(self, name: str) -> Arrival:
         delta = float(torch.linalg.vector_norm(self._deltas[name]))
@@ -171,7 +204,9 @@ class Bypass:
     @torch.no_grad()
     def measure(self) -> None:
         """Take the norms as they are now."""
-        self.norms = self._read(self._norms(), None)
+        self._looked_at(self._readout.flush())
+        taken = self._exchange(self._norms(), None, measured=True)
+        self.norms = taken or self._looked_at(self._readout.flush()) or {}
 
     def those_out(self) -> tuple[Arrival, ...]:
         """The sites that have not arrived, with the norms last taken."""
@@ -191,24 +226,36 @@ class Bypass:
         self.over = True
 
     def _norms(self) -> Tensor:
-        norms = constraint.norms(self._root)
-        return torch.stack([norms[name].to(self.gamma) for name in self._deltas])
+        found = constraint.residuals(self._root, self.plan.sites)
+        return torch.stack([norm.to(self.gamma) for norm in found])
 
     def _set_gamma(self) -> None:
         if self._course.gamma is not None:
             self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
 
-    def _read(self, values: Tensor, loss: Tensor | float | None) -> dict[str, float]:
-        """One number per site brought to the host, the one synchronisation of a step, with a look at all that moves."""
+    def _exchange(self, values: Tensor, loss: Tensor | float | None, measured: bool) -> dict[str, float] | None:
+        """One number per site on its way to the host, with a look at all that moves; norms that have come, by site."""
         extent = whole(get_total_norm(self._moving.values())).to(self.gamma)
-        value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma)
-        *numbers, total, cost = torch.cat([values, extent.reshape(1), value.reshape(1)]).tolist()
-        norms = dict(zip(self._deltas, numbers, strict=True))
-        if not all(map(math.isfinite, (*numbers, total, cost))):
-            self._expect_finite(norms, cost)
-        return norms
+        value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma, non_blocking=True)
+        numbers = torch.cat([values, extent.reshape(1), value.reshape(1)])
+        step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
+        return self._looked_at(self._readout.exchange(numbers, self.phase, step, measured))
 
-    def _expect_finite(self, norms: Mapping[str, float], loss: float) -> None:
+    def _looked_at(self, reading: Reading | None) -> dict[str, float] | None:
+        """The norms in a reading, if they are norms.
+
+        Raises:
+            NonFiniteError: a number is NaN or infinite.
+        """
+        if reading is None:
+            return None
+        *numbers, total, cost = reading.numbers
+        by_name = dict(zip(self._deltas, numbers, strict=True))
+        if not all(map(math.isfinite, (*numbers, total, cost))):
+            self._expect_finite(by_name, cost, f"{reading.phase}, step {reading.step}")
+        return by_name if reading.measured else None
+
+    def _expect_finite(self, norms: Mapping[str, float], loss: float, when: str) -> None:
         found = [] if math.isfinite(loss) else [f"the loss is {loss}"]
         sites = [(name, norm) for name, norm in norms.items() if not math.isfinite(norm)]
         found += [f"D of site {name!r} is not finite (norm {norm})" for name, norm in sites[:1]]
@@ -216,8 +263,7 @@ class Bypass:
         broken = [name for name, parameter in self._moving.items() if not bool(whole(parameter).isfinite().all())]
         found += [f"{name} is not finite, and so was its gradient" for name in broken[:1]]
         if found:
-            step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
-            raise NonFiniteError(f"{self.phase}, step {step}: {'; '.join(found)}")
+            raise NonFiniteError(f"{when}: {'; '.join(found)}")
 
     def _moved_beside_d(self) -> Iterator[tuple[str, nn.Parameter]]:
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
@@ -235,6 +281,8 @@ class Bypass:
             "sites": [*self._deltas],
             "out": sorted(self.out),
             "norms": dict(self.norms),
+            "latest": None if self._latest is None else self._latest.tolist(),
+            "under_way": self._readout.state_dict(),
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
             "comeback": self._course.comeback.state_dict(),
             "gamma": gamma.state_dict() if isinstance(gamma, Adaptive) else {},
@@ -258,6 +306,9 @@ class Bypass:
             self._set_gamma()
             self._damp()
         self.out, self.norms = frozenset(state["out"]), dict(state["norms"])
+        if state["latest"] is not None:
+            self._latest = torch.tensor(state["latest"]).to(self.gamma)
+        self._readout.load_state_dict(state["under_way"])
         self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]
 
 

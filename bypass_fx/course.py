@@ -36,12 +36,14 @@ class Course:
     at_budget: AtBudget
     cycles: int
     rest: int
+    every: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("opt1", 0), ("opt2", 1), ("cycles", 1), ("rest", 0)):
+        for name, least in (("opt1", 0), ("opt2", 1), ("cycles", 1), ("rest", 0), ("every", 1)):
             value = getattr(self, name)
             what = "number" if name == "cycles" else "number of steps"
-            expect(isinstance(value, int) and value >= least, f"{name} is {value!r}; give a {what}, {least} or more")
+            called = "penalty_every" if name == "every" else name
+            expect(isinstance(value, int) and value >= least, f"{called} is {value!r}; give a {what}, {least} or more")
         arrival.check(self.epsilon)
         expect(
             self.at_budget in ("contract", "continue", "rollback"),
@@ -52,6 +54,10 @@ class Course:
         expect(
             self.gamma is not None or not self.comeback.uses_gamma,
             f"the comeback {self.comeback.name!r} needs γ(t); pass gamma=bypass_fx.Linear(0.005), say",
+        )
+        expect(
+            self.every == 1 or self.comeback.may_skip,
+            f"the comeback {self.comeback.name!r} needs the constraint in every step; leave out penalty_every",
         )
         expect(
             self.gamma is None or callable(self.gamma),

@@ -22,6 +22,7 @@ from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.course import AtBudget, Course, Unit, expect
 from bypass_fx.gamma import Gamma
 from bypass_fx.passes.plan import Plan
+from bypass_fx.readout import Reading, Readout
 from bypass_fx.snapshot import Snapshot
 
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
@@ -68,6 +69,9 @@ class BypassSchedule:
             that an extended model brings along is not part of θ*.
         cycles: bypasses in a row, each with a fresh D and a θ* of its own; after a rollback no further one begins.
         rest: steps of train3 between two of them.
+        penalty_every: k; in opt2 the constraint is evaluated in every k-th step only: the penalty counts k times there, and
+            norms are taken and sites arrive only then. For the returns that ask for no more: "homotopy", "proximal",
+            "penalty" and "published".
         plan: the sites to extend; None plans them.
         **as_plan: arguments of `bypass_fx.plan`, such as `mode`.
 
@@ -108,12 +112,13 @@ class BypassSchedule:
         snapshot: str | Path | None = "cpu",
         cycles: int = 1,
         rest: int = 0,
+        penalty_every: int = 1,
         plan: Plan | None = None,
         **as_plan: Any,
     ) -> None:
         self._course = Course(
             opt1, opt2, returns.resolve(comeback), gamma, epsilon, lr, delta_lr, delta_weight_decay, unit,
-            steps_per_epoch, at_budget, cycles, rest,
+            steps_per_epoch, at_budget, cycles, rest, penalty_every,
         )  # fmt: skip
         self._accept = acceptance.resolve(accept)
         expect(
@@ -249,7 +254,7 @@ class BypassSchedule:
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
         self.phase = state["phase"]
-        self._returning = self.phase == "opt2"
+        self._returning = self._adds()
         if self.phase in ("train3", "done"):
             self._bypass.contract(drop=True)
 
@@ -267,8 +272,13 @@ class BypassSchedule:
         self._snapshot = kept
         self._plan, self._as_plan = self._bypass.plan, {}
         self._rested = 0
+        self._readout = Readout(self._bypass.gamma.device)  # of the losses of train3
         self.phase = self._bypass.phase
-        self._returning = self.phase == "opt2"  # read by a compiled loss, for which every value is a graph of its own
+        self._returning = self._adds()  # read by a compiled loss, for which every value is a graph of its own
+
+    def _adds(self) -> bool:
+        """Whether the coming step's loss has the return's penalty."""
+        return self.phase == "opt2" and self._bypass.measures
 
     def _extended(self) -> bool:
         return surgery.is_extended(self._model)
@@ -284,7 +294,7 @@ class BypassSchedule:
             self._give_up()
         else:
             self.phase = self._bypass.phase
-            self._returning = self.phase == "opt2"
+            self._returning = self._adds()
 
     def _stop(self, error: NonFiniteError) -> None:
         if self._snapshot is None:
@@ -325,9 +335,14 @@ class BypassSchedule:
 
     def _rest(self, loss: Tensor | float | None) -> None:
         self._rested += 1
-        if loss is not None and not math.isfinite(float(loss)):
-            self._stop(NonFiniteError(f"train3, step {self._rested}: the loss is {float(loss)}"))
+        if loss is not None:
+            number = torch.as_tensor(loss).detach().reshape(1)
+            self._look_at(self._readout.exchange(number, "train3", self._rested, measured=False))
         self._judge()
+
+    def _look_at(self, reading: Reading | None) -> None:
+        if reading is not None and not math.isfinite(reading.numbers[0]):
+            self._stop(NonFiniteError(f"{reading.phase}, step {reading.step}: the loss is {reading.numbers[0]}"))
 
     def _judge(self) -> None:
         """Keep the outcome or not, when its time has come; then rest, begin the next cycle, or end."""
@@ -339,6 +354,7 @@ class BypassSchedule:
                 self.rollback(objection)
                 return
         if self._rested >= max(after, self._course.rest if more else 0):
+            self._look_at(self._readout.flush())
             if more:
                 self._earlier_steps = self.steps
                 self._begin()

@@ -19,7 +19,7 @@ from .link import Linked
 from .multihead_source import multihead_source
 from .outcome import Match
 from .plan import Site
-from .rewrite import Psi, rewrite
+from .rewrite import Psi, runnable
 from .strict import strict
 from .subclass import Code, original_class, subclass
 from .trace import OwnerGraph
@@ -81,8 +81,8 @@ def extended_multihead(original: type[nn.Module], site: Site, psi: Psi) -> type[
 def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Variant:
     owned, first = linked.graphs[unit], unit.variant == 0
     here = [site for site in sites if site.method == unit.method and (first or site.call in owned.names)]
-    in_eval = rewrite(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
-    return Variant(owned.call, owned.typed, rewrite(linked, unit, owned, here, psi), in_eval)
+    in_eval = runnable(linked, unit, owned.in_eval, here, psi) if owned.in_eval else None
+    return Variant(owned.call, owned.typed, runnable(linked, unit, owned, here, psi), in_eval)
 
 
 def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:

@@ -22,6 +22,7 @@ from .plan import Plan, Site
 from .rewrite import Psi
 from .subclass import is_extended_owner, original_class
 from .units import Spot, Unit
+from .within import runs_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,12 @@ def _new_delta(linked: Linked, site: Site) -> nn.Parameter:
 
 def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list[Site]) -> Hashable:
     """What decides the code of an owner: owners of one model that agree in it share their class."""
-    in_place: list[bool] = []
+    ways: list[tuple[bool, bool]] = []
     for unit in units:
         names = linked.graphs[unit].names
-        nodes = (names.get(site.call) for site in sites if site.method == unit.method)
-        in_place += [node is not None and works_in_place(node, linked.module(Spot(unit, node))) for node in nodes]
+        nodes = [names[site.call] for site in sites if site.method == unit.method and site.call in names]
+        ways += [
+            (works_in_place(node, linked.module(Spot(unit, node))), runs_within(linked, unit, node)) for node in nodes
+        ]
     graphs = tuple(linked.graphs[unit] for unit in units)
-    return type(module), graphs, tuple(map(written, sites)), tuple(in_place)
+    return type(module), graphs, tuple(map(written, sites)), tuple(ways)

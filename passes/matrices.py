@@ -25,7 +25,10 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
     """
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    with _at_rest(module, attribute):
+    if is_parametrized(module, attribute):
+        with _at_rest(module, attribute):
+            tensor = getattr(module, attribute)
+    else:
         tensor = getattr(module, attribute)
     if not isinstance(tensor, Tensor):
         raise AttributeError(f"{name} is no tensor")
@@ -57,9 +60,6 @@ def is_sharded(tensor: Tensor) -> bool:
 @contextmanager
 def _at_rest(module: nn.Module, attribute: str) -> Iterator[None]:
     """Keep a reading of a parametrised tensor from being a training step of it: spectral_norm's moves its vectors."""
-    if not is_parametrized(module, attribute):
-        yield
-        return
     assert isinstance(module.parametrizations, nn.ModuleDict)
     awake = [each for each in module.parametrizations[attribute].modules() if each.training]
     for each in awake:
@@ -82,7 +82,8 @@ def rows(model: nn.Module, affine: Affine) -> Tensor:
         by_row = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
     else:
         outer = weight.t() if affine.stored == "in_out" else weight
-        by_row = outer.reshape(groups, outer.shape[0] // groups, -1)
+        plain = groups == 1 and outer.dim() == 2
+        by_row = outer.unsqueeze(0) if plain else outer.reshape(groups, outer.shape[0] // groups, -1)
     if affine.norm:
         by_row = by_row * _norm_scale(model, affine.norm).view(groups, -1, 1)
     return _part(by_row[0], affine).unsqueeze(0) if affine.part else by_row
@@ -97,6 +98,8 @@ def columns(model: nn.Module, affine: Affine, width: int) -> Tensor:
     if affine.op == "conv_transpose":
         return weight.reshape(groups, inner, -1).transpose(1, 2)
     outer = weight.t() if affine.stored == "in_out" else weight
+    if groups == 1 and outer.shape[1:] == (inner,):
+        return outer.unsqueeze(0)
     by_tap = outer.reshape(groups, outer.shape[0] // groups, inner, -1)
     return by_tap.transpose(2, 3).reshape(groups, -1, inner)
 

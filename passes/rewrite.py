@@ -16,18 +16,36 @@ from .lint import check_rewritten
 from .plan import Site
 from .trace import OwnerGraph
 from .units import Spot, Unit
+from .within import run_within, runs_within
 from .writes import overwritten
 
-Psi = Callable[[Tensor, Tensor, Tensor, int | tuple[int, ...]], Tensor]
+Psi = Callable[..., Tensor]  # of σ(z), or σ, then z, δ and the channels
+
+
+def runnable(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site], psi: Psi) -> fx.Graph:
+    """As `rewrite`, for the code: ψ runs the activations that it can run itself.
+
+    Raises:
+        PlanError: as `rewrite`.
+    """
+    graph, copies = _rewritten(linked, unit, owned, list(sites), psi)
+    run_within(graph, psi, {copy for node, copy in copies.items() if runs_within(linked, unit, node)})
+    return graph
 
 
 def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site], psi: Psi) -> fx.Graph:
-    """A copy of the owner's graph with ψ at every site.
+    """A copy of the owner's graph with ψ behind every site's σ.
 
     Raises:
         PlanError: the graph calls no activation where a site says so.
     """
-    sites = list(sites)
+    return _rewritten(linked, unit, owned, list(sites), psi)[0]
+
+
+def _rewritten(
+    linked: Linked, unit: Unit, owned: OwnerGraph, sites: list[Site], psi: Psi
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """The graph, and its σ for each of the owner's."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(owned.graph, copies))
@@ -51,5 +69,6 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
         with graph.inserting_after(delta):
             bypassed = graph.call_function(psi, (sigma, kept, delta, site.view or site.channel_dim))
         sigma.replace_all_uses_with(bypassed, delete_user_cb=partial(is_not, bypassed))
-    check_rewritten(owned.graph, graph, {copies[owned.names[site.call]] for site in sites}, psi)
-    return graph
+    sigmas = {owned.names[site.call]: copies[owned.names[site.call]] for site in sites}
+    check_rewritten(owned.graph, graph, set(sigmas.values()), psi)
+    return graph, sigmas

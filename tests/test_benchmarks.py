@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import comeback, coverage, digits, exactness, planning
+from benchmarks import beside, comeback, coverage, digits, exactness, growth, overhead, penalty_cost, planning
 from benchmarks.results_file import ResultsFile
+from benchmarks.stopwatch import peak_memory
 from bypass_fx.settings import Settings
 
 
@@ -65,3 +67,44 @@ def test_digits_scores_both_arms_at_each_moment(results: str, monkeypatch: pytes
     file: ResultsFile = digits.run(1, results)
     assert [*file.rows[0]["moments"]] == ["θ*", "after opt1", "after proj", "end"]
     assert "1 seeds" in digits.summary(file)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*TF32", "ignore::FutureWarning", "ignore::UserWarning"
+)  # of peft and of torch-pruning
+def test_overhead_measures_each_of_its_parts_and_goes_on(results: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="pip install -e .[bench]")
+    pytest.importorskip("torch_pruning", reason="pip install -e .[bench]")
+    small = overhead.Workload("2c2d", (4, 32), (4, 32))
+    for module in (overhead, beside):
+        monkeypatch.setattr(module, "WORKLOADS", {"2c2d": small})
+    monkeypatch.setattr(overhead, "REPEATS", 2)
+    monkeypatch.setattr(overhead, "BACKEND", "aot_eager")  # the compiler itself takes a minute
+    monkeypatch.setattr(penalty_cost, "WIDTHS", (8, 2**18))
+    monkeypatch.setattr(penalty_cost, "SITES", (1,))
+    monkeypatch.setattr(growth, "SERIES", {"sites": (growth.Size(16, 2, 1, 1), growth.Size(16, 2, 1, 2))})
+    monkeypatch.setattr(growth, "EXTENDED_DEPTHS", (1,))
+    file = overhead.run("", results)
+    rows = {row["name"]: row for row in file}
+    eager, compiled = rows["step:2c2d:eager"], rows["step:2c2d:compiled"]
+    assert {*eager["ratios"]} == {*eager["memory"]} == {"opt1", *overhead.RETURNS}
+    assert min(*eager["ratios"].values(), *compiled["ratios"].values()) > 0.1
+    assert 1 <= eager["memory"]["opt1"] < 1.5 and compiled["compile"]["ratio"] > 0
+    assert rows["penalty:8×1"]["ours"] > rows["penalty:8×1"]["floor"] > 0
+    assert rows["penalty:262144×1"]["skipped"] == "memory"
+    assert len(growth.points(file, "sites")) == 2 and file.path.with_name("results-sites.png").stat().st_size > 1000
+    assert rows["beside:2c2d"]["ratios"].keys() == {"opt1", "lora"}
+    text = overhead.summary(overhead.run("", results))
+    assert len(overhead.run("", results).rows) == len(rows)
+    assert "Not measured on this machine: GPU." in text and "not measured: memory" in text
+
+
+def test_the_peak_of_memory_is_what_is_held_at_once() -> None:
+    def one_after_another() -> None:
+        for _ in range(3):
+            torch.empty(2**20)
+
+    def at_once() -> list[Any]:
+        return [torch.empty(2**20) for _ in range(3)]
+
+    assert 3 * peak_memory(one_after_another) == peak_memory(at_once) == 3 * 4 * 2**20

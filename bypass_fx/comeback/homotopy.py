@@ -29,6 +29,7 @@ class Homotopy(Comeback):
     """
 
     name = "homotopy"
+    may_skip = True
 
     def __init__(self, path: str = "smooth") -> None:
         self._descent = Descent(path)

@@ -34,6 +34,7 @@ class Penalty(Comeback):
     """
 
     name = "penalty"
+    may_skip = True
     uses_gamma = True
 
     def __init__(self, hand_over: bool = True, window: int | None = None) -> None:

@@ -25,6 +25,7 @@ class Proximal(Comeback):
     """
 
     name = "proximal"
+    may_skip = True
     uses_gamma = True
 
     def __init__(self, landing: float = 0.25) -> None:

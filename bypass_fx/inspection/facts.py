@@ -26,7 +26,7 @@ class Facts:
     Attributes:
         z: the shape of the activation's input for the example inputs; None where no run reached it.
         w, a: the shapes of the weights of W and A as they are stored; None for a relaxed site.
-        product_flops: of A D W (and A D b_W), or of ‖D‖, computed once.
+        product_flops: of A D W (and A D b_W), or of ‖D‖, computed once; the Gram form, where it is taken, needs fewer.
         product_entries: how many numbers A D W and the scaled A that it is made of hold.
     """
 

@@ -1,0 +1,178 @@
+"""What a bypass costs: training steps of extended models against the same models without, in one run."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bypass_fx
+
+from . import beside, growth, penalty_cost
+from .results_file import ResultsFile
+from .stopwatch import interleaved, peak_memory, ratios, seconds
+from .workloads import WORKLOADS, Workload
+
+REPEATS = 7
+LONG, REPEATS_OF_LONG = 2.0, 4  # seconds of a step
+BACKEND = "inductor"
+FOREVER = 10**7  # steps of a phase that outlasts the measurement
+RETURNS: dict[str, dict[str, Any]] = {
+    "homotopy": {"comeback": "homotopy"},
+    "homotopy, every 8th": {"comeback": "homotopy", "penalty_every": 8},
+    "penalty": {"comeback": "published"},
+    "penalty, every 8th": {"comeback": "published", "penalty_every": 8},
+}
+Step = Callable[[], None]
+
+
+class Arms:
+    """A model without and with D, its training step, and that in opt1 and in opt2 with each return.
+
+    The arms with D share one extended model, so that it is compiled once.
+    """
+
+    def __init__(self, workload: Workload, device: str, compiled: bool, returns: dict[str, dict[str, Any]]) -> None:
+        self.device, self.batch = device, workload.batch(device)
+        plain = workload.build(device)
+        extended = copy.deepcopy(plain)
+        bypass_fx.extend(extended)
+        self.sites = bypass_fx.sites(extended)
+        with torch.no_grad():
+            for site in self.sites:
+                bypass_fx.surgery.delta_of(extended, site).fill_(1e-3)
+        self.models = {"base": plain, "opt1": extended}
+        run: dict[str, Any] = {k: torch.compile(m, backend=BACKEND) if compiled else m for k, m in self.models.items()}
+        self.steps: dict[str, Step] = {"base": self._step(run["base"], self._optimizer(plain), None)}
+        for name, options in {"opt1": {}, **returns}.items():
+            optimizer = self._optimizer(extended)
+            opt1 = FOREVER if name == "opt1" else 0
+            schedule = bypass_fx.BypassSchedule(
+                extended,
+                optimizer,
+                opt1,
+                FOREVER,
+                gamma=bypass_fx.Linear(1e-12),
+                epsilon=1e-30,
+                snapshot=None,
+                **options,
+            )
+            self.steps[name] = self._step(run["opt1"], optimizer, schedule)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> Step:
+        inputs, classes = self.batch
+
+        def step() -> None:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+                loss: Tensor = F.cross_entropy(model(inputs), classes)
+            if schedule:
+                loss = loss + schedule.penalty()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            if schedule:
+                schedule.step()
+
+        return step
+
+    def held(self, arm: str) -> int:
+        """Bytes of a model's parameters and of their momenta."""
+        model = self.models["base" if arm == "base" else "opt1"]
+        return 2 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def steps_of(name: str, compiled: bool, device: str) -> dict[str, Any]:
+    """Ratios of time and memory to the model without D; with a compiler, seconds of the first step as well."""
+    workload = WORKLOADS[name]
+    arms = Arms(workload, device, compiled, RETURNS)
+    first = {arm: seconds(arms.steps[arm], device) for arm in ("base", "opt1")}
+    seconds(arms.steps["base"], device)
+    once = seconds(arms.steps["base"], device)
+    times = interleaved(arms.steps, REPEATS_OF_LONG if once > LONG else REPEATS, device)
+    peaks = {arm: peak_memory(arms.steps[arm], device) + arms.held(arm) for arm in arms.steps}
+    row: dict[str, Any] = {
+        "batch": (workload.on_gpu if device == "cuda" else workload.on_cpu),
+        "sites": {
+            kind: sum(site.constraint == kind for site in arms.sites) for kind in ("folded", "augmented", "zero")
+        },
+        "seconds": median(times["base"]),
+        "ratios": ratios(times, "base"),
+        "memory": {arm: peak / peaks["base"] for arm, peak in peaks.items() if arm != "base"},
+    }
+    if compiled:
+        row["compile"] = {"base": first["base"], "ratio": first["opt1"] / first["base"]}
+    return row
+
+
+def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsFile:
+    """Measure what no earlier run has measured, on a GPU if there is one, else on the CPU."""
+    from rich.progress import track
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    file = ResultsFile(results.format(device=device), ("torch", "timm", "peft", "torch-pruning"))
+    todo: dict[str, Callable[[], dict[str, Any]]] = {}
+    for name in WORKLOADS:
+        for way in ("eager", "compiled"):
+            todo[f"step:{name}:{way}"] = lambda name=name, way=way: steps_of(name, way == "compiled", device)  # type: ignore[misc]
+    todo |= penalty_cost.todo(device) | growth.todo(device) | beside.todo(device)
+    for name in track([n for n in todo if pattern in n and n not in file.done("name")], description="overhead"):
+        torch.compiler.reset()
+        with warnings.catch_warnings(), torch._inductor.config.patch(force_disable_caches=True):
+            warnings.simplefilter("ignore")
+            file.add({"name": name, "device": _named(device), **todo[name]()})
+        gc.collect()
+    growth.draw(file)
+    return file
+
+
+def _named(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def summary(file: ResultsFile) -> str:
+    """The tables, in Markdown."""
+    rows = {row["name"]: row for row in file}
+    on_gpu = any(row["device"] != "cpu" for row in file)
+    precision = "bfloat16, channels-last" if on_gpu else "float32"
+    arms = ["opt1", *RETURNS]
+    lines = [
+        f"Training steps against those of the same model without D, in one run: the median over {REPEATS} "
+        f"rounds ({REPEATS_OF_LONG} where a step takes more than {LONG:.0f} s) of one step of each, {precision}, "
+        f"{', '.join(sorted({row['device'] for row in file}))}. A step is forward, loss, backward, SGD with momentum, and "
+        "the schedule's own. opt2 is with the default return, which takes the norms, and with the published penalty, which "
+        "takes norms and a gradient; in every step and in every 8th. "
+        + ("" if on_gpu else "Batches are small, for two cores; the constraint costs the same for any batch. ")
+        + "compiled: torch.compile of the model; the penalty and the schedule run beside it.",
+        "",
+        f"| model | way | batch | strict + relaxed sites | a step | {' | '.join(f'{arm}' for arm in arms)} |",
+        "|---|---|---|---|---|" + "---|" * len(arms),
+    ]
+    steps = [row for name, row in rows.items() if name.startswith("step:")]
+    for row in steps:
+        _, model, way = row["name"].split(":")
+        sites = f"{row['sites']['folded'] + row['sites']['augmented']} + {row['sites']['zero']}"
+        numbers = " | ".join(f"{row['ratios'][arm]:.3f}" for arm in arms)
+        lines.append(f"| {model} | {way} | {_by(row['batch'])} | {sites} | {row['seconds']:.3f} s | {numbers} |")
+    lines += ["", "Peak memory of a step (parameters, momenta, gradients, activations) against the same:", ""]
+    lines += [f"| model | way | {' | '.join(arms)} | first step, compiling |", "|---|---|" + "---|" * (len(arms) + 1)]
+    for row in steps:
+        _, model, way = row["name"].split(":")
+        compiling = f"{row['compile']['base']:.0f} s, × {row['compile']['ratio']:.2f}" if "compile" in row else ""
+        lines.append("| " + " | ".join([model, way, *(f"{row['memory'][arm]:.3f}" for arm in arms), compiling]) + " |")
+    other = "CPU" if on_gpu else "GPU"
+    lines += ["", f"Not measured on this machine: {other}.", ""]
+    return "\n".join([*lines, penalty_cost.summary(rows), growth.summary(rows), beside.summary(rows)])
+
+
+def _by(batch: list[int]) -> str:
+    return f"{batch[0]} × {batch[1]}"

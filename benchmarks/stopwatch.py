@@ -1,0 +1,62 @@
+"""Times of interleaved runs, and the peak of memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+Action = Callable[[], object]
+
+
+def seconds(action: Action, device: str = "cpu") -> float:
+    """Wall time of one run, with what it started on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(actions: Mapping[str, Action], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Times of each action, one of each in turn, after one run of each that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for action in actions.values():
+        action()
+    for _ in range(repeats):
+        for name, action in actions.items():
+            times[name].append(seconds(action, device))
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, float]:
+    """The median over the rounds of each action's time against that of `base` in the same round."""
+    return {
+        name: median(own / theirs for own, theirs in zip(each, times[base], strict=True))
+        for name, each in times.items()
+        if name != base
+    }
+
+
+def peak_memory(action: Action, device: str = "cpu") -> int:
+    """The most bytes allocated at once during a run, beyond those before it."""
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
