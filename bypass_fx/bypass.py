@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,19 @@ from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep
 from bypass_fx.gamma import Adaptive
 from bypass_fx.passes.fold import in_fold_order
-from bypass_fx.passes.matrices import whole
+from bypass_fx.passes.matrices import tensor_named, whole
 from bypass_fx.passes.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step goes by, measured after the optimiser's step by one who leads several models at once.
+
+    `values` is what `Bypass.look` gives, [sites]; `extent` the norm of the parameters that move beside D, 0-dim.
+    """
+
+    values: Tensor
+    extent: Tensor
 
 
 class Bypass:
@@ -79,21 +90,28 @@ class Bypass:
         """What the return adds to the loss."""
         return self._course.comeback.penalty(self._root, self.out, self.gamma)
 
-    def step(self, loss: Tensor | float | None) -> None:
+    def look(self) -> Tensor:
+        """What a step goes by: the largest entry of each δ in opt1, the norm of each site in opt2; [sites]."""
+        if self.phase == "opt1":
+            each = {site.name: tensor_named(self._root, site.parameter).abs().amax() for site in self.plan}
+        else:
+            each = constraint.norms(self._root)
+        return torch.stack([each[name].to(self.gamma) for name in self._deltas])
+
+    def step(self, loss: Tensor | float | None, seen: Seen | None = None) -> None:
         """Note one step of the optimiser.
 
         Raises:
             NonFiniteError: the loss, a parameter or a site's D is NaN or infinite.
         """
         if self.phase == "opt1":
-            self._walk(loss)
+            self._walk(loss, seen)
         else:
-            self._come_back(loss)
+            self._come_back(loss, seen)
 
-    def _walk(self, loss: Tensor | float | None) -> None:
+    def _walk(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         self.opt1_steps += 1
-        largest = [delta.abs().amax().to(self.gamma) for delta in self._deltas.values()]
-        self._read(torch.stack(largest), loss)
+        self._read(seen.values if seen else self.look(), loss, seen)
         if self.opt1_steps >= self._course.opt1:
             self._turn_back()
 
@@ -122,13 +140,17 @@ class Bypass:
         only_d = all(id(parameter) in self._delta_ids for parameter in group["params"])
         return self._rate_factor * (self._pace() if only_d else 1.0)
 
-    def _come_back(self, loss: Tensor | float | None) -> None:
+    def _come_back(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         course, comeback = self._course, self._course.comeback
-        for name in self._deltas.keys() - self.out:
-            self._deltas[name].zero_()  # the optimiser's momentum moves even what has no gradient
-        norms = self._shrunk(self._norms())
+        norms = seen.values.clone() if seen else None
+        for index, (name, delta) in enumerate(self._deltas.items()):
+            if name not in self.out:
+                delta.zero_()  # the optimiser's momentum moves even what has no gradient
+                if norms is not None:
+                    norms[index] = 0
+        norms = self._shrunk(self.look() if norms is None else norms)
         self.opt2_steps += 1
-        self.norms = self._read(norms, loss)
+        self.norms = self._read(norms, loss, seen)
         on_time = comeback.ends and self.opt2_steps == course.opt2
         self._project(sorted(self.out) if on_time else self._threshold.arrived(self.norms, self.out))
         if isinstance(course.gamma, Adaptive):
@@ -155,7 +177,7 @@ class Bypass:
         for site in in_fold_order(site for site in self.plan if site.name in self.out):
             comeback.scale(self._root, site, by_name[site.name])
         param_group.moved_by_hand(self._optimizer)
-        return self._norms() if comeback.moves(self._root) else norms * factors
+        return self.look() if comeback.moves(self._root) else norms * factors
 
     def _project(self, names: list[str]) -> None:
         self.arrivals += [self._where(name) for name in names]
@@ -171,7 +193,8 @@ class Bypass:
     @torch.no_grad()
     def measure(self) -> None:
         """Take the norms as they are now."""
-        self.norms = self._read(self._norms(), None)
+        norms = constraint.norms(self._root)
+        self.norms = self._read(torch.stack([norms[name].to(self.gamma) for name in self._deltas]), None)
 
     def those_out(self) -> tuple[Arrival, ...]:
         """The sites that have not arrived, with the norms last taken."""
@@ -190,17 +213,13 @@ class Bypass:
         self.out = frozenset()
         self.over = True
 
-    def _norms(self) -> Tensor:
-        norms = constraint.norms(self._root)
-        return torch.stack([norms[name].to(self.gamma) for name in self._deltas])
-
     def _set_gamma(self) -> None:
         if self._course.gamma is not None:
             self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
 
-    def _read(self, values: Tensor, loss: Tensor | float | None) -> dict[str, float]:
+    def _read(self, values: Tensor, loss: Tensor | float | None, seen: Seen | None = None) -> dict[str, float]:
         """One number per site brought to the host, the one synchronisation of a step, with a look at all that moves."""
-        extent = whole(get_total_norm(self._moving.values())).to(self.gamma)
+        extent = (seen.extent if seen else whole(get_total_norm(self._moving.values()))).to(self.gamma)
         value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma)
         *numbers, total, cost = torch.cat([values, extent.reshape(1), value.reshape(1)]).tolist()
         norms = dict(zip(self._deltas, numbers, strict=True))

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .extension import delta_of, root_of, sites
-from .passes.matrices import columns, is_sharded, offset, rows, whole
+from .extension import root_of, sites
+from .passes.matrices import columns, is_sharded, offset, rows, tensor_named
 from .passes.plan import Site
 
 
@@ -24,7 +24,7 @@ def residual(model: nn.Module, site: Site) -> Tensor:
 def residual_entries(model: nn.Module, site: Site) -> Tensor:
     """The entries of A D W, A D [W b_W] or D, each once, one after another; linear in each of A, D and W. Shape (k,)."""
     model = root_of(model)
-    delta = whole(delta_of(model, site))
+    delta = tensor_named(model, site.parameter)
     if site.constraint == "zero" or site.first is None or site.second is None:
         return delta
     parameters = model.get_submodule(site.second.weight.rpartition(".")[0]).parameters(recurse=False)
@@ -56,7 +56,7 @@ def cells(model: nn.Module, site: Site) -> tuple[Tensor, Tensor, Tensor]:
     """
     model = root_of(model)
     assert site.first is not None and site.second is not None, "a strict site has a W and an A"
-    delta, w, a = delta_of(model, site), rows(model, site.first), columns(model, site.second, site.width)
+    delta, w, a = tensor_named(model, site.parameter), rows(model, site.first), columns(model, site.second, site.width)
     dtype = torch.promote_types(delta.dtype, w.dtype)
     d, w, a = delta.to(dtype), w.to(dtype), a.to(dtype)
     count = max(a.shape[0], w.shape[0])

@@ -17,7 +17,7 @@ from bypass_fx import accept as acceptance
 from bypass_fx import comeback as returns
 from bypass_fx import param_group, surgery
 from bypass_fx.arrival import Epsilon
-from bypass_fx.bypass import Bypass, rate_factor
+from bypass_fx.bypass import Bypass, Seen, rate_factor
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.course import AtBudget, Course, Unit, expect
 from bypass_fx.gamma import Gamma
@@ -164,12 +164,17 @@ class BypassSchedule:
         term = self._bypass.penalty() if self._returning else None
         return torch.zeros_like(self._bypass.gamma) if term is None else term
 
+    def look(self) -> Tensor:
+        """What a step goes by now, for one who leads several models at once: see `Seen`; [sites]."""
+        return self._bypass.look()
+
     @torch.no_grad()
-    def step(self, loss: Tensor | float | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None, seen: Seen | None = None) -> None:
         """Note one step of the optimiser: move on a phase, project the sites that arrived, contract when all have.
 
         Args:
             loss: the loss of the step; given, it is looked at as well as what the step made of the model.
+            seen: what the step made of the model, where that has been measured already.
 
         Raises:
             NonFiniteError: the loss, a parameter, or a site's D or norm is NaN or infinite; names the phase, the step
@@ -178,7 +183,7 @@ class BypassSchedule:
         if self.phase == "train3":
             self._rest(loss)
         elif self.phase != "done":
-            self._lead(loss)
+            self._lead(loss, seen)
 
     @torch.no_grad()
     def finish(self) -> ScheduleReport:
@@ -273,9 +278,9 @@ class BypassSchedule:
     def _extended(self) -> bool:
         return surgery.is_extended(self._model)
 
-    def _lead(self, loss: Tensor | float | None) -> None:
+    def _lead(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         try:
-            self._bypass.step(loss)
+            self._bypass.step(loss, seen)
         except NonFiniteError as error:
             self._stop(error)
         if self._bypass.over:
