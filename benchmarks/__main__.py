@@ -11,7 +11,7 @@ import typer
 import bypass_fx
 from bypass_fx import zoo_sites
 
-from . import comeback, coverage, crashes, digits, exactness, pages, planning
+from . import comeback, coverage, crashes, digits, exactness, pages, planning, replicas
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -66,6 +66,12 @@ def run_comeback(seeds: Annotated[int, typer.Option(help="How many seeds.")] = 2
 def run_crashes(kills: Annotated[int, typer.Option(help="How many runs to kill.")] = 20) -> None:
     """Kill runs at random moments, go on with them, and compare what they come to."""
     _write("crashes.md", crashes.summary(crashes.run(kills)))
+
+
+@app.command("replicas")
+def run_replicas(count: Annotated[int, typer.Option(help="How many replicas.")] = 20) -> None:
+    """What a step of many seeds as one batched model costs beside a step of one."""
+    _write("replicas.md", replicas.summary(replicas.run(count)))
 
 
 def _write(name: str, text: str) -> None:

@@ -86,9 +86,9 @@ class Bypass:
             raise
         return Plan(tuple(sites)), deltas
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, gamma: Tensor | None = None) -> Tensor | None:
         """What the return adds to the loss."""
-        return self._course.comeback.penalty(self._root, self.out, self.gamma)
+        return self._course.comeback.penalty(self._root, self.out, self.gamma if gamma is None else gamma)
 
     def look(self) -> Tensor:
         """What a step goes by: the largest entry of each δ in opt1, the norm of each site in opt2; [sites]."""

@@ -105,8 +105,8 @@ class JointStep:
 
 @torch.no_grad()
 def step(optimizers: Sequence[Optimizer], joints: Sequence[JointStep]) -> None:
-    """One step of each optimiser, its hooks included; the joints cover all that they move."""
-    if not all(joint.joint for joint in joints):
+    """One step of each optimiser, its hooks included; the joints, if there are any, cover all that they move."""
+    if not joints or not all(joint.joint for joint in joints):
         for optimizer in optimizers:
             optimizer.step()
         return

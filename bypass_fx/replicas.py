@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self, cast
@@ -43,7 +43,8 @@ class Replicas:
     Args:
         models: seeds of one model, not extended.
         optimizers: one for each, over its parameters.
-        at_once: how many replicas go through the model together, to bound memory; all, if None.
+        at_once: how many replicas go through the model together; all, if None. Fewer take less memory; 1 makes each go
+            and step in turn, which is fastest for models that keep the machine busy alone: convolutions on a CPU.
 
     Raises:
         BypassError: the models or optimisers do not fit together.
@@ -102,9 +103,18 @@ class Replicas:
         return any(True for _ in self._led())
 
     def lead(self, begin: Callable[[nn.Module, Optimizer], BypassSchedule | None]) -> None:
-        """Give each replica a schedule, made by `begin(model, optimizer)`; where that is None the replica just trains on."""
+        """Give each replica a schedule, made by `begin(model, optimizer)`; where that is None the replica just trains on.
+
+        Raises:
+            BypassError: two schedules share a return, a γ or a condition that remembers; make each anew in `begin`.
+        """
         for row, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
             self.schedules[row] = begin(model, optimizer)
+        remembering = [id(part) for schedule in self.schedules if schedule for part in schedule.remembering]
+        _expect(
+            len({*remembering}) == len(remembering),
+            "two replicas share one return, γ or condition, which remembers what it saw; make each anew in `begin`",
+        )
         self.failures = {}
         self._refresh()
 
@@ -142,9 +152,7 @@ class Replicas:
             _expect(isinstance(losses, Tensor) and losses.dim() == 1, "loss_fn must return one number, a 0-dim tensor")
             self._differentiate(piece, losses.sum())
             parts.append((piece, losses.detach()))
-        penalties = [s.penalty() for _, s in self._led() if s.phase == "opt2"]
-        if penalties := [penalty for penalty in penalties if penalty.requires_grad]:
-            torch.stack(penalties).sum().backward()  # type: ignore[no-untyped-call]
+        self._penalise()
         return cast(Tensor, _gathered(parts))
 
     @torch.no_grad()
@@ -189,6 +197,28 @@ class Replicas:
         twin.values.copy_(self.values)
         return twin
 
+    def _penalise(self) -> None:
+        """Add the gradients of the penalties: those that are alike at once, the others one by one."""
+        alike: dict[Hashable, list[int]] = {}
+        terms = []
+        for row, schedule in self._led():
+            if (key := schedule.alike) is not None:
+                alike.setdefault(key, []).append(row)
+            elif (term := schedule.penalty()).requires_grad:
+                terms.append(term)
+        for rows in alike.values():
+            first, gammas = self._schedule(rows[0]), self.values.new_zeros(len(self.models))
+            gammas[rows] = torch.stack([self._schedule(row).gamma for row in rows]).to(gammas)
+            for piece in self._pieces(rows):
+                self._differentiate(piece, self._mapped(piece, _penalty_of(first), gammas, False).sum())
+        if terms:
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _schedule(self, row: int) -> BypassSchedule:
+        schedule = self.schedules[row]
+        assert schedule is not None, "it is under way"
+        return schedule
+
     def _led(self) -> Iterator[tuple[int, BypassSchedule]]:
         for row, schedule in enumerate(self.schedules):
             if schedule is not None and schedule.phase != "done" and row not in self.failures:
@@ -218,9 +248,7 @@ class Replicas:
         seen = dict[int, Seen]()
         for rows in phases.values():
             for piece in self._pieces(rows):
-                first = self.schedules[piece.numbers[0]]
-                assert first is not None, "it is under way"
-                values = self._mapped(piece, _looking(first), None, True)
+                values = self._mapped(piece, _look_of(self._schedule(piece.numbers[0])), None, True)
                 seen |= {row: Seen(value, extents[row]) for row, value in zip(piece.numbers, values, strict=True)}
         return seen
 
@@ -239,6 +267,8 @@ class Replicas:
         held += [(group.deltas, group.rows) for group in self._groups if group.deltas]
         self._stacks = [stack for stack, _ in held]
         self._joints = [JointStep(stack, [self.optimizers[row] for row in rows]) for stack, rows in held]
+        if self._at_once == 1:
+            self._joints = []
 
     def _pieces(self, rows: Collection[int] | None = None) -> Iterator[_Piece]:
         """The replicas (all, or these), in portions that go through the model together."""
@@ -250,6 +280,8 @@ class Replicas:
     def _piece(self, group: _Group, places: list[int]) -> _Piece:
         numbers = [group.rows[place] for place in places]
         rows = rows_of(numbers, self.values.device)
+        if len(numbers) == 1:
+            return _Piece(numbers, rows, group.sites, [], [], {})
         stacks = [(self._weights, rows)]
         if group.deltas:
             stacks.append((group.deltas, rows_of(places, self.values.device)))
@@ -258,6 +290,9 @@ class Replicas:
         return _Piece(numbers, rows, group.sites, stacks, leaves, fixed)
 
     def _differentiate(self, piece: _Piece, loss: Tensor) -> None:
+        if piece.alone:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
         leaves = [leaf for each in piece.leaves for leaf in each]
         gradients = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
         for (stack, rows), each in zip(piece.stacks, piece.leaves, strict=True):
@@ -265,10 +300,14 @@ class Replicas:
 
     def _mapped(self, piece: _Piece, function: Function, batch: Any, shared: bool) -> Any:
         """The function of each model of a piece, [models, …]."""
-        call = _Call(self.models[piece.numbers[0]], function)
-        tensors = {f"model.{name}": tensor for name, tensor in piece.tensors()}
+        model = self.models[piece.numbers[0]]
         if not shared and len(piece.numbers) < len(self.models):
             batch = tree_map(lambda tensor: tensor[piece.rows], batch)
+        if piece.alone:
+            batch = batch if shared else tree_map(lambda tensor: tensor[0], batch)
+            return tree_map(lambda tensor: tensor.unsqueeze(0), function(model, batch))
+        call = _Call(model, function)
+        tensors = {f"model.{name}": tensor for name, tensor in piece.tensors()}
 
         def one(tensors: dict[str, Tensor], batch: Any) -> Any:
             return functional_call(call, tensors, (batch,))
@@ -291,7 +330,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Replicas that go through the model together: their tensors, stacked."""
+    """Replicas that go through the model together: their tensors, stacked; one alone goes as the model that it is."""
 
     numbers: list[int]
     rows: Rows
@@ -299,6 +338,10 @@ class _Piece:
     stacks: list[tuple[Stack, Rows]]
     leaves: list[list[Tensor]]  # of each of the stacks
     fixed: dict[str, Tensor]
+
+    @property
+    def alone(self) -> bool:
+        return len(self.numbers) == 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for (stack, _), leaves in zip(self.stacks, self.leaves, strict=True):
@@ -317,8 +360,12 @@ class _Call(nn.Module):
         return self._function(self.model, batch)
 
 
-def _looking(schedule: BypassSchedule) -> Function:
-    return lambda model, batch: schedule.look()
+def _look_of(schedule: BypassSchedule) -> Function:
+    return lambda model, nothing: schedule.look()
+
+
+def _penalty_of(schedule: BypassSchedule) -> Function:
+    return lambda model, gamma: schedule.penalty(gamma)
 
 
 def _trainable(model: nn.Module) -> dict[str, bool]:

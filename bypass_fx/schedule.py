@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from bypass_fx.arrival import Epsilon
 from bypass_fx.bypass import Bypass, Seen, rate_factor
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.course import AtBudget, Course, Unit, expect
-from bypass_fx.gamma import Gamma
+from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.passes.plan import Plan
 from bypass_fx.snapshot import Snapshot
 
@@ -159,10 +159,26 @@ class BypassSchedule:
         """Steps of opt1 and opt2 taken since the schedule began."""
         return self._earlier_steps + self._bypass.opt1_steps + self._bypass.opt2_steps
 
-    def penalty(self) -> Tensor:
-        """What to add to the loss: γ(t) Σ‖ADW‖ over the sites still out where the return asks for it, else 0; 0-dim."""
-        term = self._bypass.penalty() if self._returning else None
+    def penalty(self, gamma: Tensor | None = None) -> Tensor:
+        """What to add to the loss: γ(t) Σ‖ADW‖ over the sites still out where the return asks for it, else 0; 0-dim.
+
+        Args:
+            gamma: another γ to take, 0-dim.
+        """
+        term = self._bypass.penalty(gamma) if self._returning else None
         return torch.zeros_like(self._bypass.gamma) if term is None else term
+
+    @property
+    def alike(self) -> Hashable | None:
+        """Where this is the same for two schedules of equal models, `penalty` of one, given γ, holds for both; or None."""
+        key = self._course.comeback.alike() if self._returning else None
+        return None if key is None else (key, self.out)
+
+    @property
+    def remembering(self) -> tuple[object, ...]:
+        """What it was given that has a state of its own, which no other schedule may share."""
+        adaptive = (self._course.gamma,) if isinstance(self._course.gamma, Adaptive) else ()
+        return (self._course.comeback, *adaptive, *((self._accept,) if self._accept else ()))
 
     def look(self) -> Tensor:
         """What a step goes by now, for one who leads several models at once: see `Seen`; [sites]."""
