@@ -52,7 +52,7 @@ def _eggholder(optimizer: Callable[[Any], torch.optim.Optimizer]) -> Task:
 def _2c2d(at_once: int | None) -> Task:
     return Task(
         lambda: TwoConvTwoDense(Fit((3, 32, 32), 10)), lambda parameters: torch.optim.Adam(parameters, 1e-4),
-        F.cross_entropy, _images, at_once, rounds=3, steps=1, threads=2,
+        F.cross_entropy, _images, at_once, rounds=3 if at_once else 1, steps=1, threads=2,
     )  # fmt: skip
 
 

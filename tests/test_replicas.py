@@ -114,6 +114,9 @@ def expect_same(replicas: Replicas, alone: Alone, steps: range, shape: tuple[int
             torch.testing.assert_close(own.state_dict(), other.state_dict())
         phases = tuple(schedule.phase if schedule else "" for schedule in replicas.schedules)
         assert phases == tuple(schedule.phase if schedule else "" for schedule in alone.schedules)
+        for own_schedule, other_schedule in zip(replicas.schedules, alone.schedules, strict=True):
+            if own_schedule and other_schedule:
+                assert own_schedule.norms == pytest.approx(other_schedule.norms, abs=1e-12)
         met.append(phases)
     return met
 
@@ -141,6 +144,8 @@ def test_the_optimisers_can_go_on_alone_and_come_back(name: str) -> None:
     models, optimise = seeds(), OPTIMISERS[name]
     replicas, alone = together(models, optimise), Alone(models, optimise)
     expect_same(replicas, alone, range(3))
+    for optimizer in replicas.optimizers:
+        optimizer.zero_grad()
     replicas.backward(loss_fn, batches_at(3))
     for optimizer in replicas.optimizers:
         optimizer.step()
@@ -167,8 +172,10 @@ def test_every_return_in_phases_of_their_own(comeback: str, optimise: Optimise) 
     assert not replicas.walking
 
 
-def test_sites_that_arrive_one_by_one() -> None:
-    models = seeds()
+@pytest.mark.parametrize("comeback", ["proximal", "published"])
+@pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:penalty")
+def test_sites_that_arrive_one_by_one(comeback: str) -> None:
+    models = seeds()[::-1]
     replicas, alone = together(models, adam), Alone(models, adam)
 
     def begin(row: int, model: nn.Module, optimizer: Optimizer) -> BypassSchedule:
@@ -179,7 +186,7 @@ def test_sites_that_arrive_one_by_one() -> None:
             opt2=30,
             gamma=bypass_fx.Linear(0.3),
             epsilon=0.01,
-            comeback="proximal",
+            comeback=comeback,
             mode="all",
         )
 
@@ -337,6 +344,15 @@ def test_learning_rates_and_their_schedulers_are_each_replicas_own() -> None:
         for driver in drivers:
             driver.step()
     assert [o.param_groups[0]["lr"] for o in replicas.optimizers] == [1e-3 * (1 + row) / 16 for row in range(COUNT)]
+
+
+def test_numbers_that_no_rule_tells_apart_are_each_replicas_own() -> None:
+    models = seeds()
+    replicas, alone = together(models, adam), Alone(models, adam)
+    for optimizers in (replicas.optimizers, alone.optimizers):
+        for row, optimizer in enumerate(optimizers):
+            optimizer.param_groups[0]["betas"] = (0.9 - 0.2 * row, 0.99)
+    expect_same(replicas, alone, range(4))
 
 
 def test_groups_of_parameters_keep_their_own_numbers() -> None:
