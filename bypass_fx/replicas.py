@@ -266,9 +266,8 @@ class Replicas:
         held = [(self._weights, [*range(len(self.models))])]
         held += [(group.deltas, group.rows) for group in self._groups if group.deltas]
         self._stacks = [stack for stack, _ in held]
-        self._joints = [JointStep(stack, [self.optimizers[row] for row in rows]) for stack, rows in held]
-        if self._at_once == 1:
-            self._joints = []
+        joined = held if self._at_once > 1 else []
+        self._joints = [JointStep(stack, [self.optimizers[row] for row in rows]) for stack, rows in joined]
 
     def _pieces(self, rows: Collection[int] | None = None) -> Iterator[_Piece]:
         """The replicas (all, or these), in portions that go through the model together."""

@@ -387,6 +387,7 @@ def test_every_rule_steps_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "step", lambda *_: pytest.fail("stepped one by one"))
         while replicas.walking:
             replicas.step(replicas.backward(loss_fn, batches_at(0)))
+        assert {schedule.phase for schedule in replicas.schedules if schedule} == {"done"}
 
 
 @pytest.mark.parametrize(
