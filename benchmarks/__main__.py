@@ -11,7 +11,7 @@ import typer
 import bypass_fx
 from bypass_fx import zoo_sites
 
-from . import comeback, coverage, crashes, digits, exactness, overhead, pages, planning
+from . import comeback, coverage, crashes, digits, exactness, overhead, pages, planning, replicas
 from .results_file import RESULTS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -73,6 +73,12 @@ def run_overhead(only: Pattern = "") -> None:
     """Steps, memory and compile time of extended models against the same without; the penalty alone; peers."""
     file = overhead.run(only)
     _write(file.path.with_suffix(".md").name, overhead.summary(file))
+
+
+@app.command("replicas")
+def run_replicas(count: Annotated[int, typer.Option(help="How many replicas.")] = 20) -> None:
+    """What a step of many seeds as one batched model costs beside a step of one."""
+    _write("replicas.md", replicas.summary(replicas.run(count)))
 
 
 def _write(name: str, text: str) -> None:

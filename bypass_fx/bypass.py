@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,20 @@ from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep
 from bypass_fx.gamma import Adaptive
 from bypass_fx.passes.fold import in_fold_order
-from bypass_fx.passes.matrices import whole
+from bypass_fx.passes.matrices import tensor_named, whole
 from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step goes by, measured after the optimiser's step by one who leads several models at once.
+
+    `values` is what `Bypass.look` gives, [sites]; `extent` the norm of the parameters that move beside D, 0-dim.
+    """
+
+    values: Tensor
+    extent: Tensor
 
 
 class Bypass:
@@ -83,33 +94,38 @@ class Bypass:
     def measures(self) -> bool:
         """Whether the coming step of opt2 is one of those in which the constraint is looked at."""
         course = self._course
-        return self.opt2_steps % course.every == 0 or self.opt2_steps + 1 >= course.opt2
+        return self._latest is None or self.opt2_steps % course.every == 0 or self.opt2_steps + 1 >= course.opt2
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, gamma: Tensor | None = None) -> Tensor | None:
         """What the return adds to the loss; in every k-th step only, it counts k times."""
-        term = self._course.comeback.penalty(self._root, self.out, self.gamma)
+        term = self._course.comeback.penalty(self._root, self.out, self.gamma if gamma is None else gamma)
         return term if term is None or self._course.every == 1 else self._course.every * term
 
-    def step(self, loss: Tensor | float | None) -> None:
+    def look(self) -> Tensor:
+        """What a step goes by: the norm of each site where opt2 measures them, else the largest entry of each δ; [sites]."""
+        return self._norms() if self.phase == "opt2" and self.measures else self._largest()
+
+    def step(self, loss: Tensor | float | None, seen: Seen | None = None) -> None:
         """Note one step of the optimiser.
 
         Raises:
             NonFiniteError: the loss, a parameter or a site's D is NaN or infinite.
         """
         if self.phase == "opt1":
-            self._walk(loss)
+            self._walk(loss, seen)
         else:
-            self._come_back(loss)
+            self._come_back(loss, seen)
 
-    def _walk(self, loss: Tensor | float | None) -> None:
+    def _walk(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         self.opt1_steps += 1
-        self._exchange(self._largest(), loss, measured=False)
+        self._exchange(seen.values if seen else self.look(), loss, False, seen)
         if self.opt1_steps >= self._course.opt1:
             self._turn_back()
 
     def _largest(self) -> Tensor:
         """max |δ| of every site, [sites]: not finite where any of them is not."""
-        return torch.stack([delta.abs().amax().to(self.gamma) for delta in self._deltas.values()])
+        deltas = (tensor_named(self._root, site.parameter) for site in self.plan)
+        return torch.stack([delta.abs().amax().to(self.gamma) for delta in deltas])
 
     def _turn_back(self) -> None:
         comeback = self._course.comeback
@@ -136,16 +152,21 @@ class Bypass:
         only_d = all(id(parameter) in self._delta_ids for parameter in group["params"])
         return self._rate_factor * (self._pace() if only_d else 1.0)
 
-    def _come_back(self, loss: Tensor | float | None) -> None:
+    def _come_back(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         course, comeback = self._course, self._course.comeback
-        for name in self._deltas.keys() - self.out:
-            self._deltas[name].zero_()  # the optimiser's momentum moves even what has no gradient
-        measured = self.measures or self._latest is None
-        norms = self._norms() if measured or self._latest is None else self._latest
+        measured = self.measures
+        looked = seen.values.clone() if seen else None
+        for index, (name, delta) in enumerate(self._deltas.items()):
+            if name not in self.out:
+                delta.zero_()  # the optimiser's momentum moves even what has no gradient
+                if looked is not None:
+                    looked[index] = 0
+        looked = self.look() if looked is None else looked
+        norms = looked if measured or self._latest is None else self._latest
         self._latest = norms = self._shrunk(norms, measured)
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
-        readings = [self._exchange(norms if measured else self._largest(), loss, measured)]
+        readings = [self._exchange(norms if measured else looked, loss, measured, seen)]
         if last:
             readings.append(self._looked_at(self._readout.flush()))
         arrived: list[str] = []
@@ -233,9 +254,11 @@ class Bypass:
         if self._course.gamma is not None:
             self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
 
-    def _exchange(self, values: Tensor, loss: Tensor | float | None, measured: bool) -> dict[str, float] | None:
+    def _exchange(
+        self, values: Tensor, loss: Tensor | float | None, measured: bool, seen: Seen | None = None
+    ) -> dict[str, float] | None:
         """One number per site on its way to the host, with a look at all that moves; norms that have come, by site."""
-        extent = whole(get_total_norm(self._moving.values())).to(self.gamma)
+        extent = (seen.extent if seen else whole(get_total_norm(self._moving.values()))).to(self.gamma)
         value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma, non_blocking=True)
         numbers = torch.cat([values, extent.reshape(1), value.reshape(1)])
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bypass_fx import fsdp, replicas
+from bypass_fx import fsdp, gradient_averaging
 from bypass_fx.feed import Shares
 from bypass_fx.settings import Settings, SettingsError
 from bypass_fx.task import Task
@@ -138,7 +138,7 @@ class Engine:
     def share_gradients(self, deltas: list[nn.Parameter]) -> None:
         """Average the gradients of D, which came after the wrapping, over the processes."""
         if self.shares.world > 1:
-            replicas.average_gradients(deltas)
+            gradient_averaging.average_gradients(deltas)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes."""

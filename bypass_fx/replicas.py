@@ -1,27 +1,402 @@
-"""D on several processes: whole on each of them, its gradient averaged as DDP and FSDP2 average the others.
-
-Neither learns of parameters that come after it wrapped a model, and neither could give one up at the contraction. D is
-small, one number a channel, so each process keeps all of it.
-"""
+"""Seeds of one model, trained side by side as one batched model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Self, cast
 
-import torch.distributed as dist
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from bypass_fx import constraint, joint_step, surgery
+from bypass_fx.bypass import Seen
+from bypass_fx.joint_step import JointStep
+from bypass_fx.passes.errors import BypassError
+from bypass_fx.passes.matrices import tensor_named
+from bypass_fx.passes.plan import Site
+from bypass_fx.schedule import BypassSchedule, NonFiniteError
+from bypass_fx.stack import Rows, Stack, rows_of
+
+Function = Callable[[nn.Module, Any], Any]
+_WALKING = ("opt1", "opt2")
 
 
-def average_gradients(deltas: Iterable[nn.Parameter]) -> None:
-    """Average the gradient of each parameter over all processes whenever a backward has accumulated into it.
+class Replicas:
+    """Several models built alike, each with an optimiser and perhaps a `BypassSchedule` of its own, stepped together.
 
-    Averaging what was averaged changes nothing, so gradients may be accumulated over several backwards.
+    Models, optimisers and schedules stay ordinary objects and may be used as such at any time: parameters and the
+    states of the optimisers are views of matrices with one replica a row, losses come from one `torch.func.vmap` over
+    the rows, and one update moves all (for SGD, Adam and AdamW; others step in turn). Each schedule decides for its own
+    replica: extended and contracted ones, in any phases, are evaluated in groups of the same sites. What a replica
+    does is what it would do alone, up to rounding.
+
+    All must be in one mode, training or evaluation. A parameter that the loss does not reach has the gradient 0, not
+    None, so weight decay moves it. Dropout draws anew for each replica. `torch.save` of a view stores the
+    whole matrix: save a deep copy.
+
+    Args:
+        models: seeds of one model, not extended.
+        optimizers: one for each, over its parameters.
+        at_once: how many replicas go through the model together; all, if None. Fewer take less memory; 1 makes each go
+            and step in turn, which is fastest for models that keep the machine busy alone: convolutions on a CPU.
+
+    Raises:
+        BypassError: the models or optimisers do not fit together.
+
+    Example:
+        >>> import bypass_fx
+        >>> def seed(number):
+        ...     torch.manual_seed(number)
+        ...     return nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> models = [seed(number) for number in range(3)]
+        >>> replicas = Replicas(models, [torch.optim.Adam(model.parameters()) for model in models])
+        >>> def mse(model, batch):
+        ...     return nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> batch = torch.randn(3, 16, 2), torch.randn(3, 16, 1)  # a minibatch for each
+        >>> start = copy.deepcopy(replicas)
+        >>> replicas.lead(lambda model, optimizer: bypass_fx.BypassSchedule(model, optimizer, opt1=2, opt2=3))
+        >>> while replicas.walking:
+        ...     losses = replicas.backward(mse, batch)
+        ...     replicas.step(losses)
+        >>> losses.shape, (replicas.values - start.values).norm(dim=1).shape
+        (torch.Size([3]), torch.Size([3]))
     """
-    for delta in deltas:
-        delta.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
+
+    def __init__(
+        self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], at_once: int | None = None
+    ) -> None:
+        _expect(len(models) > 0 and len(models) == len(optimizers), "give as many optimizers as models, one or more")
+        self.models, self.optimizers = tuple(models), tuple(optimizers)
+        self.schedules: list[BypassSchedule | None] = [None] * len(models)
+        self.failures: dict[int, NonFiniteError] = {}
+        self._at_once = at_once or len(models)
+        _expect(not any(map(surgery.is_extended, models)), "a model is extended; contract it, and extend by `lead`")
+        kinds = [_trainable(model) for model in models]
+        _expect(
+            all(kind == kinds[0] for kind in kinds) and any(kinds[0].values()),
+            "the models differ in their parameters or buffers, or none can be trained; give seeds of one model",
+        )
+        moved = [name for name, trainable in kinds[0].items() if trainable]
+        self._weights = Stack([[model.get_parameter(name) for name in moved] for model in models], moved)
+        self._fixed = {name: _fix(models, name) for name, trainable in kinds[0].items() if not trainable}
+        self._refresh()
+
+    @property
+    def values(self) -> Tensor:
+        """The trainable parameters without D, [replicas, parameters]: a view, so writing to it moves the models."""
+        return self._weights.values
+
+    @property
+    def gradients(self) -> Tensor:
+        """The gradients of `values`, as the last `backward` left them."""
+        return self._weights.gradients
+
+    @property
+    def walking(self) -> bool:
+        """Whether a schedule has not ended."""
+        return any(True for _ in self._led())
+
+    def lead(self, begin: Callable[[nn.Module, Optimizer], BypassSchedule | None]) -> None:
+        """Give each replica a schedule, made by `begin(model, optimizer)`; where that is None the replica just trains on.
+
+        Raises:
+            BypassError: two schedules share a return, a γ or a condition that remembers; make each anew in `begin`.
+        """
+        for row, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
+            self.schedules[row] = begin(model, optimizer)
+        remembering = [id(part) for schedule in self.schedules if schedule for part in schedule.remembering]
+        _expect(
+            len({*remembering}) == len(remembering),
+            "two replicas share one return, γ or condition, which remembers what it saw; make each anew in `begin`",
+        )
+        self.failures = {}
+        self._refresh()
+
+    def __call__(self, function: Function, batch: Any, shared: bool = False) -> Any:
+        """`function(model, batch)` for every replica, without gradients: tensors with one more axis in front, [replicas, …].
+
+        Args:
+            function: as for one model.
+            batch: what it gets: tensors with an axis of replicas in front, nested in any way.
+            shared: all replicas get the same batch, which has no such axis.
+        """
+        with torch.no_grad():
+            parts = [(piece, self._mapped(piece, function, batch, shared)) for piece in self._pieces()]
+        return _gathered(parts)
+
+    def backward(self, loss_fn: Function, batch: Any, shared: bool = False) -> Tensor:
+        """Fill in the gradients of every replica's loss, the penalty of its schedule included.
+
+        Args:
+            loss_fn: (model, batch) → loss, 0-dim.
+            batch: a minibatch for each replica, [replicas, …] in every tensor.
+            shared: one batch for all, without that axis.
+
+        Returns:
+            The losses without the penalties, [replicas], detached.
+
+        Raises:
+            BypassError: a loss is no 0-dim tensor.
+        """
+        for stack in self._stacks:
+            stack.clear()
+        parts = []
+        for piece in self._pieces():
+            losses = self._mapped(piece, loss_fn, batch, shared)
+            _expect(isinstance(losses, Tensor) and losses.dim() == 1, "loss_fn must return one number, a 0-dim tensor")
+            self._differentiate(piece, losses.sum())
+            parts.append((piece, losses.detach()))
+        self._penalise()
+        return cast(Tensor, _gathered(parts))
+
+    @torch.no_grad()
+    def step(self, losses: Tensor | None = None) -> None:
+        """One step of every optimiser, then of every schedule.
+
+        A replica that is not finite any more is noted in `failures`, and its schedule has ended.
+
+        Args:
+            losses: what `backward` returned, for the schedules to look at.
+        """
+        joint_step.step(self.optimizers, self._joints)
+        if any(self.schedules):
+            self._lead(losses)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set all models to training, or to evaluation."""
+        for model in self.models:
+            model.train(mode)
+        return self
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, Tensor]:
+        """‖ADW‖, or ‖D‖, of every site, [replicas]; 0 where a replica is not extended."""
+        found: dict[str, Tensor] = {}
+        for piece in self._pieces():
+            if piece.sites:
+                norms = self._mapped(piece, lambda model, _: constraint.norms(model), None, True)
+                for name, each in norms.items():
+                    found.setdefault(name, each.new_zeros(len(self.models)))[piece.rows] = each
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Models and optimisers once more; what drives them (LR schedulers) has to be made anew.
+
+        Raises:
+            BypassError: a schedule is under way.
+        """
+        _expect(not self.walking, "a bypass is under way; copy the replicas before it begins, or after it has ended")
+        models, optimizers = copy.deepcopy((self.models, self.optimizers), memo)
+        twin = type(self)(models, optimizers, self._at_once)
+        twin.values.copy_(self.values)
+        return twin
+
+    def _penalise(self) -> None:
+        """Add the gradients of the penalties: those that are alike at once, the others one by one."""
+        alike: dict[Hashable, list[int]] = {}
+        terms = []
+        for row, schedule in self._led():
+            if (key := schedule.alike) is not None:
+                alike.setdefault(key, []).append(row)
+            elif (term := schedule.penalty()).requires_grad:
+                terms.append(term)
+        for rows in alike.values():
+            first, gammas = self._schedule(rows[0]), self.values.new_zeros(len(self.models))
+            gammas[rows] = torch.stack([self._schedule(row).gamma for row in rows]).to(gammas)
+            for piece in self._pieces(rows):
+                self._differentiate(piece, self._mapped(piece, _penalty_of(first), gammas, False).sum())
+        if terms:
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _schedule(self, row: int) -> BypassSchedule:
+        schedule = self.schedules[row]
+        assert schedule is not None, "it is under way"
+        return schedule
+
+    def _led(self) -> Iterator[tuple[int, BypassSchedule]]:
+        for row, schedule in enumerate(self.schedules):
+            if schedule is not None and schedule.phase != "done" and row not in self.failures:
+                yield row, schedule
+
+    def _lead(self, losses: Tensor | None) -> None:
+        costs = losses.tolist() if losses is not None else [None] * len(self.models)
+        seen = self._look()
+        changed = False
+        for row, schedule in list(self._led()):
+            before = schedule.phase, len(schedule.reports)
+            try:
+                schedule.step(costs[row], seen.get(row))
+            except NonFiniteError as error:
+                self.failures[row] = error
+            changed |= (schedule.phase, len(schedule.reports)) != before
+        if changed:
+            self._refresh()
+
+    def _look(self) -> dict[int, Seen]:
+        """What the schedules go by, for those that go by the same at once."""
+        kinds: dict[bool, list[int]] = {}
+        for row, schedule in self._led():
+            if schedule.phase in _WALKING:
+                kinds.setdefault(schedule.measures, []).append(row)
+        extents = torch.linalg.vector_norm(self.values, dim=1)
+        seen = dict[int, Seen]()
+        for rows in kinds.values():
+            for piece in self._pieces(rows):
+                values = self._mapped(piece, _look_of(self._schedule(piece.numbers[0])), None, True)
+                seen |= {row: Seen(value, extents[row]) for row, value in zip(piece.numbers, values, strict=True)}
+        return seen
+
+    def _refresh(self) -> None:
+        """Find who is extended, and stack the D of those with the same sites."""
+        members: list[tuple[tuple[Site, ...], list[int]]] = []
+        for row, model in enumerate(self.models):
+            sites = tuple(surgery.sites(model)) if surgery.is_extended(model) else ()
+            together = next((rows for known, rows in members if known == sites), None)
+            if together is None:
+                members.append((sites, [row]))
+            else:
+                together.append(row)
+        self._groups = [_Group(rows, sites, _stacked_deltas(self.models, rows, sites)) for sites, rows in members]
+        held = [(self._weights, [*range(len(self.models))])]
+        held += [(group.deltas, group.rows) for group in self._groups if group.deltas]
+        self._stacks = [stack for stack, _ in held]
+        joined = held if self._at_once > 1 else []
+        self._joints = [JointStep(stack, [self.optimizers[row] for row in rows]) for stack, rows in joined]
+
+    def _pieces(self, rows: Collection[int] | None = None) -> Iterator[_Piece]:
+        """The replicas (all, or these), in portions that go through the model together."""
+        for group in self._groups:
+            places = [place for place, row in enumerate(group.rows) if rows is None or row in rows]
+            for first in range(0, len(places), self._at_once):
+                yield self._piece(group, places[first : first + self._at_once])
+
+    def _piece(self, group: _Group, places: list[int]) -> _Piece:
+        numbers = [group.rows[place] for place in places]
+        rows = rows_of(numbers, self.values.device)
+        if len(numbers) == 1:
+            return _Piece(numbers, rows, group.sites, [], [], {})
+        stacks = [(self._weights, rows)]
+        if group.deltas:
+            stacks.append((group.deltas, rows_of(places, self.values.device)))
+        leaves = [stack.leaves(chosen) for stack, chosen in stacks]
+        fixed = {name: each[rows] for name, each in self._fixed.items()}
+        return _Piece(numbers, rows, group.sites, stacks, leaves, fixed)
+
+    def _differentiate(self, piece: _Piece, loss: Tensor) -> None:
+        if piece.alone:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        leaves = [leaf for each in piece.leaves for leaf in each]
+        gradients = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
+        for (stack, rows), each in zip(piece.stacks, piece.leaves, strict=True):
+            stack.add_gradients(rows, list(islice(gradients, len(each))))
+
+    def _mapped(self, piece: _Piece, function: Function, batch: Any, shared: bool) -> Any:
+        """The function of each model of a piece, [models, …]."""
+        model = self.models[piece.numbers[0]]
+        if not shared and len(piece.numbers) < len(self.models):
+            batch = tree_map(lambda tensor: tensor[piece.rows], batch)
+        if piece.alone:
+            batch = batch if shared else tree_map(lambda tensor: tensor[0], batch)
+            return tree_map(lambda tensor: tensor.unsqueeze(0), function(model, batch))
+        call = _Call(model, function)
+        tensors = {f"model.{name}": tensor for name, tensor in piece.tensors()}
+
+        def one(tensors: dict[str, Tensor], batch: Any) -> Any:
+            return functional_call(call, tensors, (batch,))
+
+        result = vmap(one, in_dims=(0, None if shared else 0), randomness="different")(tensors, batch)
+        if not isinstance(piece.rows, slice):  # a forward may have moved copies of the buffers
+            for name, tensor in piece.fixed.items():
+                self._fixed[name][piece.rows] = tensor
+        return result
 
 
-def _average(parameter: nn.Parameter) -> None:
-    if parameter.grad is not None and dist.is_initialized():
-        dist.all_reduce(parameter.grad)
-        parameter.grad.div_(dist.get_world_size())
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Replicas with the same sites, none where they are not extended, and the stack of their D."""
+
+    rows: list[int]
+    sites: tuple[Site, ...]
+    deltas: Stack | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Replicas that go through the model together: their tensors, stacked; one alone goes as the model that it is."""
+
+    numbers: list[int]
+    rows: Rows
+    sites: tuple[Site, ...]
+    stacks: list[tuple[Stack, Rows]]
+    leaves: list[list[Tensor]]  # of each of the stacks
+    fixed: dict[str, Tensor]
+
+    @property
+    def alone(self) -> bool:
+        return len(self.numbers) == 1
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for (stack, _), leaves in zip(self.stacks, self.leaves, strict=True):
+            yield from zip(stack.names, leaves, strict=True)
+        yield from self.fixed.items()
+
+
+class _Call(nn.Module):
+    """A function of a model as a module, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.model, self._function = model, function
+
+    def forward(self, batch: Any) -> Any:
+        return self._function(self.model, batch)
+
+
+def _look_of(schedule: BypassSchedule) -> Function:
+    return lambda model, nothing: schedule.look()
+
+
+def _penalty_of(schedule: BypassSchedule) -> Function:
+    return lambda model, gamma: schedule.penalty(gamma)
+
+
+def _trainable(model: nn.Module) -> dict[str, bool]:
+    """The parameters and buffers of a model, and whether they are trained."""
+    parameters = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return parameters | {name: False for name, _ in model.named_buffers()}
+
+
+def _fix(models: Sequence[nn.Module], name: str) -> Tensor:
+    """Stack a buffer or a frozen parameter of the models, which become views."""
+    own = [tensor_named(model, name) for model in models]
+    stacked = torch.stack([tensor.detach() for tensor in own])
+    for tensor, view in zip(own, stacked, strict=True):
+        tensor.data = view
+    return stacked
+
+
+def _stacked_deltas(models: Sequence[nn.Module], rows: Sequence[int], sites: Sequence[Site]) -> Stack | None:
+    if not sites:
+        return None
+    deltas = [[surgery.delta_of(models[row], site) for site in sites] for row in rows]
+    return Stack(deltas, [site.parameter for site in sites])
+
+
+def _gathered(parts: list[tuple[_Piece, Any]]) -> Any:
+    """What the pieces gave, in the order of the replicas."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.tensor([number for piece, _ in parts for number in piece.numbers]).argsort()
+    return tree_map(lambda *each: torch.cat(each)[order.to(each[0].device)], *(result for _, result in parts))
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise BypassError(message)

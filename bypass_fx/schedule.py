@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from bypass_fx import accept as acceptance
 from bypass_fx import comeback as returns
 from bypass_fx import param_group, surgery
 from bypass_fx.arrival import Epsilon
-from bypass_fx.bypass import Bypass, rate_factor
+from bypass_fx.bypass import Bypass, Seen, rate_factor
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.course import AtBudget, Course, Unit, expect
-from bypass_fx.gamma import Gamma
+from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.snapshot import Snapshot
@@ -164,17 +164,43 @@ class BypassSchedule:
         """Steps of opt1 and opt2 taken since the schedule began."""
         return self._earlier_steps + self._bypass.opt1_steps + self._bypass.opt2_steps
 
-    def penalty(self) -> Tensor:
-        """What to add to the loss: γ(t) Σ‖ADW‖ over the sites still out where the return asks for it, else 0; 0-dim."""
-        term = self._bypass.penalty() if self._returning else None
+    def penalty(self, gamma: Tensor | None = None) -> Tensor:
+        """What to add to the loss: γ(t) Σ‖ADW‖ over the sites still out where the return asks for it, else 0; 0-dim.
+
+        Args:
+            gamma: another γ to take, 0-dim.
+        """
+        term = self._bypass.penalty(gamma) if self._returning else None
         return torch.zeros_like(self._bypass.gamma) if term is None else term
 
+    @property
+    def measures(self) -> bool:
+        """Whether the coming step is one of opt2 that looks at the constraint, and whose loss has the return's penalty."""
+        return self.phase == "opt2" and self._bypass.measures
+
+    @property
+    def alike(self) -> Hashable | None:
+        """Where this is the same for two schedules of equal models, `penalty` of one, given γ, holds for both; or None."""
+        key = self._course.comeback.alike() if self._returning else None
+        return None if key is None else (key, self.out)
+
+    @property
+    def remembering(self) -> tuple[object, ...]:
+        """What it was given that has a state of its own, which no other schedule may share."""
+        adaptive = (self._course.gamma,) if isinstance(self._course.gamma, Adaptive) else ()
+        return (self._course.comeback, *adaptive, *((self._accept,) if self._accept else ()))
+
+    def look(self) -> Tensor:
+        """What a step goes by now, for one who leads several models at once: see `Seen`; [sites]."""
+        return self._bypass.look()
+
     @torch.no_grad()
-    def step(self, loss: Tensor | float | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None, seen: Seen | None = None) -> None:
         """Note one step of the optimiser: move on a phase, project the sites that arrived, contract when all have.
 
         Args:
             loss: the loss of the step; given, it is looked at as well as what the step made of the model.
+            seen: what the step made of the model, where that has been measured already.
 
         Raises:
             NonFiniteError: the loss, a parameter, or a site's D or norm is NaN or infinite; names the phase, the step
@@ -183,7 +209,7 @@ class BypassSchedule:
         if self.phase == "train3":
             self._rest(loss)
         elif self.phase != "done":
-            self._lead(loss)
+            self._lead(loss, seen)
 
     @torch.no_grad()
     def finish(self) -> ScheduleReport:
@@ -254,7 +280,7 @@ class BypassSchedule:
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
         self.phase = state["phase"]
-        self._returning = self._adds()
+        self._returning = self.measures
         if self.phase in ("train3", "done"):
             self._bypass.contract(drop=True)
 
@@ -274,18 +300,14 @@ class BypassSchedule:
         self._rested = 0
         self._readout = Readout(self._bypass.gamma.device)  # of the losses of train3
         self.phase = self._bypass.phase
-        self._returning = self._adds()  # read by a compiled loss, for which every value is a graph of its own
-
-    def _adds(self) -> bool:
-        """Whether the coming step's loss has the return's penalty."""
-        return self.phase == "opt2" and self._bypass.measures
+        self._returning = self.measures  # read by a compiled loss, for which every value is a graph of its own
 
     def _extended(self) -> bool:
         return surgery.is_extended(self._model)
 
-    def _lead(self, loss: Tensor | float | None) -> None:
+    def _lead(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         try:
-            self._bypass.step(loss)
+            self._bypass.step(loss, seen)
         except NonFiniteError as error:
             self._stop(error)
         if self._bypass.over:
@@ -294,7 +316,7 @@ class BypassSchedule:
             self._give_up()
         else:
             self.phase = self._bypass.phase
-            self._returning = self._adds()
+            self._returning = self.measures
 
     def _stop(self, error: NonFiniteError) -> None:
         if self._snapshot is None:

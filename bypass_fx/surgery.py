@@ -200,7 +200,7 @@ def extend(
     insert.apply(edits)
     mark(inner, plan)
     if _is_distributed(model):
-        from .replicas import average_gradients  # torch.distributed takes a while to import
+        from .gradient_averaging import average_gradients  # torch.distributed takes a while to import
 
         average_gradients(delta_of(inner, site) for site in plan.sites)
     return model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import beside, comeback, coverage, digits, exactness, growth, overhead, penalty_cost, planning
+from benchmarks import beside, comeback, coverage, digits, exactness, growth, overhead, penalty_cost, planning, replicas
 from benchmarks.results_file import ResultsFile
 from benchmarks.stopwatch import peak_memory
 from bypass_fx.settings import Settings
@@ -39,6 +39,18 @@ def test_comeback_measures_every_return_on_both_tasks_and_goes_on(
         torch.set_num_threads(threads)
     assert len(file.rows) == len(rows)
     assert all(f"| {arm} | " in comeback.summary(file) for arm in comeback.arms())
+
+
+def test_replicas_are_timed_beside_one_in_every_phase(results: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, (task, phases) = next(iter(replicas.CASES.items()))
+    monkeypatch.setattr(replicas, "CASES", {case: (replace(task, rounds=1, steps=1), phases)})
+    threads = torch.get_num_threads()
+    try:
+        file = replicas.run(3, results)
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["phase"] for row in file if row["device"] == "CPU"] == [*replicas.PHASES]
+    assert all(row["together"] > 0 and f"| {row['ratio']:.1f} |" in replicas.summary(file) for row in file)
 
 
 def test_coverage_says_what_is_found_and_that_the_model_is_unchanged() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -57,6 +57,10 @@ class Comeback:
 
     def penalty(self, model: nn.Module, out: frozenset[str], gamma: Tensor) -> Tensor | None:
         """What is added to the loss while the sites in `out` are out: a differentiable 0-dim tensor, or None."""
+        return None
+
+    def alike(self) -> Hashable | None:
+        """Where two returns give the same, the `penalty` of one holds for the model of the other; None promises nothing."""
         return None
 
     def pace(self, t: int, budget: int) -> float:

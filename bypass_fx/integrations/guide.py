@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bypass_fx import replicas, surgery
+from bypass_fx import gradient_averaging, surgery
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule, ScheduleReport
 
@@ -42,7 +42,7 @@ class Guide:
         self._model = model
         self.schedule = BypassSchedule(model, optimizer, **self._arguments)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            replicas.average_gradients(surgery.delta_of(model, site) for site in surgery.sites(model))
+            gradient_averaging.average_gradients(surgery.delta_of(model, site) for site in surgery.sites(model))
 
     def before_optimizer_step(self) -> None:
         """Add the gradient of γ(t) Σ‖ADW‖ to the gradients that the loop has made, unscaled by now."""
