@@ -12,7 +12,7 @@ import bypass_fx
 from bypass_fx import zoo_sites
 
 from . import comeback, coverage, crashes, digits, exactness, overhead, pages, planning, replicas
-from .results_file import RESULTS
+from .results_file import RESULTS, cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 Pattern = Annotated[str, typer.Option(help="Only models whose name contains this.")]
@@ -21,7 +21,7 @@ Pattern = Annotated[str, typer.Option(help="Only models whose name contains this
 @app.callback()
 def _program() -> None:
     """Measurements of bypass_fx."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(cores())
 
 
 @app.command("coverage")

@@ -40,10 +40,15 @@ class ResultsFile:
         return iter(self.rows)
 
 
+def cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _header(packages: tuple[str, ...]) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {cores()} of {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
