@@ -36,7 +36,7 @@ class Course:
     at_budget: AtBudget
     cycles: int
     rest: int
-    every: int = 1
+    penalty_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("opt1", 0), ("opt2", 1), ("cycles", 1), ("rest", 0), ("every", 1)):
@@ -66,6 +66,11 @@ class Course:
         for name in ("lr", "delta_lr"):
             rate = getattr(self, name)
             expect(rate is None or rate > 0, f"{name} is {rate!r}; give a positive learning rate, or None")
+
+    @property
+    def every(self) -> int:
+        """k: the constraint is evaluated in every k-th step of opt2."""
+        return self.comeback.every if self.penalty_every is None else self.penalty_every
 
     @property
     def per_unit(self) -> int:

@@ -71,7 +71,7 @@ class BypassSchedule:
         rest: steps of train3 between two of them.
         penalty_every: k; in opt2 the constraint is evaluated in every k-th step only: the penalty counts k times there, and
             norms are taken and sites arrive only then. For the returns that ask for no more: "homotopy", "proximal",
-            "penalty" and "published".
+            "penalty" and "published". None is 8 for "homotopy", whose way goes by no norm, and 1 for the others.
         plan: the sites to extend; None plans them.
         **as_plan: arguments of `bypass_fx.plan`, such as `mode`.
 
@@ -112,7 +112,7 @@ class BypassSchedule:
         snapshot: str | Path | None = "cpu",
         cycles: int = 1,
         rest: int = 0,
-        penalty_every: int = 1,
+        penalty_every: int | None = None,
         plan: Plan | None = None,
         **as_plan: Any,
     ) -> None:
@@ -175,7 +175,7 @@ class BypassSchedule:
 
     @property
     def measures(self) -> bool:
-        """Whether the coming step is one of opt2 that looks at the constraint, and whose loss has the return's penalty."""
+        """Whether the coming step is one of opt2 that looks at the constraint."""
         return self.phase == "opt2" and self._bypass.measures
 
     @property
@@ -280,7 +280,7 @@ class BypassSchedule:
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
         self.phase = state["phase"]
-        self._returning = self.measures
+        self._returning = self._adds()
         if self.phase in ("train3", "done"):
             self._bypass.contract(drop=True)
 
@@ -300,7 +300,11 @@ class BypassSchedule:
         self._rested = 0
         self._readout = Readout(self._bypass.gamma.device)  # of the losses of train3
         self.phase = self._bypass.phase
-        self._returning = self.measures  # read by a compiled loss, for which every value is a graph of its own
+        self._returning = self._adds()  # read by a compiled loss, for which every value is a graph of its own
+
+    def _adds(self) -> bool:
+        """Whether the coming step's loss has a penalty."""
+        return self.measures and self._course.comeback.penalises
 
     def _extended(self) -> bool:
         return surgery.is_extended(self._model)
@@ -316,7 +320,7 @@ class BypassSchedule:
             self._give_up()
         else:
             self.phase = self._bypass.phase
-            self._returning = self.measures
+            self._returning = self._adds()
 
     def _stop(self, error: NonFiniteError) -> None:
         if self._snapshot is None:

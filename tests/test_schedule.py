@@ -322,9 +322,11 @@ def test_a_step_brings_numbers_to_the_host_once(steps: int, monkeypatch: pytest.
 
 
 @pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:penalty")
-@pytest.mark.parametrize("kind", ["penalty", "proximal", "homotopy", "lagrangian", "variety"])
-def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_the_arrivals_and_the_cycles(
-    kind: str,
+@pytest.mark.parametrize(
+    ("kind", "needed"), [("penalty", 3), ("proximal", 2), ("homotopy", 2), ("lagrangian", 3), ("variety", 2)]
+)
+def test_a_compiled_loss_needs_a_graph_for_each_way_its_terms_can_be_whatever_t_the_arrivals_and_the_cycles(
+    kind: str, needed: int
 ) -> None:
     graphs: list[Any] = []
 
@@ -333,7 +335,9 @@ def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_the_ar
         return graph
 
     torch.compiler.reset()
-    model, optimizer, schedule = begin(3, 12, comeback=kind, gamma=Linear(0.01), epsilon=1e-3, rest=2, cycles=2)
+    model, optimizer, schedule = begin(
+        3, 12, comeback=kind, gamma=Linear(0.01), epsilon=1e-3, rest=2, cycles=2, penalty_every=1
+    )
     loss_of = torch.compile(lambda x, y: nn.functional.mse_loss(model(x), y) + schedule.penalty(), backend=backend)
     outs = []
     for i in range(35):
@@ -347,4 +351,4 @@ def test_a_compiled_loss_needs_three_graphs_for_the_whole_life_whatever_t_the_ar
         outs.append((schedule.phase, len(schedule.out)))
     assert {("opt1", 2), ("opt2", 2), ("opt2", 1), ("train3", 0), ("done", 0)} == set(outs)
     assert len(schedule.reports) == 2
-    assert len(graphs) == 3
+    assert len(graphs) == needed

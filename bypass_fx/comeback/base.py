@@ -42,6 +42,12 @@ class Comeback:
     name: ClassVar[str]
     uses_gamma: ClassVar[bool] = False
     may_skip: ClassVar[bool] = False  # whether it goes well with norms, and its penalty, in every k-th step only
+    every: ClassVar[int] = 1  # k, where nobody says another
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it adds a penalty to the loss."""
+        return type(self).penalty is not Comeback.penalty
 
     @property
     def ends(self) -> bool:

@@ -30,6 +30,7 @@ class Homotopy(Comeback):
 
     name = "homotopy"
     may_skip = True
+    every = 8  # its way goes by no norm; that a site is within ε shows a few steps later
 
     def __init__(self, path: str = "smooth") -> None:
         self._descent = Descent(path)
