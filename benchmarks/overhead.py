@@ -26,7 +26,7 @@ BACKEND = "inductor"
 FOREVER = 10**7  # steps of a phase that outlasts the measurement
 RETURNS: dict[str, dict[str, Any]] = {
     "homotopy": {"comeback": "homotopy"},
-    "homotopy, every 8th": {"comeback": "homotopy", "penalty_every": 8},
+    "homotopy, norms in every step": {"comeback": "homotopy", "penalty_every": 1},
     "penalty": {"comeback": "published"},
     "penalty, every 8th": {"comeback": "published", "penalty_every": 8},
 }

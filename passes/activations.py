@@ -58,6 +58,8 @@ def acts_as(module: nn.Module, cls: type[nn.Module]) -> bool:
 
     Those of FSDP2 only gather the parameters.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     plain = type(module).forward is cls.forward and "forward" not in module.__dict__
     return plain and all(map(_gathers, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
 

@@ -22,6 +22,7 @@ from .channels import Channels
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .link import Linked
 from .look_alike import likeness
+from .matrices import tensor_named
 from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
 from .plan import Constraint
@@ -133,7 +134,8 @@ def _path(calls: Calls, spot: Spot, at: Spot, w: Found) -> Path | Reason:
     origin = origin_of(linked, calls.origins, Spot(at.unit, w.value)) if w.value is not None else None
     owner = linked.modules[unit.path]
     children = [owner.get_submodule(name) for name in linked.graphs[unit].children]
-    tensors = tuple(tensor.shape for tensor in owner._parameters.values() if tensor is not None)
+    read = {str(node.target) for node in spot.node.graph.nodes if node.op == "get_attr"}
+    tensors = tuple(sorted((name, tuple(tensor_named(owner, name).shape)) for name in read))
     alike = tuple((type(child), likeness(child)) for child in children)  # a likeness of None is none
     key = spot.node, w.axis, origin is None or origin.channels is None, tensors, alike
     known = calls.paths.get(key)
@@ -232,13 +234,15 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
         here = todo.pop()
         if flow.overwritten(here, here.node):
             return Reason("its result is overwritten in place")
-        if here.unit != spot.unit or any(user.op == "output" for user in here.node.users):
+        if any(user.op == "output" for user in here.node.users):
             flow.within = False  # who calls the owner has a say
         for use in linked.uses(here):
             if use is None:
                 return Reason("its result leaves the code that can be seen")
-            if use.unit != spot.unit and not modes_agree(linked.graphs[use.unit]):
-                return Reason("its forward differs between training and eval mode in more than dropout")
+            if use.unit != spot.unit:
+                flow.within = False
+                if not modes_agree(linked.graphs[use.unit]):
+                    return Reason("its forward differs between training and eval mode in more than dropout")
             made = affine_at(linked, use)
             if made is not None and reads_only_value(use, made):
                 found.append((made, use))

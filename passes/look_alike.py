@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from functools import wraps
+from collections.abc import Hashable, Iterator, Mapping
 from itertools import product
-from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,50 +18,32 @@ LARGEST = 2**24  # elements of a weight that are tried out
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
-_PLAIN = (bool, int, float, str, tuple, list, torch.dtype, torch.device, type(None))
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 def likeness(module: nn.Module) -> Hashable | None:
     """What modules of one class that behave alike have in common: flags and numbers, shapes, and that no hook is on them.
 
-    None where the module holds other things too, a function perhaps.
+    None where the module holds other things too, a child or a function perhaps.
     """
     held = plain_attributes(module)
-    if vars(module).keys() - _OF_EVERY_MODULE - held.keys() or not acts_as(module, type(module)):
+    others = module._modules or vars(module).keys() - _OF_EVERY_MODULE - held.keys()
+    if others or not acts_as(module, type(module)):
         return None
     tensors = {**module._parameters, **module._buffers}
-    return str(held), tuple((name, None if tensor is None else tuple(tensor.shape)) for name, tensor in tensors.items())
+    kinds = ((name, None if each is None else (tuple(each.shape), each.dtype)) for name, each in tensors.items())
+    return str(held), tuple(kinds)
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """The flags, numbers and names that a module holds."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    return {name: value for name, value in vars(module).items() if _is_plain(value)}
 
 
-Verdict = TypeVar("Verdict")
-_Module = TypeVar("_Module", bound=nn.Module)
-_verdicts: WeakKeyDictionary[type[nn.Module], dict[Hashable, Any]] = WeakKeyDictionary()
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, _PLAIN)
 
 
-def _tried_once(judge: Callable[[_Module], Verdict]) -> Callable[[_Module], Verdict]:
-    """Judge modules of one likeness once: to try them out takes longer than all else that is asked of them."""
-
-    @wraps(judge)
-    def judged(module: _Module) -> Verdict:
-        alike = likeness(module)
-        if alike is None:
-            return judge(module)
-        known = _verdicts.setdefault(type(module), {})
-        key = judge, type(module).forward, alike
-        if key not in known:
-            known[key] = judge(module)
-        verdict: Verdict = known[key]
-        return verdict
-
-    return judged
-
-
-@_tried_once
 def linear_look_alike(module: nn.Module) -> Stored | None:
     """How a module's weight is stored, where its forward is x ↦ x Wᵀ + b on the last axis; None for other modules.
 
@@ -95,7 +75,6 @@ def _computes(module: nn.Module, stored: Stored) -> bool:
     return True
 
 
-@_tried_once
 def is_convolution(module: _ConvNd) -> bool:
     """Whether a convolution's own forward is torch's with zeros around the input, as many as it likes on each side.
 

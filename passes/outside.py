@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import _lru_cache_wrapper
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
 
+from .source import codes
+
 _LONGEST = 64  # items of a container that are looked into
+_DEEPEST = 4  # how deep things in things are kept
 
 
 class Kept:
     """Shallow copies of things that code may change, so that a change is seen and put back.
 
-    Of a module, its attributes, its registered names, and the containers and plain objects among its attributes are
-    kept; of a container, its items; of any other object, its attributes.
+    Of a module, its attributes and its registered names are kept; of a container, its items; of any other object, its
+    attributes; and of all these the containers and plain objects in them. A function's cache is emptied if it was used.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Any, Any]] = {}
 
-    def keep(self, thing: Any) -> None:
-        """Keep one thing, where it is one that can change."""
-        if id(thing) in self._kept:
+    def keep(self, thing: Any, depth: int = 0) -> None:
+        """Keep one thing, where it is one that can change, and what is in it."""
+        if id(thing) in self._kept or depth > _DEEPEST:
             return
-        if isinstance(thing, nn.Module):
+        if isinstance(thing, _lru_cache_wrapper):
+            self._kept[id(thing)] = (thing, thing.cache_info())
+        elif isinstance(thing, nn.Module) or _is_plain_object(thing):
+            if depth and isinstance(thing, nn.Module):
+                return  # one of the model, which is kept where it is read
             self._kept[id(thing)] = (thing, dict(thing.__dict__))
             for value in thing.__dict__.values():
-                self.keep(value)
+                self.keep(value, depth + 1)
         elif isinstance(thing, dict | list | set | deque):
-            self._kept[id(thing)] = (thing, _items(thing))
-            for value in _items(thing).values() if isinstance(thing, dict) else thing:
-                if len(thing) <= _LONGEST and isinstance(value, dict | list | set | deque):
-                    self.keep(value)
-        elif _is_plain_object(thing):
-            self._kept[id(thing)] = (thing, dict(thing.__dict__))
+            items = _items(thing)
+            self._kept[id(thing)] = (thing, items)
+            for value in (items.values() if isinstance(thing, dict) else items) if len(items) <= _LONGEST else ():
+                self.keep(value, depth + 1)
 
     def keep_surroundings(self, function: FunctionType) -> None:
         """Keep what a function may reach by a global name or has closed over."""
-        for name in function.__code__.co_names:
-            self.keep(function.__globals__.get(name))
+        for code in codes(function):
+            for name in code.co_names:
+                self.keep(function.__globals__.get(name))
         for cell in function.__closure__ or ():
             if cell != CellType():
                 self.keep(cell.cell_contents)
@@ -49,6 +56,10 @@ class Kept:
         """Give everything the contents that it had; the answer is what had others, and the values that came new."""
         changed: list[tuple[Any, list[Any]]] = []
         for thing, before in self._kept.values():
+            if isinstance(thing, _lru_cache_wrapper):
+                if thing.cache_info() != before:
+                    thing.cache_clear()  # it may hold what is no real value
+                continue
             now = _items(thing)
             if not _same(now, before):
                 changed.append((thing, _added(now, before)))

@@ -6,17 +6,20 @@ so they are set once for all the forwards of a model.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from functools import partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 from torch.nn.utils import stateless
@@ -33,6 +36,9 @@ class Listener(Protocol):
 
     def read_missing(self, module: nn.Module, name: str) -> None:
         """The forward looked for an attribute that the module does not have."""
+
+    def is_instance(self, value: Any, classes: Any) -> bool | None:
+        """The forward asked isinstance(); None leaves the answer to Python."""
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward called a module; the answer is the result that it sees."""
@@ -73,7 +79,7 @@ class Recorder:
     @contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
         """Send the events of a forward to a listener."""
-        with self.installed():
+        with self.installed(), _on_isinstance(self):
             self.listener = listener
             try:
                 yield
@@ -220,6 +226,60 @@ def _on_factories(recorder: Recorder) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _on_isinstance(recorder: Recorder) -> Iterator[None]:
+    """isinstance() by whatever name the code has it; put there for one forward, since it slows down everybody's."""
+    original, traced = builtins.isinstance, fx.Proxy
+
+    def asking(value: Any, classes: Any) -> bool:
+        if original(value, traced):
+            listener = recorder.active()
+            answer = listener.is_instance(value, classes) if listener and asked_by_a_forward() else None
+            if answer is not None:
+                return answer
+        return original(value, classes)
+
+    def swap(now: Callable[[Any, Any], bool]) -> None:
+        builtins.isinstance = now
+
+    compiler = _CompilerImports(partial(swap, original), partial(swap, asking))
+    sys.meta_path.insert(0, compiler)
+    swap(asking)
+    try:
+        yield
+    finally:
+        swap(original)
+        sys.meta_path.remove(compiler)
+
+
+class _CompilerImports(MetaPathFinder, Loader):
+    """Lets torch's compiler, where a forward is the first to need it, find Python as it is: it keeps what it finds."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self.before, self.after = before, after
+        self.loader: Any = None
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != "torch._dynamo":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        spec = module.__spec__
+        spec.loader = module.__loader__ = self.loader
+        self.before()
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.after()
+
+
 def _as_class(module: Any) -> type:
     """A Python module as what fx's patcher says that it takes; it sets attributes on anything."""
     return cast(type, module)
@@ -230,14 +290,7 @@ def asked_by_a_forward() -> bool:
 
     `torch.is_tensor`, in the package's own file, asks on behalf of the user.
     """
-    return not str(asking_frame(3).f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))
-
-
-def asking_frame(depth: int = 2) -> FrameType:
-    """The frame that calls the caller of this, past the files that ask on behalf of others."""
-    frame = sys._getframe(depth)
-    while frame.f_back is not None and (
-        frame.f_globals.get("__name__") == "contextlib" or frame.f_code.co_name == "__instancecheck__"
-    ):
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == "contextlib":
         frame = frame.f_back
-    return frame
+    return not str(frame.f_globals.get("__name__", "")).startswith(("torch.", f"{__package__}."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from .channels import Channels
 from .fakes import on_fakes
 from .link import Linked
 from .outside import Kept
-from .source import reached
+from .source import asks_device, reached
 from .units import ExampleInputs, Spot, Unit
 
 
@@ -41,14 +42,17 @@ class Run:
         for spot in spots:
             wanted.setdefault(spot.unit, []).append(spot)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        ways: list[Way] = [_on_meta, _on_fakes]
+        ways: list[Way] = [_on_fakes]
+        if not any(asks_device(function) for cls in _classes(linked.model) for function in reached(cls.forward, cls)):
+            ways.insert(0, _on_meta)
         if not _has_fakes(linked.model, (args, kwargs)):  # else a run on values is out of the question
             ways.append(_on_values)
         for way in ways:
             self.failure = self._run(linked, wanted, way, args, kwargs)
             known = {spot for spot, channels in self.channels.items() if channels.width}
-            if not self.failure or known.issuperset(itertools.chain(*wanted.values())):
+            if known.issuperset(itertools.chain(*wanted.values())):
                 self.failure = ""
+            if not self.failure and (way is not _on_meta or known.issuperset(itertools.chain(*wanted.values()))):
                 break
 
     def _run(
@@ -138,16 +142,19 @@ class _Replay(fx.Interpreter):
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced."""
-    kept = Kept()
+    kept, dice = Kept(), random.getstate()
     for module in model.modules():
         kept.keep(module)
-    for cls in {type(module) for module in model.modules()}:
+    for cls in _classes(model):
+        for value in [value for each in cls.__mro__ if not _is_torchs(each) for value in vars(each).values()]:
+            kept.keep(value)
         for function in reached(cls.forward, cls):
             kept.keep_surroundings(function)
     try:
         yield
     finally:
         kept.put_back()
+        random.setstate(dice)
 
 
 Way = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object]
@@ -183,6 +190,15 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in before:
             buffer.copy_(value)
+
+
+def _classes(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a model's modules whose code is Python."""
+    return {type(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)}
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in ("torch", "builtins")
 
 
 def _has_fakes(model: nn.Module, inputs: Any) -> bool:

@@ -110,26 +110,37 @@ def _unpackings(code: CodeType) -> dict[int, int]:
     return {each.offset: int(each.argval) for each in found}
 
 
-def asks_type(frame: FrameType) -> bool:
-    """Whether a frame asks a value for its type now, by `isinstance` or `__class__`; C functions do so on their own."""
-    return frame.f_lasti in _type_questions(frame.f_code)
+def reads_class(frame: FrameType) -> bool:
+    """Whether a frame reads the `__class__` of a value now; C functions look at it too, on their own."""
+    return frame.f_lasti in _class_reads(frame.f_code)
 
 
 @cache
-def _type_questions(code: CodeType) -> frozenset[int]:
-    """Where in the bytecode the type of a value is asked for: a call starts where the name of what it calls does."""
-    named: set[tuple[int | None, int | None]] = set()
-    asked: set[int] = set()
+def _class_reads(code: CodeType) -> frozenset[int]:
+    """Where in the bytecode `__class__` is read."""
+    reads = (each for each in dis.get_instructions(code) if each.opname == "LOAD_ATTR")
+    return frozenset(each.offset for each in reads if each.argval == "__class__")
+
+
+def asks_device(function: FunctionType) -> bool:
+    """Whether a function looks at what a device is; to make a tensor on the device of another is no question."""
+    return any(map(_asks_device, _nested(function.__code__)))
+
+
+_DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_meta", "is_mps", "is_xla", "get_device", "is_available"}
+
+
+@cache
+def _asks_device(code: CodeType) -> bool:
+    before: str | None = None
     for instruction in dis.get_instructions(code):
-        where = instruction.positions
-        start = (where.lineno, where.col_offset) if where else (None, None)
-        if instruction.opname.startswith("LOAD") and instruction.argval == "isinstance":
-            named.add(start)
-        # of a call's two instructions, Python makes it in the second at first, and in the first where it ran often
-        calls = instruction.opname.startswith(("PRECALL", "CALL")) and start in named
-        if calls or (instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__"):
-            asked.add(instruction.offset)
-    return frozenset(asked)
+        name = instruction.argval if isinstance(instruction.argval, str) else ""
+        compares = instruction.opname in ("COMPARE_OP", "IS_OP", "CONTAINS_OP")
+        if name in _DEVICE_QUESTIONS or (before == "device" and (compares or name in ("type", "index"))):
+            return True
+        if instruction.opname != "CACHE":
+            before = name if instruction.opname.startswith("LOAD") else before if compares else None
+    return False
 
 
 def says_something(frame: FrameType) -> bool:

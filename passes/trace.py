@@ -91,6 +91,12 @@ class ModelNames:
             for path, tensor in named(remove_duplicate=False):
                 self.tensors.setdefault(id(tensor), []).append(path)
         self._named = {path: paths[0] for paths in self.tensors.values() for path in paths}
+        self._shared = [paths for paths in (*self.modules.values(), *self.tensors.values()) if len(paths) > 1]
+
+    def aliases(self, owner: str) -> frozenset[tuple[str, ...]]:
+        """What stands below the owner under several names: graphs call it by the first."""
+        below = (tuple(name for path in paths if (name := _below(owner, [path])) is not None) for paths in self._shared)
+        return frozenset(names for names in below if len(names) > 1)
 
     def module(self, owner: str, module: nn.Module) -> str | None:
         """The first path of a module below the owner ("" for the owner itself); None where it stands elsewhere."""
@@ -162,7 +168,7 @@ class Tracing:
         if signature is None:
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
-        key = (type(module), method, call.key(), fingerprint(module.__dict__.get(method)))
+        key = (type(module), method, call.key(), fingerprint(module.__dict__.get(method)), self.names.aliases(path))
         for known in reversed(self._graphs.get(key, ())):  # equal blocks follow each other
             if self._read_same(module, known.reads) and self._resolves(path, known):
                 return known

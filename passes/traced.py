@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor, fx
 
-from .recording import asked_by_a_forward, asking_frame
-from .source import asks_type, says_something, unpacked_into
+from .recording import asked_by_a_forward
+from .source import reads_class, says_something, unpacked_into
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
@@ -22,9 +22,9 @@ class Traced(fx.Proxy):
 
     @property  # type: ignore[misc]  # nobody sets it
     def __class__(self) -> type:
-        """What `isinstance` goes by: to a forward, the type of the value that this stands for."""
+        """To a forward that reads it, the type of the value that this stands for."""
         tracer = cast("OwnerTracer", self.__dict__["tracer"])
-        asked = tracer.recorder.active() is tracer and asked_by_a_forward() and asks_type(asking_frame())
+        asked = tracer.recorder.active() is tracer and reads_class(sys._getframe(1)) and asked_by_a_forward()
         return tracer.python_type(self) if asked else type(self)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -153,9 +153,15 @@ class OwnerTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return TracedValue(node, self)
 
+    def is_instance(self, value: Any, classes: Any) -> bool | None:
+        """What isinstance() answers to the method: for a traced argument, by what the caller passes."""
+        if type(value) is StoredTensor:
+            return isinstance(value.stored, classes)
+        return issubclass(self.python_type(value), classes) if isinstance(value, Traced) else None
+
     def python_type(self, value: Traced) -> type:
         """The Python type that a value has for the method: that of what the caller passes; a computed one's is not known."""
-        if isinstance(value, StoredTensor):
+        if type(value) is StoredTensor:
             return type(value.stored)
         if value.node not in self.containers:
             self.refuse("its forward asks for the Python type of a computed value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
 from .calls import Call, call_of
 from .errors import UntraceableError
-from .look_alike import Stored, is_convolution, linear_look_alike, plain_attributes
+from .look_alike import Stored, is_convolution, likeness, linear_look_alike, plain_attributes
 from .trace import OwnerGraph, Tracing
 
 
@@ -67,6 +67,7 @@ class Units:
         self._replacing: dict[str, bool] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
+        self._verdicts: dict[Hashable, Stored | None] = {}
         self._convolutions: dict[tuple[type, str], bool] = {}
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
@@ -222,8 +223,18 @@ class Units:
         if path not in self._look_alikes:
             module = self.modules[path]
             plain = acts_as(module, type(module))
-            self._look_alikes[path] = linear_look_alike(module) if plain else None
+            self._look_alikes[path] = self._tried(module) if plain else None
         return self._look_alikes[path]
+
+    def _tried(self, module: nn.Module) -> Stored | None:
+        """Whether it acts like a Linear; modules of one likeness are tried out once, for that takes long."""
+        alike = likeness(module)
+        if alike is None:
+            return linear_look_alike(module)
+        key = type(module), alike
+        if key not in self._verdicts:
+            self._verdicts[key] = linear_look_alike(module)
+        return self._verdicts[key]
 
     def convolves(self, path: str) -> bool:
         """Whether a convolution with a forward of its own acts like torch's; asked once for all of one geometry."""

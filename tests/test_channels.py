@@ -52,3 +52,26 @@ def test_provenance_settles_axis_and_width(name: str) -> None:
 def test_without_provenance_the_site_is_refused_with_the_way_out() -> None:
     plan = bypass_fx.plan(Net(lambda m, x: F.relu(x.exp())), mode="all")
     assert not plan.sites and "example_inputs" in plan.refusals[0].remedy
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x.roll(1, -1))
+
+
+@pytest.mark.parametrize("asks", [lambda x: x.device.type == "cpu", lambda x: x.is_cpu, lambda x: x.device == x.device])
+def test_a_run_that_tells_the_channels_is_on_the_device_that_the_forward_asks_for(
+    asks: Callable[[Tensor], bool],
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner = nn.Linear(4, 6), Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return self.inner(y) if asks(x) and not x.is_meta else self.inner(y.reshape(-1, 3))  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 4)
+    plan = bypass_fx.plan(Net(), mode="all", example_inputs=(x,))
+    assert [site.width for site in plan] == [6]

@@ -167,3 +167,24 @@ def test_trying_a_module_out_draws_no_random_numbers_of_the_users() -> None:
     noisy, before = Noisy(4, 4), torch.get_rng_state()
     assert linear_look_alike(noisy) is None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Followed(nn.Module):
+    """A Linear of its own, and whatever is to come behind it."""
+
+    def __init__(self, *behind: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+        for index, module in enumerate(behind):
+            self.add_module(str(index), module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(x, self.weight, self.bias)
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+def test_what_one_module_of_a_class_does_is_not_taken_to_be_what_another_with_children_does() -> None:
+    model = nn.Sequential(Followed(), nn.ReLU(), Followed(nn.Tanh()), nn.ReLU(), nn.Linear(4, 4))
+    assert [site.name for site in bypass_fx.plan(model, mode="strict")] == ["1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from typing import Any
@@ -233,3 +234,50 @@ def test_an_infinite_bound_of_a_clamp_brings_no_infinity() -> None:
 
     assert len(bypass_fx.plan(Plain(), mode="all")) == 1
     assert len(bypass_fx.plan(Clipped(), mode="all")) == 1
+
+
+class Table:
+    """Remembers what was computed, as a plain object."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Tensor] = {}
+
+    def get(self, like: Tensor) -> Tensor:
+        if "table" not in self.known:
+            self.known["table"] = torch.arange(6.0, device=like.device)
+        return self.known["table"]
+
+
+@functools.lru_cache
+def remembered(count: int) -> Tensor:
+    return torch.arange(float(count))
+
+
+@pytest.mark.parametrize("where", ["object", "list", "function"])
+def test_what_a_forward_remembers_outside_its_module_holds_no_traced_value_afterwards(where: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.table, self.tables = Table(), [Table()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = {"object": self.table.get, "list": self.tables[0].get, "function": lambda _: remembered(6)}[where](x)
+            return self.out(torch.relu((self.fc(x) + kept).roll(1, -1)))  # type: ignore[no-any-return]
+
+    remembered.cache_clear()
+    model, x = Net(), torch.randn(2, 4)
+    bypass_fx.plan(model, mode="all", example_inputs=(x,))
+    after = model(x)
+    fresh = Net()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(after, fresh(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_child_is_no_part_of_a_strict_site_and_no_obstacle() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 4))
+    x = torch.randn(2, 4)
+    before = model(x)
+    assert not bypass_fx.plan(model, mode="strict").sites
+    assert torch.equal(bypass_fx.extend(model, mode="all", example_inputs=(x,))(x), before)

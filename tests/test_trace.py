@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+import bypass_fx
 from bypass_fx.passes.calls import call_of
 from bypass_fx.passes.errors import UntraceableError
 from bypass_fx.passes.trace import Tracing
@@ -220,17 +225,41 @@ def test_is_tensor_is_answered_for_arguments_and_c_functions_get_no_false_tensor
     assert "pow" in targets(Net())
 
 
-ISINSTANCE = id(isinstance)
-
-
-def test_python_itself_is_left_alone_while_a_forward_is_traced() -> None:
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: all(map(isinstance, (x,), (Tensor,))),
+        lambda x: functools.partial(isinstance, x)(Tensor),
+        lambda x: [ask for ask in (isinstance,) if ask(x, Tensor)],
+        lambda x: not isinstance(x, fx.Proxy),
+        lambda x: not isinstance(x, Callable),
+        lambda x: not isinstance(x, int) or torch.pow(x, 2),
+    ],
+)
+def test_a_question_for_the_type_in_whatever_form_is_answered_as_for_the_callers_value(asks: Any) -> None:
     class Net(Owner):
         def forward(self, x: Tensor) -> Tensor:
-            if id(isinstance) != ISINSTANCE:  # torch's compiler keeps what it finds under this name when it is imported
-                raise RuntimeError
-            return self.fc(x) if isinstance(x, Tensor) else x.tanh()
+            return self.fc(x) if asks(x) else x.tanh()
 
     assert targets(Net()) == ["x", "fc", "output"]
+
+
+def test_the_compiler_finds_python_as_it_is_also_where_a_forward_is_the_first_to_import_it() -> None:
+    program = """
+import torch
+import bypass_fx
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        import torch._dynamo
+        return torch.relu(x)
+
+bypass_fx.plan(Net())
+ask = torch.compile(lambda x: x + 1 if isinstance(x, torch.Tensor) else x, backend="eager", fullgraph=True)
+assert ask(torch.zeros(1)) == 1
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_forward_that_asks_for_the_class_of_its_argument_gets_the_callers() -> None:
@@ -250,3 +279,19 @@ def test_a_forward_that_ran_often_asks_for_types_as_one_that_never_ran() -> None
     for _ in range(100):  # Python writes code that runs often anew
         model(torch.zeros(1, 3))
     assert targets(model) == ["x", "fc", "output"]
+
+
+def test_blocks_in_which_one_name_stands_for_another_have_graphs_of_their_own() -> None:
+    class Block(nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = self.a if shared else nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))  # type: ignore[no-any-return]
+
+    for kinds in ([False, True, False], [True, False], [False, True]):
+        model = nn.Sequential(*map(Block, kinds))
+        before = model(torch.ones(2, 4))
+        assert torch.equal(bypass_fx.extend(model)(torch.ones(2, 4)), before)
