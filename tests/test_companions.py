@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adamw fused": lambda m: torch.optim.AdamW(m.parameters(), 0.01, fused=True),
     "adamw foreach": lambda m: torch.optim.AdamW(m.parameters(), 0.01, foreach=True),
     "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), 0.05),
-    "lbfgs": lambda m: torch.optim.LBFGS(m.parameters(), 0.1, max_iter=3, line_search_fn="strong_wolfe"),
+    "lbfgs": lambda m: torch.optim.LBFGS(m.parameters(), 0.02, max_iter=2),
     "layer-wise rates": layer_wise,
     "timm nadamw": lambda m: timm.optim.create_optimizer_v2(m, "nadamw", lr=0.01),
     "timm lookahead": lambda m: timm.optim.create_optimizer_v2(m, "lookahead_adamw", lr=0.01),
