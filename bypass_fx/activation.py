@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .passes.derivatives import ELEMENTWISE, NAME_OF, Parameter
+from .passes.derivatives import ELEMENTWISE, Parameter, name_of
 from .passes.errors import BypassError
 
 
@@ -45,7 +45,7 @@ def psi(
     if isinstance(sigma, str):
         name, given = sigma, parameters
     else:
-        name = "" if _hooked(sigma) else NAME_OF.get(type(sigma), "")
+        name = "" if _hooked(sigma) else name_of(type(sigma))
         given = tuple(getattr(sigma, attribute) for attribute in ELEMENTWISE[name].attributes) if name else ()
     if name and isinstance(channels, int) and _as_one_step(z, delta):
         return Within.apply(z, _along(delta, z, channels), name, given)  # type: ignore[no-any-return]
@@ -80,6 +80,7 @@ def _as_one_step(z: Tensor, delta: Tensor) -> bool:
         and z.is_floating_point()
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # the compiler fuses the steps into their neighbours by itself
+        and not torch._C._len_torch_dispatch_stack()  # a mode sees the steps, and may keep σ(z)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not torch._C._are_functorch_transforms_active()  # they know every step by itself
     )
@@ -110,7 +111,7 @@ class Within(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             slope = ELEMENTWISE[ctx.name].derivative(g, z, *ctx.parameters)  # type: ignore[attr-defined]
             seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-            of_z = torch.addcmul(slope, g, d.to(g.dtype), out=None if seen else slope)
+            of_z = torch.addcmul(slope, g, d.to(g.dtype)) if seen else slope.addcmul_(g, d.to(g.dtype))
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             of_d = _summed(g, z, d)
         return of_z, of_d, None, None
@@ -132,7 +133,7 @@ def _summed(g: Tensor, z: Tensor, d: Tensor) -> Tensor:
     axes = [axis for axis in range(z.dim()) if axis < z.dim() - d.dim() or d.shape[axis - z.dim()] == 1]
     pieces = g.numel() // _PIECE if g.device.type == "cpu" and 0 in axes else 1
     parts = [
-        (one * its_z).sum(axes, keepdim=True, dtype=d.dtype)
+        (one * its_z).sum(axes, keepdim=True, dtype=d.dtype) if axes else (one * its_z).to(d.dtype)
         for one, its_z in zip(g.tensor_split(max(1, pieces)), z.tensor_split(max(1, pieces)), strict=True)
     ]
     total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -91,10 +91,14 @@ class Bypass:
         return Plan(tuple(sites)), deltas
 
     @property
+    def counts(self) -> bool:
+        """Whether the coming step of opt2 is a k-th one: its loss has the penalty of all k."""
+        return self.opt2_steps % self._course.every == 0
+
+    @property
     def measures(self) -> bool:
-        """Whether the coming step of opt2 is one of those in which the constraint is looked at."""
-        course = self._course
-        return self._latest is None or self.opt2_steps % course.every == 0 or self.opt2_steps + 1 >= course.opt2
+        """Whether the constraint is looked at in the coming step of opt2: a k-th one, or the last that is planned."""
+        return self.counts or self._latest is None or self.opt2_steps + 1 == self._course.opt2
 
     def penalty(self, gamma: Tensor | None = None) -> Tensor | None:
         """What the return adds to the loss; in every k-th step only, it counts k times."""

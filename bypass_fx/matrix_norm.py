@@ -29,20 +29,18 @@ def norm_of_product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
         >>> norm_of_product(a, d, w)
         tensor(4.)
     """
-    gram = gram_is_cheaper(a, w)
-    if _taken_apart() or (not gram and a.numel() + w.numel() < _TINY):
-        norm: Tensor = _plain_gram(a, d, w) if gram else torch.linalg.vector_norm(_product(a, d, w), dim=(-3, -2, -1))
-    else:
-        norm = (_ByGram if gram else _ByProduct).apply(a, d, w)[0]
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return norm_of_product(a, d, w)
+    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    gram = gram_is_cheaper(a, w) and not apart
+    if apart or not torch.is_grad_enabled() or (not gram and a.numel() + w.numel() < _TINY):
+        return _gram(a, d, w)[0].to(a.dtype) if gram else _norm_of(_product(a, d, w))
+    norm: Tensor = (_ByGram if gram else _ByProduct).apply(a, d, w)[0]
     return norm
 
 
 _TINY = 2**13  # numbers: below, a step of autograd in Python takes longer than its matrix products
-
-
-def _taken_apart() -> bool:
-    """Where nothing is differentiated, or something else knows every step by itself and some of ours not."""
-    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def gram_is_cheaper(a: Tensor, w: Tensor) -> bool:
@@ -56,16 +54,27 @@ def _product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
     return (a * d.unsqueeze(-2)) @ w if scaled_a else a @ (d.unsqueeze(-1) * w)
 
 
-def _gram(a: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """‖A D W‖², AᵀA and WWᵀ in float64."""
+def _norm_of(r: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(r, dim=(-3, -2, -1))
+    return norm
+
+
+def _gram(a: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """‖A D W‖, AᵀA and WWᵀ, and whether all but rounding cancels in the Gram form: then the norm is the product's."""
     a, w, d = a.double(), w.double(), d.double()
     of_a, of_w = a.mT @ a, w @ w.mT
-    return (d * ((of_a * of_w) @ d.unsqueeze(-1)).squeeze(-1)).sum((-2, -1)), of_a, of_w
+    both = of_a * of_w
+
+    def form(matrix: Tensor, vector: Tensor) -> Tensor:
+        return (vector * (matrix @ vector.unsqueeze(-1)).squeeze(-1)).sum((-2, -1))
+
+    square = form(both, d)
+    cancels = (square < _ROUNDING * form(both.abs(), d.abs())).any()
+    norm = _norm_of(_product(a, d, w)) if cancels else square.clamp(min=0).sqrt()
+    return norm, of_a, of_w, cancels
 
 
-def _plain_gram(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
-    square = _gram(a, d, w)[0].clamp(min=0)
-    return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt()).float()
+_ROUNDING = 1e-12  # of a form's square against the sum of its terms' sizes, in float64
 
 
 def _gradients(factor: Tensor, r: Tensor, a: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +120,7 @@ class _ByProduct(_Norm):
     @staticmethod
     def forward(a: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         r = _product(a, d, w)
-        return torch.linalg.vector_norm(r, dim=(-3, -2, -1)), r
+        return _norm_of(r), r
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -126,17 +135,21 @@ class _ByProduct(_Norm):
 class _ByGram(_Norm):
     @staticmethod
     def forward(a: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        square, of_a, of_w = _gram(a, d, w)
-        return square.clamp(min=0).sqrt().float(), of_a, of_w
+        norm, *made = _gram(a, d, w)
+        return norm.float(), norm, *made
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return None, None, None
-        a, d, w, norm, of_a, of_w = ctx.saved_tensors  # type: ignore[attr-defined]
+        a, d, w, norm, exact, of_a, of_w, cancels = ctx.saved_tensors  # type: ignore[attr-defined]
         if torch.is_grad_enabled():
             return _gradients(_over(g, norm), _product(a, d, w), a, d, w)
-        factor, wide = _over(g, norm).double()[..., None, None], d.double()
+        factor, wide = _over(g.double(), exact), d.double()
+        if cancels:
+            exactly = _gradients(factor, _product(a.double(), wide, w.double()), a.double(), wide, w.double())
+            return tuple(each.float() for each in exactly)
+        factor = factor[..., None, None]
         both = wide.unsqueeze(-1) * wide.unsqueeze(-2) * factor.unsqueeze(-1)
         of_d = factor * ((of_a * of_w) @ wide.unsqueeze(-1)).squeeze(-1)
         return (a.double() @ (of_w * both)).float(), of_d.float(), ((of_a * both) @ w.double()).float()

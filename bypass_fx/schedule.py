@@ -28,7 +28,7 @@ from bypass_fx.snapshot import Snapshot
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
 
 Phase = Literal["opt1", "opt2", "train3", "done"]
-FORMAT = 2
+FORMAT = 3
 
 
 class BypassSchedule:
@@ -253,6 +253,7 @@ class BypassSchedule:
             "bypass": self._bypass.state_dict(),
             "earlier_steps": self._earlier_steps,
             "rested": self._rested,
+            "under_way": self._readout.state_dict(),
             "reports": [report.state_dict() for report in self.reports],
             "accept": self._accept.state_dict() if self._accept else {},
             "snapshot": self._snapshot.state_dict() if self._snapshot else None,
@@ -279,6 +280,7 @@ class BypassSchedule:
         self._snapshot = Snapshot.from_state(state["snapshot"]) if state["snapshot"] else None
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
+        self._readout.load_state_dict(state["under_way"])
         self.phase = state["phase"]
         self._returning = self._adds()
         if self.phase in ("train3", "done"):
@@ -304,7 +306,7 @@ class BypassSchedule:
 
     def _adds(self) -> bool:
         """Whether the coming step's loss has a penalty."""
-        return self.measures and self._course.comeback.penalises
+        return self.phase == "opt2" and self._bypass.counts and self._course.comeback.penalises
 
     def _extended(self) -> bool:
         return surgery.is_extended(self._model)

@@ -68,7 +68,13 @@ ELEMENTWISE: dict[str, Elementwise] = {
         ("min_val", "max_val"), (-1.0, 1.0),
     ),
 }  # fmt: skip
-NAME_OF: dict[type[nn.Module], str] = {entry.module: name for name, entry in ELEMENTWISE.items()}
+_NAME_OF = {entry.module: (name, entry.module.forward) for name, entry in ELEMENTWISE.items()}
+
+
+def name_of(cls: type[nn.Module]) -> str:
+    """The name of the activation whose module this is, as torch made it; "" for all other classes."""
+    name, forward = _NAME_OF.get(cls, ("", None))
+    return name if cls.forward is forward else ""
 
 
 def called_with(node: fx.Node) -> tuple[str, tuple[Parameter, ...]] | None:

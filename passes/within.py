@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import acts_as, works_in_place
-from .derivatives import NAME_OF, called_with
+from .derivatives import called_with, name_of
 from .link import Linked
 from .units import Spot, Unit
 from .writes import overwritten
@@ -34,7 +34,7 @@ def runs_within(linked: Linked, unit: Unit, node: fx.Node) -> bool:
     module = linked.module(Spot(unit, node))
     if module is not None:
         cls = type(module)
-        if cls not in NAME_OF or len(node.args) != 1 or node.kwargs or not acts_as(module, cls):
+        if not name_of(cls) or len(node.args) != 1 or node.kwargs or not acts_as(module, cls):
             return False
     elif called_with(node) is None:
         return False
@@ -45,8 +45,11 @@ def runs_within(linked: Linked, unit: Unit, node: fx.Node) -> bool:
 
 
 def _seen_by_none_else(linked: Linked, unit: Unit, z: fx.Node) -> bool:
-    """Whether z is made here, and its only reader the activation: what that leaves in z's memory is of no concern."""
-    if len(z.users) != 1:
+    """Whether z is made here, and its only reader the activation: what that leaves in z's memory is of no concern.
+
+    A hook that is put on what makes z later sees z there, and no more σ(z).
+    """
+    if len(z.users) != 1 or nn.modules.module._global_forward_hooks:
         return False
     module = linked.module(Spot(unit, z))
     if module is not None:

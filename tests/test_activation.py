@@ -247,3 +247,41 @@ def test_a_compiled_model_has_one_kernel_for_the_activation_and_d_and_no_product
     )
     fused = next(line for line in backward.splitlines() if "gelu_backward" in line and "async_compile" in line)
     assert "mul" in fused and "sum" in fused
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_example_without_a_batch(name: str) -> None:
+    torch.manual_seed(0)
+    z, delta = leaf(5), leaf(5)
+    one_step, apart = named(name)
+    found, expected = (torch.autograd.grad(way(z, delta).square().sum(), (z, delta)) for way in (one_step, apart))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_in_batches_and_checkpoints_that_keep_the_activation() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    torch.manual_seed(0)
+    model = bypass_fx.extend(nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)))
+    x = torch.randn(2, 4)
+    jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(model, x))  # type: ignore[no-untyped-call]
+
+    def keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = op is torch.ops.aten.gelu.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    loss = checkpoint(
+        model, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(keep)
+    ).sum()
+    for one, other in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_class_whose_forward_was_replaced_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, z: z.sigmoid())
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3)), torch.randn(2, 4)
+    before = model(x)
+    assert torch.equal(bypass_fx.extend(model, mode="all", example_inputs=(x,))(x), before)

@@ -182,3 +182,31 @@ class _WithPenalty(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x).square().sum() + bypass_fx.penalty(self.model)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+def test_a_norm_that_is_not_below_epsilon_is_not_said_to_be_whatever_the_size_of_the_weights(scale: float) -> None:
+    torch.manual_seed(0)
+    m, n, l = 144, 16, 432  # noqa: E741
+    for _ in range(20):
+        d = torch.randn(1, n, dtype=torch.float64)
+        w = scale * torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0][:, :8]
+        w = w @ torch.randn(8, l, dtype=torch.float64)
+        span = torch.linalg.qr(d.T * w)[0][:, :8]
+        a = scale * torch.randn(m, n, dtype=torch.float64)
+        parts = [(a - (a @ span) @ span.T)[None].float().requires_grad_(), d.float(), w[None].float()]
+        truth = float(plain(*(part.detach().double() for part in parts)))
+        norm = norm_of_product(*parts)
+        assert norm.item() == pytest.approx(truth, rel=1e-3)
+        assert torch.autograd.grad(norm, parts[0])[0].any()
+
+
+def test_a_penalty_under_autocast_is_taken_in_its_own_precision() -> None:
+    model = bypass_fx.extend(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)))
+    with torch.no_grad():
+        for site in bypass_fx.sites(model):
+            bypass_fx.surgery.delta_of(model, site).fill_(0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = bypass_fx.penalty(model)
+    within.backward()  # type: ignore[no-untyped-call]
+    assert within.dtype == torch.float32 and torch.equal(within, bypass_fx.penalty(model))

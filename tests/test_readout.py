@@ -156,10 +156,22 @@ def test_the_constraint_may_be_evaluated_in_every_kth_step(comeback: str, monkey
     monkeypatch.setattr(type(schedule._bypass), "_norms", lambda self: taken.append(self.opt2_steps) or measured(self))
     while schedule.phase != "done":
         if comeback == "penalty" and not schedule._course.comeback.ends:
-            assert schedule.penalty().requires_grad == (schedule.steps % 4 == 0 or schedule.steps == 39)
+            assert schedule.penalty().requires_grad == (schedule.steps % 4 == 0)
         step(model, optimizer, schedule)
     assert taken == [t for t in range(schedule.report.opt2_steps) if t % 4 == 0 or t == 39]
     assert len(schedule.report.arrivals) == 2
+
+
+def test_beyond_its_budget_the_penalty_comes_in_every_kth_step_as_before() -> None:
+    model, optimizer, schedule = begun("published", opt1=0, opt2=6, penalty_every=4, at_budget="continue")
+    with torch.no_grad():
+        for site in bypass_fx.sites(model):
+            bypass_fx.surgery.delta_of(model, site).fill_(0.5)
+    added = []
+    for _ in range(16):
+        added.append(schedule.penalty().requires_grad)
+        step(model, optimizer, schedule)
+    assert added == [t % 4 == 0 for t in range(16)]
 
 
 def test_in_its_step_the_penalty_counts_k_times() -> None:

@@ -16,6 +16,7 @@ from .proximal import Proximal
 
 _FALLEN = 0.5  # the norm counts as falling once it was below this part of its highest: at first γ is too small
 _STILL_FALLS = 0.99  # between the means of two windows
+_FEWEST = 3  # norms in a window, where they are not taken in every step
 _LAST_PART = 0.75  # of the budget: from here on a guaranteed return needs the rest
 
 
@@ -49,6 +50,7 @@ class Penalty(Comeback):
         self._highest = 0.0
         self._earlier: float | None = None  # the mean of the window before
         self._sum, self._count = 0.0, 0
+        self._since = 0  # the first step of this window
 
     @property
     def ends(self) -> bool:
@@ -87,9 +89,9 @@ class Penalty(Comeback):
         """Why the penalty won't arrive on time; "" while it may."""
         self._highest = max(self._highest, norm)
         self._sum, self._count = self._sum + norm, self._count + 1
-        if self._count == (self._window or max(10, now.budget // 20)):
+        if now.t + 1 - self._since >= (self._window or max(10, now.budget // 20)) and self._count >= _FEWEST:
             mean, earlier = self._sum / self._count, self._earlier
-            self._earlier, self._sum, self._count = mean, 0.0, 0
+            self._earlier, self._sum, self._count, self._since = mean, 0.0, 0, now.t + 1
             if earlier is not None and earlier < _FALLEN * self._highest and mean > _STILL_FALLS * earlier:
                 return f"the norm idles at {mean:.3g} while γ grows"
         if self._hand_over and _LAST_PART * now.budget <= now.t < now.budget:
@@ -108,11 +110,11 @@ class Penalty(Comeback):
             "note": self._note,
             "highest": self._highest,
             "earlier": self._earlier,
-            "window": (self._sum, self._count),
+            "window": (self._sum, self._count, self._since),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._handed_over, self._note = state["handed_over"], state["note"]
         self._highest, self._earlier = state["highest"], state["earlier"]
-        self._sum, self._count = state["window"]
+        self._sum, self._count, self._since = state["window"]
         self._on.fill_(0.0 if self._handed_over else 1.0)
