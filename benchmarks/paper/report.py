@@ -62,6 +62,7 @@ def _part(experiment: Experiment, of: Sequence[Case], rows: Sequence[Row]) -> It
     yield ""
     for number, picture in figures.draw(experiment, rows).items():
         path = f"paper-{experiment.length}-{data}-fig{number}.png"
+        picture.set_dpi(100)
         figure.save(picture, RESULTS / path)
         yield from (f"![{experiment.title}, as the paper's Fig. {number}]({path})", "")
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.jumps import Jumps, watching
-from bypass_fx import surgery
+from bypass_fx import geometry, surgery
 from bypass_fx.feed import in_order, placed
+from bypass_fx.geometry import Point
 from bypass_fx.replicas import Replicas
 from bypass_fx.task import task
 
@@ -151,18 +152,15 @@ class Walk:
         self._before = [self._before[place] for place in places]
         self.first = experiment.steps(experiment.train1, stage.per_epoch)
         self.replicas = Replicas([model for model, _ in pairs], [optimizer for _, optimizer in pairs], stage.at_once)
-        self._theta = self.replicas.values.double()
+        self._theta = [geometry.point(model) for model in self.replicas.models]
         rows = iter(self.arms)
 
         def begin(model: nn.Module, optimizer: Optimizer) -> Any:
-            arm = next(rows)
-            return (
-                None if arm.name == BASELINE else experiment.arm(arm.name).schedule(model, optimizer, stage.per_epoch)
-            )
+            name = next(rows).name
+            return None if name == BASELINE else experiment.arm(name).schedule(model, optimizer, stage.per_epoch)
 
         at_start = [stage.scores(model) for model in self.replicas.models]
         self.replicas.lead(begin)
-        self._width = max(_deltas(model).numel() for model in self.replicas.models)
         self._curves: list[Row] = [{column: [] for column in COLUMNS} for _ in self.arms]
         self._scores: list[dict[int, dict[str, float]]] = [{self.first: scores} for scores in at_start]
         self._ends: list[dict[str, int]] = [{"θ*": self.first} for _ in self.arms]
@@ -180,14 +178,14 @@ class Walk:
             for step, batch in zip(range(1, total + 1), stage.batches(seed, self.first), strict=False):
                 last = step == total
                 recorded = step % every == 0 or last
-                before = self._points() if recorded else None
+                before = [geometry.point(model) for model in self.replicas.models] if recorded else []
                 phases = self._phases()
                 losses = self.replicas.backward(stage.loss, batch, shared=True)
                 self.replicas.step(losses)
                 means.add(losses)
                 self._shock(jumps)
                 self._end_phases(phases, self.first + step)
-                if before is not None:
+                if recorded:
                     self._record(self.first + step, phases, means.note(self.first + step), before)
                 if step % score_every == 0 or last:
                     for row in range(len(self.arms)):
@@ -196,11 +194,11 @@ class Walk:
         return [self._row(row, self.first + total, seconds) for row in range(len(self.arms))]
 
     def _phases(self) -> list[str]:
-        found = list[str]()
-        for row, schedule in enumerate(self.replicas.schedules):
-            ended = schedule is None or schedule.phase == "done" or row in self.replicas.failures
-            found.append("train3" if ended or schedule is None else schedule.phase)
-        return found
+        on = {row: schedule.phase for row, schedule in enumerate(self.replicas.schedules) if schedule}
+        return [
+            "train3" if row in self.replicas.failures or on.get(row, "done") == "done" else on[row]
+            for row in range(len(self.arms))
+        ]
 
     def _end_phases(self, before: list[str], step: int) -> None:
         for row, (then, now) in enumerate(zip(before, self._phases(), strict=True)):
@@ -220,26 +218,15 @@ class Walk:
             row = self.replicas.models.index(model)
             self._shocks[row] = max(self._shocks[row], jump)
 
-    @torch.no_grad()
-    def _points(self) -> Tensor:
-        """All parameters with D, 0 where there is none, [rows, parameters]."""
-        found = self.replicas.values.new_zeros(len(self.arms), self._width)
-        for row, model in enumerate(self.replicas.models):
-            if surgery.is_extended(model):
-                found[row] = _deltas(model)
-        return torch.cat([self.replicas.values, found], dim=1)
-
-    def _record(self, step: int, phases: list[str], losses: list[float], before: Tensor) -> None:
-        norms = self.replicas.norms()
+    def _record(self, step: int, phases: list[str], losses: list[float], before: list[Point]) -> None:
+        norms, models = self.replicas.norms(), self.replicas.models
         for row, (arm, curve) in enumerate(zip(self.arms, self._curves, strict=True)):
-            now = self._point(row)
-            theta = torch.nn.functional.pad(self._theta[row], (0, self._width))
-            out = now - theta
-            base = None if arm.baseline in (None, row) else self._point(arm.baseline) - theta
+            other = arm.baseline if arm.baseline != row else None
+            others = None if other is None else (before[other], models[other])
+            where = geometry.between(self._theta[row], before[row], models[row], others)
             values = (
-                step, phases[row], losses[row], self._residual(row, norms),
-                float((now - before[row].double()).norm()), float(out.norm()), _cosine(theta, now),
-                None if base is None else _cosine(base, out),
+                step, phases[row], losses[row], self._residual(row, norms), where.step, where.distance, where.cosine,
+                where.relative,
             )  # fmt: skip
             for column, value in zip(COLUMNS, values, strict=True):
                 curve[column].append(_short(value) if isinstance(value, float) else value)
@@ -248,12 +235,6 @@ class Walk:
         if not surgery.is_extended(self.replicas.models[row]):
             return None
         return sum(float(norm[row]) for norm in norms.values())
-
-    def _point(self, row: int) -> Tensor:
-        model = self.replicas.models[row]
-        own = self.replicas.values[row].double()
-        delta = _deltas(model) if surgery.is_extended(model) else own.new_zeros(self._width)
-        return torch.cat([own, delta.double()])
 
     def _row(self, row: int, last: int, seconds: float) -> Row:
         arm, schedule, experiment = self.arms[row], self.replicas.schedules[row], self.stage.experiment
@@ -274,17 +255,6 @@ class Walk:
                 "norm_at_proj": _short(sum(each.norm for each in (*report.arrivals, *report.left_out))),
             }  # fmt: skip
         return found
-
-
-def _deltas(model: nn.Module) -> Tensor:
-    if not surgery.is_extended(model):
-        return torch.zeros(0)
-    return torch.cat([surgery.delta_of(model, site).detach().flatten() for site in surgery.sites(model)])
-
-
-def _cosine(left: Tensor, right: Tensor) -> float | None:
-    lengths = float(left.norm() * right.norm())
-    return float(left @ right) / lengths if lengths > 0 else None
 
 
 def _short(value: float) -> float:
