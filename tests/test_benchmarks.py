@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from benchmarks import comeback, coverage, digits, exactness, paper, planning, replicas
 from benchmarks.paper import experiment, report, theory
 from benchmarks.results_file import ResultsFile
+from bypass_fx import data
 from bypass_fx.settings import Settings
 
 
@@ -82,10 +84,10 @@ def test_digits_scores_both_arms_at_each_moment(results: str, monkeypatch: pytes
 
 SMALL = {
     "V-A": {"train1": 6, "opt1": 3, "opt2": 3, "train3": 3, "seeds": 2},
-    "V-B": {"model": "mlp", "shorten": 1500, "seeds": 2},
-    "VI-A": {"model": "mlp", "shorten": 1500, "seeds": 2},
-    "VI-B": {"model": "mlp", "shorten": 1500, "seeds": 1},
-    "VI-C": {"model": "timm:test_resnet", "shorten": 4000, "seeds": 1},
+    "V-B": {"model": "mlp", "shorten": 200, "seeds": 2},
+    "VI-A": {"model": "mlp", "shorten": 200, "seeds": 2},
+    "VI-B": {"model": "mlp", "shorten": 200, "seeds": 1},
+    "VI-C": {"model": "timm:test_resnet", "shorten": 800, "seeds": 1},
 }
 
 
@@ -94,8 +96,18 @@ def small_paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def load(full: bool = False, cifar10: str = "") -> dict[str, experiment.Experiment]:
         return {name: replace(each, **SMALL[name]) for name, each in experiment.load(full, cifar10).items()}
 
+    def first(examples: data.Examples) -> data.Examples:
+        assert isinstance(examples, TensorDataset)
+        return TensorDataset(*(part[:256] for part in examples.tensors))
+
+    def few(name: str) -> data.Data:
+        whole = data.load(name)
+        return replace(whole, train=first(whole.train), test=first(whole.test))
+
     for module in (paper, report):
         monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(experiment.Experiment, "examples", lambda self: few(self.data))
+    monkeypatch.setattr(report.figure, "save", lambda picture, path: path.touch())
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
 
