@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks import comeback, coverage, digits, exactness, paper, planning, replicas
-from benchmarks.paper import experiment, report, theory
+from benchmarks.paper import experiment, report, theory, walk
 from benchmarks.results_file import ResultsFile
 from bypass_fx import data
 from bypass_fx.settings import Settings
@@ -128,8 +128,9 @@ def test_paper_runs_every_experiment_goes_on_and_judges_every_claim(
 
 
 def test_paper_walks_with_equal_arms_until_opt1_and_scores_both_where_one_ends_a_phase(
-    results: str, small_paper: None
+    results: str, small_paper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(walk, "SCORES", 1)
     rows = paper.run("VI-A", results=results).rows
     of = {row["arm"]: row for row in rows if row["seed"] == 1}
     reference, steeper, baseline = (of[name] for name in ("bypass", "γ = 0.05t", "baseline"))

@@ -7,7 +7,7 @@ from benchmarks.results_file import ResultsFile
 from . import theory
 from .experiment import load, related
 from .report import summary
-from .run import Stage, Walk
+from .walk import Stage, Walk
 
 __all__ = ["THEORY", "run", "summary"]
 
