@@ -123,6 +123,7 @@ def test_paper_runs_every_experiment_goes_on_and_judges_every_claim(
     assert len(file.rows) == len(rows)
     table = paper.summary(file)
     assert all(f"| {claim.text} | " in table for claim in report.CLAIMS)
+    assert "paper V-B --full`" in table and "paper V-B`" not in table
     assert "Stand-in data" in table and "Shortened" in table
     assert len([*tmp_path.glob("*.png")]) == 6
 

@@ -20,7 +20,7 @@ LENGTHS = ("train1", "opt1", "opt2", "train3")
 
 def summary(file: ResultsFile) -> str:
     """Every claim with the seeds that bear it out, for each experiment, length and data that was run; draws the figures."""
-    lines = ["# The paper's claims", "", *_theory(file.rows)]
+    lines = ["# The paper's claims", "", *_not_run(file.rows), *_theory(file.rows)]
     for length, data in sorted({(row["length"], row["data"]) for row in file if "length" in row}, reverse=True):
         rows = [row for row in file if (row.get("length"), row.get("data")) == (length, data)]
         for experiment in load(length == "full", "" if data == "digits" else data).values():
@@ -36,6 +36,19 @@ def cases(rows: Sequence[Row], experiment: Experiment) -> list[Case]:
         if row["experiment"] in related(experiment):
             by_seed.setdefault(row["seed"], {})[row["arm"]] = Trace(row)
     return [arms for _, arms in sorted(by_seed.items()) if {BASELINE, "bypass", *experiment.arms} <= arms.keys()]
+
+
+def _not_run(rows: Sequence[Row]) -> Iterator[str]:
+    """The commands whose results are not here, or not of all seeds."""
+    left = []
+    for full in (False, True):
+        for name, experiment in load(full).items():
+            seeds = {row["seed"] for row in rows if (row["experiment"], row.get("length")) == (name, experiment.length)}
+            if len(seeds) < experiment.seeds:
+                command = f"`python -m benchmarks paper {name}{' --full' if full else ''}`"
+                left.append(f"{command} ({len(seeds)} of {experiment.seeds} seeds are here)" if seeds else command)
+    if left:
+        yield from (f"Not run, or not to the end: {', '.join(left)}.", "")
 
 
 def _theory(rows: Sequence[Row]) -> Iterator[str]:
