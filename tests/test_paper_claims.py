@@ -46,7 +46,7 @@ def ideal() -> Rows:
     ends = {"θ*": 0, "after opt1": 4, "after proj": 8, "end": 12}
     bypass |= {"arrived": True, "opt2_steps": 4, "norm_at_proj": 1e-5, "jump": 1e-6, "failure": "", "ends": ends}
     rows = {"baseline": baseline | {"ends": ends}, "bypass": bypass}
-    for name in ("n = 100", "γ = 0.0005t", "γ = 0.05t", "ε = 0.05", "ε = 0.5"):
+    for name in ("n = 100", "γ = 0.0005t", "γ = 0.05t", "ε = 0.005", "ε = 0.05"):
         rows[name] = deepcopy(bypass)
     rows["n = 100"]["curve"]["residual"][3] = 2.5
     rows["n = 100"]["scores"]["12"]["train_loss"] = 0.5
@@ -55,8 +55,8 @@ def ideal() -> Rows:
     rows["γ = 0.0005t"]["curve"]["residual"][4:8] = [3.9, 3.8, 3.7, 3.6]
     rows["γ = 0.0005t"]["arrived"] = False
     rows["γ = 0.0005t"]["curve"]["loss"][4:8] = [0.61] * 4
-    rows["ε = 0.05"] |= {"opt2_steps": 3, "jump": 1e-3}
-    rows["ε = 0.5"] |= {"opt2_steps": 2, "jump": 1e-1}
+    rows["ε = 0.005"] |= {"opt2_steps": 3, "jump": 1e-3}
+    rows["ε = 0.05"] |= {"opt2_steps": 2, "jump": 1e-1}
     rows["theorem"] = {"least": 1.5}
     widths = [64, 128]
     rows["cost"] = {
@@ -123,9 +123,9 @@ SPOILT: dict[str, list[Spoil]] = {
     ],
     "the fastest γ peaks above the baseline": [put("γ = 0.05t", "curve loss 5", 1.0)],
     "the slowest γ stays below the baseline": [put("γ = 0.0005t", "curve loss 4", 1.0, 1.0, 1.0, 1.0)],
-    "larger ε: fewer steps of opt2": [put("ε = 0.5", "opt2_steps", 4), put("ε = 0.05", "opt2_steps", 5)],
-    "larger ε: larger jump at proj": [put("ε = 0.5", "jump", 1e-7), put("ε = 0.05", "jump", 1.0)],
-    "train3 mends the jump": [put("ε = 0.5", "scores 12 train_loss", 0.7)],
+    "larger ε: fewer steps of opt2": [put("ε = 0.05", "opt2_steps", 4), put("ε = 0.005", "opt2_steps", 5)],
+    "larger ε: larger jump at proj": [put("ε = 0.05", "jump", 1e-7), put("ε = 0.005", "jump", 1.0)],
+    "train3 mends the jump": [put("ε = 0.05", "scores 12 train_loss", 0.7)],
     "∇‖ADW‖ ≠ 0 where ADW ≠ 0": [put("theorem", "least", 0.0)],
     "the extension costs O(s_W)": [put("cost", "pointwise 1", 1024), put("cost", "matmul_flops 1", 5)],
     "‖ADW‖ costs a constant number of matrix products": [put("cost", "products 1", 6)],

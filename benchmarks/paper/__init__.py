@@ -38,7 +38,8 @@ def run(only: str = "", full: bool = False, cifar10: str = "", results: str = "p
         for group in groups:
             assert stage is not None
             for row in Walk(stage, group).rows():
-                file.add(row)
+                if _key(row) not in done:
+                    file.add(row)
             print(experiment.name, experiment.length, "seeds", group, flush=True)
     return file
 

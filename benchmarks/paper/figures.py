@@ -74,7 +74,7 @@ def _score(flat: Mapping[str, float]) -> Score:
 PANELS = {
     "n": ("bypass", "n = 100"),
     "γ(t)": ("bypass", "γ = 0.0005t", "γ = 0.05t"),
-    "ε": ("bypass", "ε = 0.05", "ε = 0.5"),
+    "ε": ("bypass", "ε = 0.005", "ε = 0.05"),
 }
 
 
