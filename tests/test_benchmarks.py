@@ -144,6 +144,14 @@ def test_paper_walks_with_equal_arms_until_opt1_and_scores_both_where_one_ends_a
     assert all(norm > 0 for norm in norms[:opt1]) and norms[-1] is None
 
 
+def test_paper_adds_only_what_a_killed_run_had_not_saved(results: str, small_paper: None) -> None:
+    rows = paper.run("VI-B", results=results).rows
+    path = Path(results)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    again = paper.run("VI-B", results=results).rows
+    assert [row["arm"] for row in again] == [row["arm"] for row in rows]
+
+
 def test_paper_keeps_the_papers_numbers_at_full_length_and_takes_cifar10(tmp_path: Path) -> None:
     experiments = experiment.load(full=True, cifar10=str(tmp_path))
     shown = {name: (each.lr, each.decay, each.epsilon, each.gamma) for name, each in experiments.items()}

@@ -84,7 +84,8 @@ def _about(experiment: Experiment, of: Sequence[Case]) -> str:
     some = next(iter(of[0].values())).row
     steps = [f"{name} {experiment.steps(getattr(experiment, name), some['per_epoch'])}" for name in LENGTHS]
     slopes = " then ".join(f"{slope * experiment.shorten:g}t" for slope in experiment.gamma)
-    told = f"{len(of)} seeds on {some['data']}; steps: {', '.join(steps)} (the return's is the most it may take)."
+    seeds = f"{len(of)} seed{'s' * (len(of) > 1)} on {some['data']}"
+    told = f"{seeds}; steps: {', '.join(steps)} (the return, as published, takes those of opt2 at most)."
     if experiment.data == "digits":
         told += " **Stand-in data**: digits as 32×32×3 images, for want of CIFAR-10."
     if not experiment.full:
@@ -107,7 +108,7 @@ def _table(found: Sequence[Finding]) -> Iterator[str]:
     yield "| claim | source | seeds that bear it out | median | of |"
     yield "|---|---|---|---|---|"
     for each in found:
-        number = "none" if math.isnan(each.number) else f"{each.number:.4g}"
+        number = "none" if math.isnan(each.number) else f"{each.number:.6g}"
         yield (
             f"| {each.claim.text} | {each.claim.source} | {each.borne_out} of {each.seeds} | {number} | "
             f"{each.claim.number} |"
