@@ -11,7 +11,7 @@ import typer
 import bypass_fx
 from bypass_fx import zoo_sites
 
-from . import comeback, coverage, crashes, digits, exactness, overhead, pages, planning, replicas
+from . import comeback, coverage, crashes, digits, exactness, overhead, pages, paper, planning, replicas
 from .results_file import RESULTS, cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -79,6 +79,19 @@ def run_overhead(only: Pattern = "") -> None:
 def run_replicas(count: Annotated[int, typer.Option(help="How many replicas.")] = 20) -> None:
     """What a step of many seeds as one batched model costs beside a step of one."""
     _write("replicas.md", replicas.summary(replicas.run(count)))
+
+
+@app.command("paper")
+def run_paper(
+    only: Annotated[
+        str, typer.Argument(help="One experiment: V-A, V-B, VI-A, VI-B, VI-C or theory; all, if left out.")
+    ] = "",
+    full: Annotated[bool, typer.Option(help="As long as the paper's, not shortened.")] = False,
+    cifar10: Annotated[str, typer.Option(help="The folder of CIFAR-10; digits, if left out.")] = "",
+) -> None:
+    """The paper's experiments, and how many of the seeds bear out each of its claims."""
+    torch.set_num_threads(1)  # the replicas of one go side by side
+    _write("paper.md", paper.summary(paper.run(only, full, cifar10)))
 
 
 def _write(name: str, text: str) -> None:

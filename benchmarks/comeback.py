@@ -6,12 +6,10 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from bypass_fx import comeback as returns
 from bypass_fx import data, param_group, surgery
 from bypass_fx.feed import Feed
 
+from .jumps import watching
 from .results_file import ResultsFile
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -140,12 +139,13 @@ def _come_back(run: _Run, arm: str) -> dict[str, Any]:
         epsilon=NO_EPSILON if no_epsilon else task.epsilon, comeback=ARMS[comeback](), snapshot=None,
     )  # fmt: skip
     out, highest, step_jump = schedule.out, 0.0, 0.0
-    jumps = [0.0]
+    jump = 0.0
     for batch in run.batches():
         highest = max(highest, run.step(batch, schedule))
         before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-        with warnings.catch_warnings(record=True), _watching(run, jumps):
+        with warnings.catch_warnings(record=True), watching(run.exact_loss) as jumps:
             schedule.step()
+        jump = max([jump, *(change for _, change in jumps)])
         if schedule.out != out:  # an arrival, or the end: what did the step of the schedule do to the loss?
             out = schedule.out
             twin.load_state_dict(before)
@@ -159,27 +159,9 @@ def _come_back(run: _Run, arm: str) -> dict[str, Any]:
     return {
         "sites": len(arrivals), "arrived": len(report.arrivals), "steps": report.opt2_steps,
         "norm": max(arrival.norm for arrival in arrivals), "delta": max(arrival.delta for arrival in arrivals),
-        "highest": highest, "loss_at_end": run.exact_loss(run.model), "jump": max(jumps), "step_jump": step_jump,
+        "highest": highest, "loss_at_end": run.exact_loss(run.model), "jump": jump, "step_jump": step_jump,
         "notes": list(report.notes), "seconds": time.perf_counter() - start,
     }  # fmt: skip
-
-
-@contextmanager
-def _watching(run: _Run, jumps: list[float]) -> Iterator[None]:
-    """Inside, note by how much each projection and each contraction changes the loss."""
-
-    def watched(act: Callable[..., Any]) -> Callable[..., Any]:
-        def watch(*arguments: Any) -> Any:
-            then = run.exact_loss(run.model)
-            result = act(*arguments)
-            jumps.append(abs(run.exact_loss(run.model) - then) / then)
-            return result
-
-        return watch
-
-    project, contract = watched(surgery.project), watched(surgery.contract)
-    with mock.patch.object(surgery, "project", project), mock.patch.object(surgery, "contract", contract):
-        yield
 
 
 def run(seeds: int = 20, results: str = "comeback.jsonl") -> ResultsFile:

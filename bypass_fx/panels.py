@@ -177,7 +177,8 @@ def _mean(axes: Axes, curves: Sequence[Points], color: str, label: str) -> None:
         axes.plot(x[first:last], middle, color=color, lw=1, label=label if first == 0 else None)
         if len(filled) > 1:
             spread = y[:, first:last].std(0, ddof=1)
-            axes.fill_between(x[first:last], middle - spread, middle + spread, color=color, alpha=0.2, lw=0)
+            lower = np.maximum(middle - spread, y[:, first:last].min(0))  # a logarithmic axis has no room below 0
+            axes.fill_between(x[first:last], lower, middle + spread, color=color, alpha=0.2, lw=0)
 
 
 def _unbroken(x: Sequence[float]) -> list[tuple[int, int]]:

@@ -207,10 +207,11 @@ class Replicas:
             elif (term := schedule.penalty()).requires_grad:
                 terms.append(term)
         for rows in alike.values():
-            first, gammas = self._schedule(rows[0]), self.values.new_zeros(len(self.models))
+            gammas = self.values.new_zeros(len(self.models))
             gammas[rows] = torch.stack([self._schedule(row).gamma for row in rows]).to(gammas)
             for piece in self._pieces(rows):
-                self._differentiate(piece, self._mapped(piece, _penalty_of(first), gammas, False).sum())
+                penalty = _penalty_of(self._schedule(piece.numbers[0]))  # of the model that goes through for the piece
+                self._differentiate(piece, self._mapped(piece, penalty, gammas, False).sum())
         if terms:
             torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
 

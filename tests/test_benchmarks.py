@@ -9,10 +9,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from benchmarks import beside, comeback, coverage, digits, exactness, growth, overhead, penalty_cost, planning, replicas
+from benchmarks import (
+    beside,
+    comeback,
+    coverage,
+    digits,
+    exactness,
+    growth,
+    overhead,
+    paper,
+    penalty_cost,
+    planning,
+    replicas,
+)
+from benchmarks.paper import experiment, report, theory, walk
 from benchmarks.results_file import ResultsFile
 from benchmarks.stopwatch import peak_memory
+from bypass_fx import data
 from bypass_fx.settings import Settings
 
 
@@ -120,3 +135,96 @@ def test_the_peak_of_memory_is_what_is_held_at_once() -> None:
         return [torch.empty(2**20) for _ in range(3)]
 
     assert 3 * peak_memory(one_after_another) == peak_memory(at_once) == 3 * 4 * 2**20
+
+
+SMALL = {
+    "V-A": {"train1": 6, "opt1": 3, "opt2": 3, "train3": 3, "seeds": 2},
+    "V-B": {"model": "mlp", "shorten": 200, "seeds": 2},
+    "VI-A": {"model": "mlp", "shorten": 200, "seeds": 2},
+    "VI-B": {"model": "mlp", "shorten": 200, "seeds": 1},
+    "VI-C": {"model": "timm:test_resnet", "shorten": 800, "seeds": 1},
+}
+
+
+@pytest.fixture
+def small_paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(full: bool = False, cifar10: str = "") -> dict[str, experiment.Experiment]:
+        return {name: replace(each, **SMALL[name]) for name, each in experiment.load(full, cifar10).items()}
+
+    def first(examples: data.Examples) -> data.Examples:
+        assert isinstance(examples, TensorDataset)
+        return TensorDataset(*(part[:256] for part in examples.tensors))
+
+    def few(name: str) -> data.Data:
+        whole = data.load(name)
+        return replace(whole, train=first(whole.train), test=first(whole.test))
+
+    for module in (paper, report):
+        monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(experiment.Experiment, "examples", lambda self: few(self.data))
+    monkeypatch.setattr(report.figure, "save", lambda picture, path: path.touch())
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+
+def test_paper_runs_every_experiment_goes_on_and_judges_every_claim(
+    results: str, small_paper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((paper, "THEOREM_SEEDS"), (theory, "DRAWS"), (theory, "ROUNDS")):
+        monkeypatch.setattr(module, name, 1)
+    rows = paper.run(results=results).rows
+    arms = {(row["experiment"], row["arm"], row["seed"]) for row in rows if "arm" in row}
+    assert len(arms) == len(rows) - 2 == 2 * 2 + 2 * 2 + 2 * 5 + 2 + 2
+    file = paper.run(results=results)
+    assert len(file.rows) == len(rows)
+    table = paper.summary(file)
+    assert all(f"| {claim.text} | " in table for claim in report.CLAIMS)
+    assert "paper V-B --full`" in table and "paper V-B`" not in table
+    assert "Stand-in data" in table and "Shortened" in table
+    assert len([*tmp_path.glob("*.png")]) == 6
+
+
+def test_paper_walks_with_equal_arms_until_opt1_and_scores_both_where_one_ends_a_phase(
+    results: str, small_paper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "SCORES", 1)
+    rows = paper.run("VI-A", results=results).rows
+    of = {row["arm"]: row for row in rows if row["seed"] == 1}
+    reference, steeper, baseline = (of[name] for name in ("bypass", "γ = 0.05t", "baseline"))
+    opt1 = reference["ends"]["after opt1"] - reference["ends"]["θ*"]
+    assert steeper["curve"]["loss"][:opt1] == reference["curve"]["loss"][:opt1]
+    assert steeper["curve"]["loss"] != reference["curve"]["loss"]
+    assert {str(step) for step in reference["ends"].values()} <= baseline["scores"].keys()
+    assert reference["scores"][str(reference["ends"]["θ*"])] == baseline["scores"][str(baseline["ends"]["θ*"])]
+    norms = reference["curve"]["residual"]
+    assert all(norm > 0 for norm in norms[:opt1]) and norms[-1] is None
+
+
+def test_paper_adds_only_what_a_killed_run_had_not_saved(results: str, small_paper: None) -> None:
+    rows = paper.run("VI-B", results=results).rows
+    path = Path(results)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    again = paper.run("VI-B", results=results).rows
+    assert [row["arm"] for row in again] == [row["arm"] for row in rows]
+
+
+def test_paper_keeps_the_papers_numbers_at_full_length_and_takes_cifar10(tmp_path: Path) -> None:
+    experiments = experiment.load(full=True, cifar10=str(tmp_path))
+    shown = {name: (each.lr, each.decay, each.epsilon, each.gamma) for name, each in experiments.items()}
+    assert shown["V-A"] == (3e-8, 0.0, 1e-4, (0.6,))
+    assert shown["V-B"] == shown["VI-A"] == shown["VI-B"] == (0.004, 0.005, 5e-6, (0.005,))
+    assert shown["VI-C"] == (0.0005, 0.1, 0.002, (3e-6, 3e-5))
+    assert experiments["VI-C"].growth(390)(60 * 390 + 1) == pytest.approx(3e-6 * 60 * 390 + 3e-5)
+    assert experiments["V-B"].steps(experiments["V-B"].train1, 390) == 500 * 390
+    assert {each.data for each in experiments.values()} == {"eggholder", f"cifar10:{tmp_path}"}
+
+
+def test_shortening_lets_gamma_go_through_the_same_values() -> None:
+    long, short = (replace(experiment.load()["V-B"], shorten=factor) for factor in (1, 5))
+    steps = [each.steps(each.opt2, 10) for each in (long, short)]
+    assert steps[0] == 5 * steps[1]
+    assert long.growth(10)(steps[0]) == pytest.approx(short.growth(10)(steps[1]))
+
+
+def test_an_unknown_experiment_of_the_paper_is_refused(results: str) -> None:
+    with pytest.raises(ValueError, match="VI-D"):
+        paper.run("VI-D", results=results)

@@ -209,10 +209,17 @@ def test_batch_norm_keeps_each_replicas_statistics() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_portions_change_nothing(at_once: int) -> None:
+@pytest.mark.parametrize("comeback", ["homotopy", "published"])
+@pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:penalty")
+def test_portions_change_nothing(at_once: int, comeback: str) -> None:
     models = seeds(normed)
     replicas, alone = together(models, adam, at_once), Alone(models, adam)
-    lead(replicas, alone, lambda row, m, o: BypassSchedule(m, o, opt1=1 + row % 2, opt2=3, mode="all"))
+
+    def begin(row: int, model: nn.Module, optimizer: Optimizer) -> BypassSchedule:
+        gamma = bypass_fx.Linear(1.0 + row)
+        return BypassSchedule(model, optimizer, opt1=1 + row % 2, opt2=3, gamma=gamma, comeback=comeback, mode="all")
+
+    lead(replicas, alone, begin)
     expect_same(replicas, alone, range(6), (1, 4, 4))
 
 
