@@ -29,7 +29,7 @@ def norm_of_product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
         >>> norm_of_product(a, d, w)
         tensor(4.)
     """
-    if torch.is_autocast_enabled(a.device.type):
+    if torch.amp.is_autocast_available(a.device.type) and torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
             return norm_of_product(a, d, w)
     apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

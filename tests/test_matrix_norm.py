@@ -210,3 +210,4 @@ def test_a_penalty_under_autocast_is_taken_in_its_own_precision() -> None:
         within = bypass_fx.penalty(model)
     within.backward()  # type: ignore[no-untyped-call]
     assert within.dtype == torch.float32 and torch.equal(within, bypass_fx.penalty(model))
+    assert bypass_fx.penalty(model.to("meta")).is_meta
