@@ -77,7 +77,9 @@ def run_replicas(count: Annotated[int, typer.Option(help="How many replicas.")] 
 
 @app.command("helps")
 def run_helps(
-    stage: Annotated[str, typer.Argument(help="search, held-out, or in-sample: the verdict's arms on the searched half.")],
+    stage: Annotated[
+        str, typer.Argument(help="search, held-out, or in-sample: the verdict's arms on the searched half.")
+    ],
     full: Annotated[bool, typer.Option(help="The full lengths, which take days on two cores.")] = False,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
     cifar10: Annotated[str, typer.Option(help="A folder with CIFAR-10, which is then a task too.")] = "",

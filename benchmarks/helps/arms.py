@@ -106,6 +106,6 @@ def kick(values: torch.Tensor, sizes: Sequence[int], noise: float, seed: int) ->
     """Add noise to the parameters of one model, [parameters], with `noise` times each tensor's standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(len(values), generator=generator)
-    for part, each in zip(values.split(list(sizes)), drawn.split(list(sizes)), strict=True):
+    for part, each in zip(*(torch.split(flat, [*sizes]) for flat in (values, drawn)), strict=True):
         spread = part.std() if part.numel() > 1 else part.abs().mean()
         part.add_(noise * spread * each)

@@ -53,13 +53,13 @@ def read(full: bool = False, cifar10: str = "", file: Path = FILE) -> Protocol:
     given = tomllib.loads(file.read_text())
     tasks = {}
     for name, entry in given["tasks"].items():
-        short = entry.pop("short")
+        numbers: dict[str, Any] = {key: value for key, value in entry.items() if key != "short"}
         if not full:
-            entry |= short
-        if entry["data"]["kind"] == "cifar10":
-            entry["data"]["folder"] = cifar10
-        if cifar10 or entry["data"]["kind"] != "cifar10":
-            tasks[name] = Task(name, **{key: tuple(v) if key == "arms" else v for key, v in entry.items()})
+            numbers |= entry["short"]
+        if numbers["data"]["kind"] == "cifar10":
+            numbers["data"]["folder"] = cifar10
+        if cifar10 or numbers["data"]["kind"] != "cifar10":
+            tasks[name] = Task(name=name, **numbers)
     return Protocol(
         tasks, _arms("plain", given["plain"].items()), _arms("bypass", given["search"].items()),
         _arms("bypass", given["verdict"].items()), tuple(given["timed"]), given["decay"], given["search_seed"],

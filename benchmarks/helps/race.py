@@ -86,7 +86,9 @@ def run(
             "loss": scores["train"]["loss"][rows].tolist(),
             **{f"test_{name}": values[rows].tolist() for name, values in scores["test"].items()},
             "curve": [[step, float(losses[rows].clamp_min(1e-12).log().mean().exp())] for step, losses in curve],
-            "rolled_back": [bool(s and any(report.rolled_back for report in s.reports)) for s in replicas.schedules[rows]],
+            "rolled_back": [
+                bool(s and any(report.rolled_back for report in s.reports)) for s in replicas.schedules[rows]
+            ],
             "failed": sorted(row - rows.start for row in replicas.failures if rows.start <= row < rows.stop),
             "seconds": seconds / len(arms),
         }
@@ -94,7 +96,13 @@ def run(
 
 
 def _lead(
-    replicas: Replicas, task: Task, examples: Examples, start: Start, arms: Sequence[Arm], seeds: Sequence[int], steps: int
+    replicas: Replicas,
+    task: Task,
+    examples: Examples,
+    start: Start,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    steps: int,
 ) -> None:
     coming = iter([(arm, index) for arm in arms for index in range(len(seeds))])
     every = max(1, task.train1 // LOOKS)
@@ -116,7 +124,13 @@ def _lead(
 
 
 def _steps(
-    replicas: Replicas, task: Task, examples: Examples, arms: Sequence[Arm], seeds: Sequence[int], steps: int, decay: float
+    replicas: Replicas,
+    task: Task,
+    examples: Examples,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    steps: int,
+    decay: float,
 ) -> list[tuple[int, Tensor]]:
     rows = list(product(arms, seeds))
     sizes = [parameter.numel() for parameter in replicas.models[0].parameters() if parameter.requires_grad]
@@ -150,10 +164,7 @@ def score(replicas: Replicas, examples: Examples, pair: Pair) -> dict[str, Tenso
     measures = {"loss": examples.loss}
     if examples.kind == "classification":
         measures["accuracy"] = examples.accuracy
-    found = {
-        name: _mean(lambda batch, of=of: replicas(of, batch, shared=True), pair)  # type: ignore[misc]
-        for name, of in measures.items()
-    }
+    found = {name: _mean(lambda batch, of=of: replicas(of, batch, shared=True), pair) for name, of in measures.items()}
     replicas.train()
     return found
 

@@ -20,7 +20,9 @@ ROWS = 120  # replicas that race side by side
 
 def file_of(protocol: Protocol, stage: Stage, name: str = "") -> ResultsFile:
     """The results of a stage, short or full."""
-    return ResultsFile(name or f"helps-{stage}{'-full' if protocol.full else ''}.jsonl", ("torch", "timm", "scikit-learn"))
+    return ResultsFile(
+        name or f"helps-{stage}{'-full' if protocol.full else ''}.jsonl", ("torch", "timm", "scikit-learn")
+    )
 
 
 def run(protocol: Protocol, stage: Stage, only: str = "", name: str = "") -> ResultsFile:
@@ -43,7 +45,9 @@ def run(protocol: Protocol, stage: Stage, only: str = "", name: str = "") -> Res
 def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> None:
     arms, seeds = protocol.arms(stage, task), protocol.seeds(stage, task)
     examples = task.examples()
-    priced = next((row["costs"] for row in file if row["task"] == task.name and row["kind"] == "costs"), {})
+    priced: dict[str, float] = next(
+        (row["costs"] for row in file if row["task"] == task.name and row["kind"] == "costs"), {}
+    )
     if any(arm.name not in priced for arm in arms):
         priced = priced | race.costs(task, examples, [arm for arm in arms if arm.name not in priced])
         file.rows = [row for row in file if not (row["task"] == task.name and row["kind"] == "costs")]

@@ -17,9 +17,7 @@ Row = dict[str, Any]
 
 def rows_of(file: ResultsFile, task: str, budget: str = "steps") -> dict[str, Row]:
     """The rows of a task by their arm."""
-    return {
-        row["arm"]: row for row in file if row["kind"] == "arm" and row["task"] == task and row["budget"] == budget
-    }
+    return {row["arm"]: row for row in file if row["kind"] == "arm" and row["task"] == task and row["budget"] == budget}
 
 
 def reference(file: ResultsFile, task: str) -> str:

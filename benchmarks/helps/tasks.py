@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from math import pi
@@ -41,14 +41,16 @@ class Examples:
     def accuracy(self, model: nn.Module, batch: Pair) -> Tensor:
         """The share of right classes, 0-dim."""
         x, y = batch
-        return (model(x).argmax(-1) == y).float().mean()
+        right: Tensor = model(x).argmax(-1) == y
+        return right.float().mean()
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # on [points, 2], and half the side of its square
     "eggholder": (data.eggholder, 250.0),
     "ackley": (
         lambda x: (
-            -20 * (-0.2 * x.square().mean(1, keepdim=True).sqrt()).exp() - (2 * pi * x).cos().mean(1, keepdim=True).exp()
+            -20 * (-0.2 * x.square().mean(1, keepdim=True).sqrt()).exp()
+            - (2 * pi * x).cos().mean(1, keepdim=True).exp()
         ),
         2.0,
     ),
@@ -126,15 +128,18 @@ def dense(inputs: int, hidden: tuple[int, ...], outputs: int, activation: str) -
 
 
 def resnet18(channels: int, width: int, outputs: int) -> nn.Module:
-    """ResNet-18 with `width` channels in its first stage."""
-    from timm.models.resnet import BasicBlock, ResNet
+    """ResNet-18 with `width` channels in its first stage, and the stem of timm's "d" for small images."""
+    import timm
 
     widths = (width, 2 * width, 4 * width, 8 * width)
-    model: nn.Module = ResNet(
-        BasicBlock, (2, 2, 2, 2), outputs, channels, channels=widths, zero_init_last=False, stem_type="deep",
+    return timm.create_model(
+        "resnet18d",
+        in_chans=channels,
+        num_classes=outputs,
+        channels=widths,
         stem_width=width // 2,
-    )  # fmt: skip
-    return model
+        zero_init_last=False,
+    )
 
 
 class Block(nn.Module):
@@ -183,7 +188,7 @@ class Task:
     """A row of the protocol: data and net with their arguments, and how it is trained.
 
     `batch` is 0 where every step takes the whole set; `at_once` as for `Replicas`. All arms take `steps` after θ*,
-    which lies `train1` steps after the start.
+    which lies `train1` steps after the start. Where `arms` are named, only those race.
     """
 
     name: str
@@ -196,12 +201,13 @@ class Task:
     steps: int
     seeds: int
     at_once: int | None = None
-    shortened: str = ""
-    arms: tuple[str, ...] = ()
+    arms: Sequence[str] = ()
 
     def examples(self) -> Examples:
         """The data."""
-        made = {"function": function, "spirals": spirals, "digits": digits, "text": text, "cifar10": cifar10}
+        made: dict[str, Callable[..., Examples]] = {
+            "function": function, "spirals": spirals, "digits": digits, "text": text, "cifar10": cifar10,
+        }  # fmt: skip
         kind, arguments = _named(self.data)
         return made[kind](**arguments)
 
