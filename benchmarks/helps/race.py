@@ -21,7 +21,6 @@ from bypass_fx.replicas import Replicas
 from .arms import Arm, kick
 from .tasks import Examples, Pair, Task, minibatches
 
-LOOKS = 40  # how often the training loss is taken, before θ* and after it
 CHUNK = 2000  # examples that are evaluated at once
 PROBE_STEPS = 20
 FOR_EVER = 10**7
@@ -46,7 +45,7 @@ def begin(task: Task, examples: Examples, seeds: Sequence[int]) -> Start:
     replicas, losses = Replicas(models, optimizers, task.at_once), []
     for step, batch in zip(range(task.train1), batches(task, examples, seeds, 1, 0), strict=False):
         replicas.step(replicas.backward(examples.loss, batch, shared=not task.batch))
-        if (step + 1) % max(1, task.train1 // LOOKS) == 0:
+        if (step + 1) % max(1, task.train1 // task.looks) == 0:
             losses.append(score(replicas, examples, examples.train)["loss"])
     return Start(replicas, torch.stack(losses))
 
@@ -105,7 +104,7 @@ def _lead(
     steps: int,
 ) -> None:
     coming = iter([(arm, index) for arm in arms for index in range(len(seeds))])
-    every = max(1, task.train1 // LOOKS)
+    every = max(1, task.train1 // task.looks)
 
     def evaluate(model: nn.Module) -> float:
         return float(_mean(lambda batch: examples.loss(model, batch), examples.train))
@@ -153,7 +152,7 @@ def _steps(
             replicas.backward(examples.loss, batch, shared=not task.batch)
             replicas.values.sub_(shift)
         replicas.step(losses)
-        if (step + 1) % max(1, steps // LOOKS) == 0:
+        if (step + 1) % max(1, steps // task.looks) == 0:
             curve.append((step + 1, score(replicas, examples, examples.train)["loss"]))
     return curve
 

@@ -42,15 +42,21 @@ def run(protocol: Protocol, stage: Stage, only: str = "", name: str = "") -> Res
     return file
 
 
+def costs(file: ResultsFile, task: str) -> dict[str, float]:
+    """What a run of each arm of a task costs over one of plain training, as it was measured last."""
+    found: dict[str, float] = {}
+    for row in file:
+        if row["kind"] == "costs" and row["task"] == task:
+            found |= row["costs"]
+    return found
+
+
 def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> None:
     arms, seeds = protocol.arms(stage, task), protocol.seeds(stage, task)
     examples = task.examples()
-    priced: dict[str, float] = next(
-        (row["costs"] for row in file if row["task"] == task.name and row["kind"] == "costs"), {}
-    )
-    if any(arm.name not in priced for arm in arms):
-        priced = priced | race.costs(task, examples, [arm for arm in arms if arm.name not in priced])
-        file.rows = [row for row in file if not (row["task"] == task.name and row["kind"] == "costs")]
+    priced = costs(file, task.name)
+    if missing := [arm for arm in arms if arm.name not in priced]:
+        priced |= race.costs(task, examples, missing)
         file.add({"kind": "costs", "task": task.name, "costs": priced})
     done = {(row["arm"], row["budget"]) for row in file if row["task"] == task.name and row["kind"] == "arm"}
     jobs = [(arm, "steps", task.steps) for arm in arms if (arm.name, "steps") not in done]

@@ -11,6 +11,7 @@ from benchmarks.results_file import ResultsFile
 
 from . import verdict
 from .protocol import Protocol, Stage
+from .record import costs
 
 Row = dict[str, Any]
 
@@ -62,7 +63,7 @@ def summary(protocol: Protocol, stage: Stage, file: ResultsFile) -> str:
             "",
             *_HEAD,
         ]
-        prices = next(row["costs"] for row in file if row["kind"] == "costs" and row["task"] == task.name)
+        prices = costs(file, task.name)
         for budget in ("steps", "time"):
             for arm, row in rows_of(file, task.name, budget).items():
                 name = arm if budget == "steps" else f"{arm}, equal time ({row['steps']} steps)"

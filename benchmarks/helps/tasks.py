@@ -188,7 +188,8 @@ class Task:
     """A row of the protocol: data and net with their arguments, and how it is trained.
 
     `batch` is 0 where every step takes the whole set; `at_once` as for `Replicas`. All arms take `steps` after θ*,
-    which lies `train1` steps after the start. Where `arms` are named, only those race.
+    which lies `train1` steps after the start. The training loss is taken `looks` times before θ* and after
+    it. Where `arms` are named, only those race.
     """
 
     name: str
@@ -201,6 +202,7 @@ class Task:
     steps: int
     seeds: int
     at_once: int | None = None
+    looks: int = 40
     arms: Sequence[str] = ()
 
     def examples(self) -> Examples:
