@@ -86,6 +86,12 @@ def test_rates_of_all_but_the_restarts_are_one_and_fall_to_zero() -> None:
     assert restarts.factor(299, 300, 0.25) < 0.01
 
 
+def test_a_bypass_may_begin_with_noise() -> None:
+    noisy = replace(HOMOTOPY, name="noisy", noise=0.1)
+    losses = _raced(_task("eggholder"), [noisy, HOMOTOPY])
+    assert (losses["noisy"] / losses["homotopy"] - 1).abs().min() > 1e-4
+
+
 def test_noise_is_measured_in_the_spread_of_each_tensor() -> None:
     values = torch.cat([100 * torch.randn(4000), torch.randn(4000), torch.full((1,), 3.0)])
     moved = values.clone()

@@ -24,7 +24,7 @@ class Arm:
     Attributes:
         name: for the tables.
         family: "plain" or "bypass".
-        rate: the learning rate's course: "decay" is that of all arms but "restarts".
+        rate: the learning rate's course, "decay", "restarts" or "cosine".
         noise: standard deviation of what is added to the weights, in those of each tensor; at `kicks` moments.
         kicks: how many; the first at θ*, the others evenly over the part of the steps in which others bypass.
         sam: ρ of sharpness-aware minimisation, 0 for none.
@@ -60,8 +60,10 @@ class Arm:
         """The learning rate at a step over that before θ*.
 
         "decay" is 1 and falls as a half cosine over the last share `decay` of the steps; "restarts" are three half
-        cosines, each from 2.
+        cosines, each from 2, and "cosine" is one from 1.
         """
+        if self.rate == "cosine":
+            decay = 1.0
         if self.rate == "restarts":
             return 1 + math.cos(math.pi * (3 * step / steps % 1.0))
         left = (steps - step) / (decay * steps)

@@ -72,10 +72,11 @@ def run(
         [optimizer for twin in twins for optimizer in twin.optimizers],
         task.at_once,
     )
+    sizes = [parameter.numel() for parameter in replicas.models[0].parameters() if parameter.requires_grad]  # without D
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "opt2 ended|penalty")
         _lead(replicas, task, examples, start, arms, seeds, steps)
-        curve = _steps(replicas, task, examples, arms, seeds, steps, decay)
+        curve = _steps(replicas, task, examples, sizes, arms, seeds, steps, decay)
     scores = {part: score(replicas, examples, getattr(examples, part)) for part in ("train", "test")}
     seconds = time.perf_counter() - began
     found = {}
@@ -123,16 +124,10 @@ def _lead(
 
 
 def _steps(
-    replicas: Replicas,
-    task: Task,
-    examples: Examples,
-    arms: Sequence[Arm],
-    seeds: Sequence[int],
-    steps: int,
-    decay: float,
-) -> list[tuple[int, Tensor]]:
+    replicas: Replicas, task: Task, examples: Examples, sizes: Sequence[int], arms: Sequence[Arm], seeds: Sequence[int],
+    steps: int, decay: float,
+) -> list[tuple[int, Tensor]]:  # fmt: skip
     rows = list(product(arms, seeds))
-    sizes = [parameter.numel() for parameter in replicas.models[0].parameters() if parameter.requires_grad]
     rho = torch.tensor([arm.sam for arm, _ in rows]).unsqueeze(1)
     kicks = {(arm.name, step) for arm in arms for step in arm.kick_steps(steps, decay)}
     curve = []
