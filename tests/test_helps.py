@@ -37,7 +37,7 @@ def test_an_arm_comes_to_the_same_whoever_races_beside_it(name: str) -> None:
     assert (beside["homotopy"] / beside["continue"] - 1).abs().min() > 1e-5
 
 
-def test_an_arm_without_anything_to_do_is_plain_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_without_anything_to_do_is_plain_training() -> None:
     task = _task("digits")
     examples = task.examples()
     torch.manual_seed(SEEDS[0])
@@ -57,7 +57,9 @@ def test_every_arm_takes_as_many_steps_on_the_same_minibatches(monkeypatch: pyte
     task, seen = _task("digits"), []
     backward = race.Replicas.backward
 
-    def watched(replicas: race.Replicas, loss_fn: object, batch: tuple[torch.Tensor, ...], shared: bool = False) -> object:
+    def watched(
+        replicas: race.Replicas, loss_fn: object, batch: tuple[torch.Tensor, ...], shared: bool = False
+    ) -> object:
         seen.append(batch[0])
         return backward(replicas, loss_fn, batch, shared)  # type: ignore[arg-type]
 
@@ -168,7 +170,12 @@ def test_both_halves_hold_regressions_and_classifications_and_share_no_net(full:
 def test_a_stage_is_run_once_and_reported(tmp_path: Path) -> None:
     arms = (PLAIN, Arm("sam", "plain", sam=0.05)), (HOMOTOPY,)
     small = replace(
-        SHORT, tasks={"eggholder": _task("eggholder")}, plain=arms[0], search=arms[1], verdict=arms[1], timed=("homotopy",)
+        SHORT,
+        tasks={"eggholder": _task("eggholder")},
+        plain=arms[0],
+        search=arms[1],
+        verdict=arms[1],
+        timed=("homotopy",),
     )
     threads = torch.get_num_threads()
     try:

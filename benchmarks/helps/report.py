@@ -12,6 +12,7 @@ from benchmarks.results_file import ResultsFile
 from . import verdict
 from .protocol import Protocol, Stage
 from .record import costs
+from .tasks import Task
 
 Row = dict[str, Any]
 
@@ -38,6 +39,7 @@ def ratios(file: ResultsFile, task: str, arm: str, budget: str = "steps", agains
 def summary(protocol: Protocol, stage: Stage, file: ResultsFile) -> str:
     """The tables in Markdown."""
     tasks = [task for task in protocol.of(stage) if "continue" in rows_of(file, task.name)]
+    missing = [task.name for task in protocol.of(stage) if task not in tasks]
     length = "full" if protocol.full else "shortened"
     lines = [
         f"Stage {stage}, {length} lengths. Final training loss over that of the task's best plain arm, from the same θ\\*: "
@@ -45,6 +47,7 @@ def summary(protocol: Protocol, stage: Stage, file: ResultsFile) -> str:
         "ratio to `continue`; the test loss over the best plain arm's, geometric mean; test accuracy, median; what the "
         "arm's run costs over plain training in time.",
         "",
+        *([f"Tasks not run yet: {', '.join(missing)}.", ""] if missing else []),
         "## All tasks with every seed",
         "",
     ]
@@ -60,6 +63,7 @@ def summary(protocol: Protocol, stage: Stage, file: ResultsFile) -> str:
             f"{len(first['seeds'])} seeds from {first['seeds'][0]} on, θ\\* after {first['train1']} steps at a loss of "
             f"{geometric_mean(first['at_start']):.4g}, then {first['steps']} steps. Best plain arm: {best}, "
             f"{geometric_mean(max(loss, verdict.FLOOR) for loss in rows[best]['loss']):.4g}.",
+            *_missing(protocol, stage, task, rows),
             "",
             *_HEAD,
         ]
@@ -69,6 +73,11 @@ def summary(protocol: Protocol, stage: Stage, file: ResultsFile) -> str:
                 name = arm if budget == "steps" else f"{arm}, equal time ({row['steps']} steps)"
                 lines.append(_line(name, file, task.name, arm, budget, row, rows[best], prices[arm]))
     return "\n".join(lines) + "\n"
+
+
+def _missing(protocol: Protocol, stage: Stage, task: Task, rows: dict[str, Row]) -> list[str]:
+    arms = [arm.name for arm in protocol.arms(stage, task) if arm.name not in rows]
+    return ["", f"Not run yet: {'; '.join(arms)}."] if arms else []
 
 
 _HEAD = (
