@@ -81,6 +81,7 @@ def train(
         str, _option("Bypass", "Way back: homotopy, variety, lagrangian, proximal, penalty or published.")
     ] = _DEFAULT.comeback,
     return_lr: Annotated[float | None, _option("Bypass", "Learning rate λ′ in opt2; --lr if not given.")] = None,
+    delta_rate: Annotated[float, _option("Bypass", "D's learning rate over --lr.")] = _DEFAULT.delta_rate,
     gamma: Annotated[str, _option("Bypass", "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...")] = _DEFAULT.gamma,
     gamma_unit: Annotated[str, _option("Bypass", "What t counts in γ(t): step or epoch.")] = _DEFAULT.gamma_unit,
     epsilon: Annotated[float, _option("Bypass", "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.")] = _DEFAULT.epsilon,

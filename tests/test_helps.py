@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+import bypass_fx
 from benchmarks.helps import protocol, race, record, report, verdict
 from benchmarks.helps.arms import Arm, kick
 from benchmarks.helps.tasks import Task, minibatches
+from bypass_fx.optimizers import make_optimizer
+from bypass_fx.phases import Lengths, embedded
+from bypass_fx.settings import preset
 
 SHORT = protocol.read()
 PLAIN, HOMOTOPY = Arm("continue", "plain"), Arm("homotopy", "bypass", comeback="homotopy", cycles=2)
@@ -148,8 +152,6 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 
 def test_every_strict_site_of_the_transformer_is_found_in_each_block() -> None:
-    import bypass_fx
-
     task = SHORT.tasks["transformer"]
     plan = bypass_fx.plan(task.build(task.examples()))
     assert len([site for site in plan if site.kind == "strict"]) == 2 * task.net["blocks"] == len(plan.sites)
@@ -191,6 +193,18 @@ def test_a_stage_is_run_once_and_reported(tmp_path: Path) -> None:
     assert "| homotopy | " in told and f"| homotopy, equal time ({timed['steps']} steps) | " in told
     report.draw(small, file, tmp_path / "helps.png")
     assert (tmp_path / "helps.png").stat().st_size > 5000
+
+
+def test_the_preset_of_the_library_is_what_the_search_froze() -> None:
+    frozen, library = next(arm for arm in SHORT.verdict if arm.name == "preset"), preset("improved")
+    assert (library.comeback, library.cycles, library.delta_rate) == (frozen.comeback, frozen.cycles, frozen.delta_lr)
+    assert library.opt1 / library.opt2 == pytest.approx(frozen.walk / frozen.back)
+    cycle = library.opt1 + library.opt2 + library.train3
+    assert library.opt1 / cycle == pytest.approx(frozen.walk)
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    optimizer = make_optimizer(model, library)
+    embedded(model, optimizer, library, bypass_fx.plan(model), Lengths.of(library, 1))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([library.lr, 0.2 * library.lr])
 
 
 def test_modules_of_a_dense_net() -> None:
