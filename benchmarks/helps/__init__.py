@@ -6,8 +6,9 @@ different nets. The search draws its weights and minibatches from other seeds th
 
 Arms: all start from the same θ* of a seed, with the state of Adam, take the same minibatches and the same number of
 steps (a step of SAM takes two gradients, and counts as one). The learning rate stays as before θ* and falls to 0 over
-the last quarter, for every arm but warm restarts, which have their own: three half cosines from twice the rate. Every
-bypass begins at θ* and is over when the rate begins to fall, or soon after.
+the last quarter, for every arm but "restarts", three half cosines from twice the rate, and "cosine", one over all steps,
+which came in with the second round of the search. Every bypass begins at θ* and is over when the rate begins to fall, or
+soon after, but for candidates of that round.
 
 Equal wall time: the step of each kind is timed on one model, alternating in one run; what a whole run of an arm costs over
 plain training follows from the lengths of its phases. The arms named in `timed` run once more with as many steps fewer.
