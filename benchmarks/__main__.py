@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import typer
@@ -12,6 +12,7 @@ import bypass_fx
 from bypass_fx import zoo_sites
 
 from . import comeback, coverage, crashes, digits, exactness, overhead, pages, paper, planning, replicas
+from .helps import protocol, record, report
 from .results_file import RESULTS, cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -92,6 +93,25 @@ def run_paper(
     """The paper's experiments, and how many of the seeds bear out each of its claims."""
     torch.set_num_threads(1)  # the replicas of one go side by side
     _write("paper.md", paper.summary(paper.run(only, full, cifar10)))
+
+
+@app.command("helps")
+def run_helps(
+    stage: Annotated[
+        str, typer.Argument(help="search, held-out, or in-sample: the verdict's arms on the searched half.")
+    ],
+    full: Annotated[bool, typer.Option(help="The full lengths, which take days on two cores.")] = False,
+    only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
+    cifar10: Annotated[str, typer.Option(help="A folder with CIFAR-10, which is then a task too.")] = "",
+) -> None:
+    """Whether bypassing helps: every arm of the protocol from the same θ*, seed by seed."""
+    found = protocol.read(full, cifar10)
+    chosen = next((each for each in get_args(protocol.Stage) if each == stage), None)
+    if chosen is None:
+        raise typer.BadParameter(f"{stage!r} is no stage; take {', '.join(get_args(protocol.Stage))}")
+    file = record.run(found, chosen, only)
+    report.draw(found, file, file.path.with_suffix(".png"))
+    _write(file.path.with_suffix(".md").name, report.summary(found, chosen, file))
 
 
 def _write(name: str, text: str) -> None:

@@ -64,6 +64,7 @@ def embedded(
         epsilon=settings.epsilon,
         comeback=settings.comeback,
         lr=settings.return_lr,
+        delta_lr=None if settings.delta_rate == 1 else settings.delta_rate * settings.lr,
         unit="epoch" if settings.gamma_unit == "epoch" else "step",
         steps_per_epoch=lengths.epoch,
         plan=plan,

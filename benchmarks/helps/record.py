@@ -1,0 +1,89 @@
+"""Running the protocol: each arm of each task once, a line in the results as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from benchmarks.results_file import ResultsFile
+
+from . import race
+from .arms import Arm
+from .protocol import Protocol, Stage
+from .tasks import Task
+
+ROWS = 120  # replicas that race side by side
+
+
+def file_of(protocol: Protocol, stage: Stage, name: str = "") -> ResultsFile:
+    """The results of a stage, short or full."""
+    return ResultsFile(
+        name or f"helps-{stage}{'-full' if protocol.full else ''}.jsonl", ("torch", "timm", "scikit-learn")
+    )
+
+
+def run(protocol: Protocol, stage: Stage, only: str = "", name: str = "") -> ResultsFile:
+    """Run what no earlier run has finished.
+
+    Args:
+        protocol: tasks, arms and lengths.
+        stage: "search", "held-out", or "in-sample" for the verdict's arms on the searched half.
+        only: only tasks whose name contains this.
+        name: another file for the results.
+    """
+    torch.set_num_threads(1)  # the nets are small
+    file = file_of(protocol, stage, name)
+    for task in protocol.of(stage):
+        if only in task.name:
+            _task(protocol, stage, task, file)
+    return file
+
+
+def costs(file: ResultsFile, task: str) -> dict[str, float]:
+    """What a run of each arm of a task costs over one of plain training, as it was measured last."""
+    found: dict[str, float] = {}
+    for row in file:
+        if row["kind"] == "costs" and row["task"] == task:
+            found |= row["costs"]
+    return found
+
+
+def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> None:
+    arms, seeds = protocol.arms(stage, task), protocol.seeds(stage, task)
+    examples = task.examples()
+    priced = costs(file, task.name)
+    if missing := [arm for arm in arms if arm.name not in priced]:
+        priced |= race.costs(task, examples, missing)
+        file.add({"kind": "costs", "task": task.name, "costs": priced})
+    done = {(row["arm"], row["budget"]) for row in file if row["task"] == task.name and row["kind"] == "arm"}
+    jobs = [(arm, "steps", task.steps) for arm in arms if (arm.name, "steps") not in done]
+    if stage != "search":
+        timed = [arm for arm in arms if arm.name in protocol.timed and (arm.name, "time") not in done]
+        jobs += [(arm, "time", round(task.steps / priced[arm.name])) for arm in timed]
+    if not jobs:
+        return
+    start = race.begin(task, examples, seeds)
+    for team in _teams(jobs, 1 if task.at_once == 1 else max(1, ROWS // len(seeds))):
+        _, budget, steps = team[0]
+        racing = [arm for arm, _, _ in team]
+        found = race.run(task, examples, start, racing, seeds, steps, protocol.decay)
+        for arm in racing:
+            about = {"kind": "arm", "task": task.name, "arm": arm.name, "family": arm.family, "budget": budget}
+            length = {"train1": task.train1, "steps": steps, "seeds": seeds, "at_start": start.losses[-1].tolist()}
+            file.add({**about, **length, **found[arm.name]})
+
+
+def _teams(jobs: Sequence[tuple[Arm, str, int]], size: int) -> Iterator[list[tuple[Arm, str, int]]]:
+    """Arms that race side by side: those of as many steps, and of as many gradients a step."""
+
+    def alike(job: tuple[Arm, str, int]) -> tuple[Any, ...]:
+        arm, budget, steps = job
+        return bool(arm.sam), budget, steps
+
+    for _, group in groupby(sorted(jobs, key=alike), key=alike):
+        members = list(group)
+        for first in range(0, len(members), size):
+            yield members[first : first + size]
