@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self, cast
 
@@ -20,10 +19,10 @@ from bypass_fx.joint_step import JointStep
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Site
+from bypass_fx.replica_groups import Call, Function, Group, Piece
 from bypass_fx.schedule import BypassSchedule, NonFiniteError
-from bypass_fx.stack import Rows, Stack, rows_of
+from bypass_fx.stack import Stack, rows_of
 
-Function = Callable[[nn.Module, Any], Any]
 _WALKING = ("opt1", "opt2")
 
 
@@ -263,33 +262,33 @@ class Replicas:
                 members.append((sites, [row]))
             else:
                 together.append(row)
-        self._groups = [_Group(rows, sites, _stacked_deltas(self.models, rows, sites)) for sites, rows in members]
+        self._groups = [Group(rows, sites, _stacked_deltas(self.models, rows, sites)) for sites, rows in members]
         held = [(self._weights, [*range(len(self.models))])]
         held += [(group.deltas, group.rows) for group in self._groups if group.deltas]
         self._stacks = [stack for stack, _ in held]
         joined = held if self._at_once > 1 else []
         self._joints = [JointStep(stack, [self.optimizers[row] for row in rows]) for stack, rows in joined]
 
-    def _pieces(self, rows: Collection[int] | None = None) -> Iterator[_Piece]:
+    def _pieces(self, rows: Collection[int] | None = None) -> Iterator[Piece]:
         """The replicas (all, or these), in portions that go through the model together."""
         for group in self._groups:
             places = [place for place, row in enumerate(group.rows) if rows is None or row in rows]
             for first in range(0, len(places), self._at_once):
                 yield self._piece(group, places[first : first + self._at_once])
 
-    def _piece(self, group: _Group, places: list[int]) -> _Piece:
+    def _piece(self, group: Group, places: list[int]) -> Piece:
         numbers = [group.rows[place] for place in places]
         rows = rows_of(numbers, self.values.device)
         if len(numbers) == 1:
-            return _Piece(numbers, rows, group.sites, [], [], {})
+            return Piece(numbers, rows, group.sites, [], [], {})
         stacks = [(self._weights, rows)]
         if group.deltas:
             stacks.append((group.deltas, rows_of(places, self.values.device)))
         leaves = [stack.leaves(chosen) for stack, chosen in stacks]
         fixed = {name: each[rows] for name, each in self._fixed.items()}
-        return _Piece(numbers, rows, group.sites, stacks, leaves, fixed)
+        return Piece(numbers, rows, group.sites, stacks, leaves, fixed)
 
-    def _differentiate(self, piece: _Piece, loss: Tensor) -> None:
+    def _differentiate(self, piece: Piece, loss: Tensor) -> None:
         if piece.alone:
             loss.backward()  # type: ignore[no-untyped-call]
             return
@@ -298,7 +297,7 @@ class Replicas:
         for (stack, rows), each in zip(piece.stacks, piece.leaves, strict=True):
             stack.add_gradients(rows, list(islice(gradients, len(each))))
 
-    def _mapped(self, piece: _Piece, function: Function, batch: Any, shared: bool) -> Any:
+    def _mapped(self, piece: Piece, function: Function, batch: Any, shared: bool) -> Any:
         """The function of each model of a piece, [models, …]."""
         model = self.models[piece.numbers[0]]
         if not shared and len(piece.numbers) < len(self.models):
@@ -306,7 +305,7 @@ class Replicas:
         if piece.alone:
             batch = batch if shared else tree_map(lambda tensor: tensor[0], batch)
             return tree_map(lambda tensor: tensor.unsqueeze(0), function(model, batch))
-        call = _Call(model, function)
+        call = Call(model, function)
         tensors = {f"model.{name}": tensor for name, tensor in piece.tensors()}
 
         def one(tensors: dict[str, Tensor], batch: Any) -> Any:
@@ -317,47 +316,6 @@ class Replicas:
             for name, tensor in piece.fixed.items():
                 self._fixed[name][piece.rows] = tensor
         return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Replicas with the same sites, none where they are not extended, and the stack of their D."""
-
-    rows: list[int]
-    sites: tuple[Site, ...]
-    deltas: Stack | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Replicas that go through the model together: their tensors, stacked; one alone goes as the model that it is."""
-
-    numbers: list[int]
-    rows: Rows
-    sites: tuple[Site, ...]
-    stacks: list[tuple[Stack, Rows]]
-    leaves: list[list[Tensor]]  # of each of the stacks
-    fixed: dict[str, Tensor]
-
-    @property
-    def alone(self) -> bool:
-        return len(self.numbers) == 1
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for (stack, _), leaves in zip(self.stacks, self.leaves, strict=True):
-            yield from zip(stack.names, leaves, strict=True)
-        yield from self.fixed.items()
-
-
-class _Call(nn.Module):
-    """A function of a model as a module, for `functional_call`."""
-
-    def __init__(self, model: nn.Module, function: Function) -> None:
-        super().__init__()
-        self.model, self._function = model, function
-
-    def forward(self, batch: Any) -> Any:
-        return self._function(self.model, batch)
 
 
 def _look_of(schedule: BypassSchedule) -> Function:
@@ -390,7 +348,7 @@ def _stacked_deltas(models: Sequence[nn.Module], rows: Sequence[int], sites: Seq
     return Stack(deltas, [site.parameter for site in sites])
 
 
-def _gathered(parts: list[tuple[_Piece, Any]]) -> Any:
+def _gathered(parts: list[tuple[Piece, Any]]) -> Any:
     """What the pieces gave, in the order of the replicas."""
     if len(parts) == 1:
         return parts[0][1]
