@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "Bypass": {
         "comeback": "Way back: homotopy, variety, lagrangian, proximal, penalty or published.",
         "return_lr": "Learning rate λ′ in opt2; --lr if not given.",
+        "delta_rate": "D's learning rate over --lr.",
         "gamma": "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...",
         "gamma_unit": "What t counts in γ(t): step or epoch.",
         "epsilon": "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.",

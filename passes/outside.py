@@ -31,16 +31,16 @@ class Kept:
             return
         if isinstance(thing, _lru_cache_wrapper):
             self._kept[id(thing)] = (thing, thing.cache_info())
+        elif isinstance(thing, dict | list | set | deque):
+            items = _items(thing)
+            self._kept[id(thing)] = (thing, items)
+            for value in (items.values() if isinstance(thing, dict) else items) if len(items) <= _LONGEST else ():
+                self.keep(value, depth + 1)
         elif isinstance(thing, nn.Module) or _is_plain_object(thing):
             if depth and isinstance(thing, nn.Module):
                 return  # one of the model, which is kept where it is read
             self._kept[id(thing)] = (thing, dict(thing.__dict__))
             for value in thing.__dict__.values():
-                self.keep(value, depth + 1)
-        elif isinstance(thing, dict | list | set | deque):
-            items = _items(thing)
-            self._kept[id(thing)] = (thing, items)
-            for value in (items.values() if isinstance(thing, dict) else items) if len(items) <= _LONGEST else ():
                 self.keep(value, depth + 1)
 
     def keep_surroundings(self, function: FunctionType) -> None:
