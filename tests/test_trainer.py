@@ -159,7 +159,11 @@ def test_a_compiled_model_trains_as_the_plain_one_does() -> None:
     data = digits()
     compiled = torch.compile(mlp(data), backend="eager")
     moments = Trainer(cast(nn.Module, compiled), data, short()).fit().moments
-    assert moments == trainer().fit().moments
+    for found, expected in zip(moments, trainer().fit().moments, strict=True):  # ψ's gradients round otherwise there
+        assert (found.name, found.step) == (expected.name, expected.step)
+        for one, other in ((found.bypass, expected.bypass), (found.baseline, expected.baseline)):
+            assert one is not None and other is not None
+            assert one.train == pytest.approx(other.train, rel=1e-5) and one.test == pytest.approx(other.test, rel=1e-5)
 
 
 def test_evaluation_is_the_mean_over_all_examples_and_keeps_the_mode() -> None:
