@@ -133,6 +133,14 @@ def test_accepted_bypasses_are_judged_and_said_to_be() -> None:
     assert len(row["curve"]) == 24 and row["curve"][-1][1] == pytest.approx(math.prod(row["loss"]) ** 0.5, rel=1e-4)
 
 
+def test_where_a_probe_finds_nothing_the_seed_trains_on() -> None:
+    probed = Arm("probed", "bypass", comeback="homotopy", select="probe")
+    task = replace(_task("eggholder"), lr=1e-30)  # no step gains anything
+    examples = task.examples()
+    row = race.run(task, examples, race.begin(task, examples, SEEDS), [probed], SEEDS, 6, SHORT.decay)["probed"]
+    assert row["not_bypassed"] == len(SEEDS) and row["rolled_back"] == [False, False] and row["failed"] == []
+
+
 def test_two_thirds_of_the_seeds_won_by_half_is_what_the_statistics_say() -> None:
     values = [0.5, 0.5, 1.0, 0.9991, 1.0009, 2.0]
     assert verdict.tally(values) == verdict.Tally(2 / 6, 3 / 6, 1 / 6)

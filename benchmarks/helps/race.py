@@ -89,6 +89,7 @@ def run(
             "rolled_back": [
                 bool(s and any(report.rolled_back for report in s.reports)) for s in replicas.schedules[rows]
             ],
+            "not_bypassed": sum(s is None for s in replicas.schedules[rows]) if arm.comeback else 0,
             "failed": sorted(row - rows.start for row in replicas.failures if rows.start <= row < rows.stop),
             "seconds": seconds / len(arms),
         }
@@ -118,7 +119,12 @@ def _lead(
         if task.batch:
             some = [(x[0], y[0]) for x, y in some]
         probing = {"loss_fn": examples.loss, "batches": some, "steps": PROBE_STEPS}
-        return arm.schedule(model, optimizer, steps, evaluate, start.losses[:, index].tolist(), every, probing)
+        try:
+            return arm.schedule(model, optimizer, steps, evaluate, start.losses[:, index].tolist(), every, probing)
+        except bypass_fx.PlanError:
+            if arm.select != "probe":
+                raise
+            return None  # the probe says to train on
 
     replicas.lead(lead)
 

@@ -93,7 +93,7 @@ def _line(name: str, file: ResultsFile, task: str, arm: str, budget: str, row: R
     test = geometric_mean(verdict.ratios(row["test_loss"], best["test_loss"]))
     accuracy = f"{100 * median(row['test_accuracy']):.1f} %" if "test_accuracy" in row else ""
     return (
-        f"| {name} | {_numbers([values])} | {max(to_continue):.3f} | {sum(row['rolled_back'])} | {test:.3f} | {accuracy} | "
+        f"| {name} | {_numbers([values])} | {max(to_continue):.3f} | {_undone(row)} | {test:.3f} | {accuracy} | "
         f"{price if budget == 'steps' else 1:.2f} |"
     )
 
@@ -154,3 +154,9 @@ def draw(protocol: Protocol, file: ResultsFile, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_yticks(range(len(arms)), arms)
     figure.save(picture, path)
+
+
+def _undone(row: Row) -> str:
+    """How many seeds were rolled back, and how many a probe kept from a bypass."""
+    spared = row.get("not_bypassed", 0)
+    return f"{sum(row['rolled_back'])}" + (f", {spared} not begun" if spared else "")
