@@ -125,13 +125,13 @@ class Within(torch.autograd.Function):
         return moved if dd is None else moved + z * dd.to(z.dtype)
 
 
-_PIECE = 2**18  # numbers: g z of a piece stays in the processor's cache between its product and its sum
+_PIECE = 2**18  # numbers for each thread: g z of a piece stays in the processor's cache between its product and its sum
 
 
 def _summed(g: Tensor, z: Tensor, d: Tensor) -> Tensor:
     """Σ g z over what d is spread along, in d's shape and dtype."""
     axes = [axis for axis in range(z.dim()) if axis < z.dim() - d.dim() or d.shape[axis - z.dim()] == 1]
-    pieces = g.numel() // _PIECE if g.device.type == "cpu" and 0 in axes else 1
+    pieces = g.numel() // (_PIECE * torch.get_num_threads()) if g.device.type == "cpu" and 0 in axes else 1
     parts = [
         (one * its_z).sum(axes, keepdim=True, dtype=d.dtype) if axes else (one * its_z).to(d.dtype)
         for one, its_z in zip(g.tensor_split(max(1, pieces)), z.tensor_split(max(1, pieces)), strict=True)
