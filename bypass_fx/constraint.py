@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .extension import root_of, sites
 from .matrix_norm import norm_of_product
-from .passes.matrices import columns, is_sharded, offset, rows, tensor_named
+from .passes.matrices import columns, is_sharded, module_at, offset, rows, tensor_named
 from .passes.plan import Site
 
 Term = tuple[Tensor | None, Tensor, Tensor | None]  # A, d and W of a product, or d alone
@@ -54,7 +54,7 @@ _SMALL = 2**16  # numbers: below, a site's kernels take less time than it takes 
 def _is_sharded(model: nn.Module, site: Site) -> bool:
     if site.constraint == "zero" or site.second is None:
         return False
-    parameters = model.get_submodule(site.second.weight.rpartition(".")[0])._parameters.values()
+    parameters = module_at(model, site.second.weight.rpartition(".")[0])._parameters.values()
     return any(is_sharded(parameter) for parameter in parameters if parameter is not None)
 
 
