@@ -109,7 +109,7 @@ def linked_plan(
     """
     model = _unwrapped(model)
     _refuse_extended(model)
-    _refuse_unready(model)
+    _ready_parameters(model)
     linked = Linked(model, example_inputs)
     return linked, _plan(linked, mode, select, example_inputs)
 
@@ -185,7 +185,7 @@ def extend(
     """
     inner = _unwrapped(model)
     _refuse_extended(inner)
-    _refuse_unready(inner)
+    parameters = _ready_parameters(inner)
     _expect_probe(select, as_probe)
     if plan is None and select == "probe":
         plan = _probed(model, mode=mode, example_inputs=example_inputs, **as_probe)
@@ -199,7 +199,8 @@ def extend(
     edits = insert.prepare(linked, plan, psi)
     insert.apply(edits)
     mark(inner, plan)
-    if _is_distributed(model):
+    sharded = any(map(is_sharded, {type(each): each for each in parameters}.values()))
+    if sharded or isinstance(model, torch.nn.parallel.DistributedDataParallel):  # D came too late for them to average it
         from .gradient_averaging import average_gradients  # torch.distributed takes a while to import
 
         average_gradients(delta_of(inner, site) for site in plan.sites)
@@ -332,18 +333,15 @@ def _refuse_sharded_delta(root: nn.Module, taken: Iterable[Site]) -> None:
             )
 
 
-def _refuse_unready(model: nn.Module) -> None:
-    """Refuse weights that have no shape yet, or no real numbers for D to stand beside."""
-    for name, parameter in model.named_parameters():
+def _ready_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters; weights that have no shape yet, or no real numbers for D to stand beside, are refused."""
+    named = list(model.named_parameters())
+    for name, parameter in named:
         if is_lazy(parameter):
             raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
         if parameter.is_complex():
             raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
-
-
-def _is_distributed(model: nn.Module) -> bool:
-    """Whether DDP wraps the model, or its parameters are sharded: then D, which came later, is theirs to average no more."""
-    return isinstance(model, torch.nn.parallel.DistributedDataParallel) or any(map(is_sharded, model.parameters()))
+    return [parameter for _, parameter in named]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import ctypes
 import random
 import sys
 import threading
@@ -95,8 +96,18 @@ class Recorder:
 def _dice() -> Any:
     """The state of every generator that a forward may draw from."""
     numpy = sys.modules.get("numpy")
-    _, keys, position, *_ = numpy.random.get_state() if numpy is not None else ("", b"", 0)
-    return random.getstate(), bytes(keys), position, torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), _numpys_dice(numpy) if numpy else b"", torch.get_rng_state().numpy().tobytes()
+
+
+def _numpys_dice(numpy: Any) -> Any:
+    """The state of NumPy's own generator: of the usual kind its memory, for get_state takes as long as a small trace."""
+    generator = numpy.random.get_bit_generator()
+    if type(generator) is numpy.random.MT19937:
+        return ctypes.string_at(generator.ctypes.state_address, _MERSENNE_TWISTER)
+    return str(generator.state)
+
+
+_MERSENNE_TWISTER = 4 * 624 + 4  # bytes: its words, and the position in them
 
 
 _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import FunctionType
@@ -80,18 +81,24 @@ class OwnerGraph:
 
 
 class ModelNames:
-    """The paths of a model's modules and tensors, by identity; one that stands in several places has several."""
+    """The paths of a model's modules and tensors, by identity; one that stands in several places has several.
+
+    `first` holds each module by the first of its paths.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[int, list[str]] = {}
         self.tensors: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
+        self.first: dict[str, nn.Module] = {}
+        for path, module in _below_and_itself("", model):
             self.modules.setdefault(id(module), []).append(path)
-        for named in (model.named_parameters, model.named_buffers):
-            for path, tensor in named(remove_duplicate=False):
-                self.tensors.setdefault(id(tensor), []).append(path)
-        self._named = {path: paths[0] for paths in self.tensors.values() for path in paths}
+            if len(self.modules[id(module)]) == 1:
+                self.first[path] = module
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.tensors.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
         self._shared = [paths for paths in (*self.modules.values(), *self.tensors.values()) if len(paths) > 1]
+        self._aliased = {path: paths[0] for paths in self._shared for path in paths}
 
     def aliases(self, owner: str) -> frozenset[tuple[str, ...]]:
         """What stands below the owner under several names: graphs call it by the first."""
@@ -108,11 +115,23 @@ class ModelNames:
 
     def first_name(self, name: str) -> str:
         """The first of a tensor's names."""
-        return self._named.get(name, name)
+        return self._aliased.get(name, name)
+
+    def first_path(self, path: str) -> str:
+        """The first of a module's paths."""
+        return self._aliased.get(path, path)
 
     def holders(self, tensor: Tensor) -> int:
         """Under how many names the model holds the tensor."""
         return len(self.tensors.get(id(tensor), []))
+
+
+def _below_and_itself(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, as often as it stands somewhere."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _below_and_itself(f"{path}.{name}" if path else name, child)
 
 
 def _below(owner: str, paths: list[str]) -> str | None:
@@ -131,8 +150,8 @@ class Tracing:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names = ModelNames(model)
+        self.modules = self.names.first
         self._recorder = Recorder()
         self._graphs: dict[tuple[Any, ...], list[OwnerGraph]] = {}
         self._failures: dict[tuple[Any, ...], list[tuple[tuple[Read, ...], str]]] = {}
@@ -253,15 +272,22 @@ class Tracing:
         reads = tuple(read for read in {**tracer.reads, **again.reads} if read[1] != "training")
         typed = frozenset(tracer.typed | again.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
-        if _text(in_training) == _text(in_eval):
+        if _same_code(in_training, in_eval):
             return OwnerGraph(in_training, call, reads, typed)
         return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
 
     def _read_same(self, module: nn.Module, reads: tuple[Read, ...]) -> bool:
+        at: dict[str, nn.Module] = {}
         try:
-            return all(_fits(_look(_at(module, where), name), value) for where, name, value in reads)
+            for where, name, noted in reads:
+                if where not in at:
+                    at[where] = _at(module, where)
+                found = _look(at[where], name)
+                if found != noted and not (noted == TENSOR and found[:1] == TENSOR):
+                    return False
         except AttributeError:
             return False
+        return True
 
     def _resolves(self, path: str, known: OwnerGraph) -> bool:
         """Whether every child that the graph names is, here too, known by that name first (children may be shared)."""
@@ -282,19 +308,23 @@ def _at(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _fits(found: tuple[Any, ...], noted: tuple[Any, ...]) -> bool:
-    """Whether what is there now is what a trace noted."""
-    return found == noted or (noted == TENSOR and found[:1] == TENSOR)
-
-
 def _look(module: nn.Module, name: str) -> tuple[Any, ...]:
     """The fingerprint that a read of the attribute would leave now."""
     own = module.__dict__
-    if name in own or any(name in own[names] for names in ("_parameters", "_buffers", "_modules")):
+    if name in own or name in own["_modules"] or name in own["_parameters"] or name in own["_buffers"]:
         return fingerprint(getattr(module, name))
     if hasattr(type(module), name):
         return inherited(getattr(type(module), name))
     return MISSING
+
+
+def _same_code(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs have one text; most are told apart, or found alike, by their calls."""
+    calls, others = ([(node.op, str(node.args), str(node.kwargs)) for node in graph.nodes] for graph in (one, other))
+    if calls != others:
+        return False
+    named, those = ([(node.name, node.target) for node in graph.nodes] for graph in (one, other))
+    return named == those or _text(one) == _text(other)
 
 
 def _text(graph: fx.Graph) -> str:

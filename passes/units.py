@@ -10,9 +10,10 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
+from .callables import is_held
 from .calls import Call, call_of
 from .errors import UntraceableError
-from .look_alike import Stored, is_convolution, likeness, linear_look_alike, plain_attributes
+from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .trace import OwnerGraph, Tracing
 
 
@@ -63,7 +64,8 @@ class Units:
         self.failures: dict[str, UntraceableError] = {}
         self._calls: dict[tuple[str, str], Unit] = {}
         self._callees: dict[Spot, Unit] = {}
-        self._children: dict[tuple[str, str], str] = {}
+        self._leaves: dict[str, bool] = {}
+        self._plain_calls: dict[tuple[type, int], tuple[Call | None, str]] = {}
         self._replacing: dict[str, bool] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
@@ -72,18 +74,18 @@ class Units:
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
         with self.tracing.session():
-            self._enter("", _root_call(self.tracing, example_inputs))
+            self._enter("", _keyed(_root_call(self.tracing, example_inputs)))
             for path, module in self.modules.items():  # what no graph calls may be called from anywhere
                 if path and path not in self.callers and not _is_container(module):
                     self.unseen.add(path)
-                    self._enter(path, None)
+                    self._enter(path, _keyed(None))
             self.unseen |= self._mentioned_in_untraced_code()
 
-    def _enter(self, path: str, call: Call | None) -> Unit | None:
-        module = self.modules[path]
-        if _is_leaf(module) or path in self.failures:
+    def _enter(self, path: str, called: tuple[Call | None, str]) -> Unit | None:
+        if self._is_leaf(path) or path in self.failures:
             return None
-        known = self._calls.get((path, call.key() if call else ""))
+        call, key = called
+        known = self._calls.get((path, key))
         if known is not None:
             return known
         unit = Unit(path, len(self.variants(path)))
@@ -93,7 +95,7 @@ class Units:
             self.failures[path] = error
             self._enter_methods(path)
             return None
-        self._calls[path, call.key() if call else ""] = unit
+        self._calls[path, key] = unit
         return unit
 
     def _enter_methods(self, path: str) -> None:
@@ -139,8 +141,7 @@ class Units:
                     child = self.child(unit, node)
                     spot = Spot(unit, node)
                     self.callers.setdefault(child, []).append(spot)
-                    leaf = _is_leaf(self.modules[child])
-                    callee = None if leaf else self._enter(child, self._call_of(child, node))
+                    callee = None if self._is_leaf(child) else self._enter(child, self._call_of(child, node))
                     if callee is not None:
                         self._callees[spot] = callee
 
@@ -166,9 +167,24 @@ class Units:
             self._replacing[path] = "functional_call" in self.tracing.attribute_names(path, set())
         return self._replacing[path]
 
-    def _call_of(self, path: str, node: fx.Node) -> Call | None:
+    def _call_of(self, path: str, node: fx.Node) -> tuple[Call | None, str]:
+        """The call of a module that the node makes, and its key."""
         signature = self.tracing.signature(path)
-        return call_of(signature, node.args, node.kwargs) if signature else None
+        if signature is None:
+            return _keyed(None)
+        module = self.modules[path]
+        plain = not node.kwargs and not is_held(module, "forward")
+        if not plain or not all(isinstance(value, fx.Node) for value in node.args):
+            return _keyed(call_of(signature, node.args, node.kwargs))
+        made = type(module), len(node.args)
+        if made not in self._plain_calls:
+            self._plain_calls[made] = _keyed(call_of(signature, node.args, {}))
+        return self._plain_calls[made]
+
+    def _is_leaf(self, path: str) -> bool:
+        if path not in self._leaves:
+            self._leaves[path] = _is_leaf(self.modules[path])
+        return self._leaves[path]
 
     def methods(self, path: str) -> list[Unit]:
         """The traced helper methods of a module whose forward has no graph."""
@@ -176,10 +192,8 @@ class Units:
 
     def child(self, unit: Unit, node: fx.Node) -> str:
         """The path under which the model first names the module that the node calls."""
-        key = unit.path, str(node.target)
-        if key not in self._children:
-            self._children[key] = self.path_of(self.modules[unit.path].get_submodule(key[1]))
-        return self._children[key]
+        path, target = unit.path, str(node.target)
+        return self.tracing.names.first_path(f"{path}.{target}" if path else target)
 
     def path_of(self, module: nn.Module) -> str:
         """The path under which the model first names a module of its own."""
@@ -215,14 +229,14 @@ class Units:
 
     def activation(self, spot: Spot) -> str | None:
         """The name of the element-wise activation that the spot calls; None where it calls none."""
-        module = self.module(spot)
-        return call_activation(spot.node) if module is None else self.activation_module(self.child(*spot))
+        calls_module = spot.node.op == "call_module"
+        return self.activation_module(self.child(*spot)) if calls_module else call_activation(spot.node)
 
     def look_alike(self, path: str) -> Stored | None:
         """How the weight of a module that acts like a Linear is stored; None for other modules."""
         if path not in self._look_alikes:
             module = self.modules[path]
-            plain = acts_as(module, type(module))
+            plain = may_be_linear(module) and acts_as(module, type(module))
             self._look_alikes[path] = self._tried(module) if plain else None
         return self._look_alikes[path]
 
@@ -268,6 +282,10 @@ class Units:
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""
         return self._variants.get(path, [])
+
+
+def _keyed(call: Call | None) -> tuple[Call | None, str]:
+    return call, call.key() if call else ""
 
 
 def _is_leaf(module: nn.Module) -> bool:
