@@ -38,4 +38,5 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         name = None if node.op == "output" else node.name
         copies[node] = new_node(copy, node.op, node.target, args, kwargs, name, node.type)
+        copies[node].meta.update(node.meta)
     return copy, copies

@@ -1,7 +1,7 @@
 """While a forward is traced: its reads from modules are reported, its module calls become nodes, its writes are refused.
 
-The hooks sit on torch.nn.Module itself, where setting an attribute is slow (every subclass's lookups are invalidated),
-so they are set once for all the forwards of a model.
+Setting a hook on torch.nn.Module itself is slow, for every subclass is told of it: hooks are set once for all the forwards
+of a model, and those on reads on the classes of its modules alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
@@ -52,9 +52,10 @@ class Listener(Protocol):
 
 
 class Recorder:
-    """Holds the listener of the trace that runs now; without one, modules behave as ever."""
+    """Holds the listener of the trace that runs now; without one, modules of these classes behave as ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Set[type[nn.Module]]) -> None:
+        self.classes = classes
         self.listener: Listener | None = None
         self.thread = threading.get_ident()
         self.depth = 0
@@ -152,15 +153,39 @@ def _on_modules(recorder: Recorder) -> Iterator[None]:
         original_setattr(module, name, value)
 
     with _new_patcher() as patcher:
-        patcher.patch_method(nn.Module, "__getattr__", reading_registered, deduplicate=False)
         patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
         patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
         _patch_wrapped_functions(patcher)
-        nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
-        try:
+        # What a forward reads from others than the model's is not noted; a class with its own way asks nn.Module's.
+        classes = recorder.classes if read_plainly(recorder.classes) else {nn.Module}
+        with _read_by(classes, reading, reading_registered):
             yield
-        finally:
-            del nn.Module.__getattribute__
+
+
+def read_plainly(classes: Set[type[nn.Module]]) -> bool:
+    """Whether attributes of these classes are read in torch's way."""
+    ways = {(cls.__getattribute__, cls.__getattr__) for cls in classes}
+    return ways <= {(object.__getattribute__, nn.Module.__getattr__)}
+
+
+@contextmanager
+def _read_by(
+    classes: Set[type[nn.Module]],
+    reading: Callable[[nn.Module, str], Any],
+    reading_registered: Callable[[nn.Module, str], Any],
+) -> Iterator[None]:
+    """Let these classes read attributes so."""
+    hooks = {"__getattribute__": reading, "__getattr__": reading_registered}
+    before = {(cls, name): vars(cls)[name] for cls in classes for name in hooks if name in vars(cls)}
+    for cls in classes:
+        for name, hook in hooks.items():
+            setattr(cls, name, hook)
+    try:
+        yield
+    finally:
+        for cls in classes:
+            for name in hooks:
+                delattr(cls, name) if (cls, name) not in before else setattr(cls, name, before[cls, name])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import FunctionType
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 from .callables import Function, function_of, is_callable_attribute, signature_of
 from .calls import Call, default_call
 from .errors import UntraceableError
-from .recording import Recorder
+from .recording import Recorder, read_plainly
 from .source import activations_in, activations_named, codes, reached, trap
 from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
 
@@ -90,7 +89,9 @@ class ModelNames:
         self.modules: dict[int, list[str]] = {}
         self.tensors: dict[int, list[str]] = {}
         self.first: dict[str, nn.Module] = {}
-        for path, module in _below_and_itself("", model):
+        places: list[tuple[str, nn.Module]] = []
+        _list_modules("", model, places)
+        for path, module in places:
             self.modules.setdefault(id(module), []).append(path)
             if len(self.modules[id(module)]) == 1:
                 self.first[path] = module
@@ -126,12 +127,12 @@ class ModelNames:
         return len(self.tensors.get(id(tensor), []))
 
 
-def _below_and_itself(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its path, as often as it stands somewhere."""
-    yield path, module
+def _list_modules(path: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
+    """Note a module and all below it with their paths, as often as they stand somewhere."""
+    places.append((path, module))
     for name, child in module._modules.items():
         if child is not None:
-            yield from _below_and_itself(f"{path}.{name}" if path else name, child)
+            _list_modules(f"{path}.{name}" if path else name, child, places)
 
 
 def _below(owner: str, paths: list[str]) -> str | None:
@@ -152,7 +153,9 @@ class Tracing:
         self.model = model
         self.names = ModelNames(model)
         self.modules = self.names.first
-        self._recorder = Recorder()
+        classes = {type(module) for module in self.modules.values()}
+        self._recorder = Recorder(classes)
+        self._plain = read_plainly(classes)
         self._graphs: dict[tuple[Any, ...], list[OwnerGraph]] = {}
         self._failures: dict[tuple[Any, ...], list[tuple[tuple[Read, ...], str]]] = {}
         self._of_classes: dict[tuple[type[nn.Module], str], Function] = {}
@@ -282,18 +285,30 @@ class Tracing:
             for where, name, noted in reads:
                 if where not in at:
                     at[where] = _at(module, where)
-                found = _look(at[where], name)
+                found = self._look(at[where], name)
                 if found != noted and not (noted == TENSOR and found[:1] == TENSOR):
                     return False
         except AttributeError:
             return False
         return True
 
+    def _look(self, module: nn.Module, name: str) -> tuple[Any, ...]:
+        """The fingerprint that a read of the attribute would leave now."""
+        own, cls = module.__dict__, type(module)
+        for held in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+            if name in held:
+                direct = self._plain and not hasattr(cls, name)
+                return fingerprint(held[name] if direct else getattr(module, name))
+        return inherited(getattr(cls, name)) if hasattr(cls, name) else MISSING
+
     def _resolves(self, path: str, known: OwnerGraph) -> bool:
         """Whether every child that the graph names is, here too, known by that name first (children may be shared)."""
-        module = self.modules[path]
+        module, prefix = self.modules[path], f"{path}." if path else ""
         try:
-            return all(self.names.module(path, _at(module, target)) == target for target in known.children)
+            return all(
+                f"{prefix}{target}" in self.modules or self.names.module(path, _at(module, target)) == target
+                for target in known.children
+            )
         except AttributeError:
             return False
 
@@ -306,16 +321,6 @@ def _at(module: nn.Module, path: str) -> nn.Module:
             raise AttributeError(f"{type(module).__name__} has no module {step!r}")
         module = child
     return module
-
-
-def _look(module: nn.Module, name: str) -> tuple[Any, ...]:
-    """The fingerprint that a read of the attribute would leave now."""
-    own = module.__dict__
-    if name in own or name in own["_modules"] or name in own["_parameters"] or name in own["_buffers"]:
-        return fingerprint(getattr(module, name))
-    if hasattr(type(module), name):
-        return inherited(getattr(type(module), name))
-    return MISSING
 
 
 def _same_code(one: fx.Graph, other: fx.Graph) -> bool:

@@ -44,7 +44,7 @@ class OwnerTracer(fx.Tracer):
     """
 
     def __init__(self, names: Names, recorder: Recorder, path: str, module: nn.Module) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
         self.names, self.recorder, self.path, self.root = names, recorder, path, module
         self.reads: dict[Read, None] = {}
         self.typed: set[str] = set()

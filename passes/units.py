@@ -65,7 +65,7 @@ class Units:
         self._calls: dict[tuple[str, str], Unit] = {}
         self._callees: dict[Spot, Unit] = {}
         self._leaves: dict[str, bool] = {}
-        self._plain_calls: dict[tuple[type, int], tuple[Call | None, str]] = {}
+        self._plain_calls: dict[tuple[type, int], Call | None] = {}
         self._replacing: dict[str, bool] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
@@ -74,17 +74,17 @@ class Units:
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
         with self.tracing.session():
-            self._enter("", _keyed(_root_call(self.tracing, example_inputs)))
+            self._enter("", _root_call(self.tracing, example_inputs))
             for path, module in self.modules.items():  # what no graph calls may be called from anywhere
                 if path and path not in self.callers and not _is_container(module):
                     self.unseen.add(path)
-                    self._enter(path, _keyed(None))
+                    self._enter(path, None)
             self.unseen |= self._mentioned_in_untraced_code()
 
-    def _enter(self, path: str, called: tuple[Call | None, str]) -> Unit | None:
+    def _enter(self, path: str, call: Call | None) -> Unit | None:
         if self._is_leaf(path) or path in self.failures:
             return None
-        call, key = called
+        key = call.key() if call else ""
         known = self._calls.get((path, key))
         if known is not None:
             return known
@@ -167,19 +167,18 @@ class Units:
             self._replacing[path] = "functional_call" in self.tracing.attribute_names(path, set())
         return self._replacing[path]
 
-    def _call_of(self, path: str, node: fx.Node) -> tuple[Call | None, str]:
-        """The call of a module that the node makes, and its key."""
+    def _call_of(self, path: str, node: fx.Node) -> Call | None:
+        """The call of a module that the node makes; those that pass values alone are the same for all of a class."""
+        module, passed = self.modules[path], node.args
+        plain = not (node.kwargs or is_held(module, "forward")) and all(isinstance(value, fx.Node) for value in passed)
+        key = type(module), len(passed)
+        if plain and key in self._plain_calls:
+            return self._plain_calls[key]
         signature = self.tracing.signature(path)
-        if signature is None:
-            return _keyed(None)
-        module = self.modules[path]
-        plain = not node.kwargs and not is_held(module, "forward")
-        if not plain or not all(isinstance(value, fx.Node) for value in node.args):
-            return _keyed(call_of(signature, node.args, node.kwargs))
-        made = type(module), len(node.args)
-        if made not in self._plain_calls:
-            self._plain_calls[made] = _keyed(call_of(signature, node.args, {}))
-        return self._plain_calls[made]
+        call = call_of(signature, passed, node.kwargs) if signature else None
+        if plain:
+            self._plain_calls[key] = call
+        return call
 
     def _is_leaf(self, path: str) -> bool:
         if path not in self._leaves:
@@ -282,10 +281,6 @@ class Units:
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""
         return self._variants.get(path, [])
-
-
-def _keyed(call: Call | None) -> tuple[Call | None, str]:
-    return call, call.key() if call else ""
 
 
 def _is_leaf(module: nn.Module) -> bool:

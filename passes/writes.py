@@ -49,7 +49,7 @@ def _any_writes(linked: Linked, unit: Unit, graph: fx.Graph) -> bool:
     """Whether anything at all is written in place in a graph of the unit: in most, nothing is."""
     known = _known.setdefault(linked, {})
     if (unit, graph) not in known:
-        spots = (Spot(unit, node) for node in graph.nodes if node.op != "placeholder")
+        spots = (Spot(unit, node) for node in graph.nodes if node.op.startswith("call"))
         known[unit, graph] = any(_writes(linked, spot, value) for spot in spots for value in _may_write_into(spot.node))
     return known[unit, graph]
 
