@@ -70,7 +70,7 @@ class Calls:
     def same_activations_in_both_modes(self, unit: Unit) -> bool:
         """Whether the calls of the training graph and of the eval graph are the same ones, one by one."""
         owned = self.linked.graphs[unit]
-        if owned.in_eval is None:
+        if owned.in_eval is None or owned.same_calls:
             return True
         if unit not in self._same_in_both:
             self._same_in_both[unit] = self._activations_agree(unit, owned, owned.in_eval)

@@ -40,7 +40,9 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
     Raises:
         PlanError: the graph calls no activation where a site says so.
     """
-    return _rewritten(linked, unit, owned, list(sites), psi)[0]
+    graph = _rewritten(linked, unit, owned, list(sites), psi)[0]
+    graph.lint()
+    return graph
 
 
 def _rewritten(

@@ -69,6 +69,13 @@ class OwnerGraph:
         return {node: name for name, node in self.names.items()}
 
     @cached_property
+    def same_calls(self) -> bool:
+        """Whether the graph in eval mode calls the same one by one, with what arguments ever."""
+        versions = (self, self.in_eval or self)
+        here, there = ([(node.op, node.target) for node in version.graph.nodes] for version in versions)
+        return here == there
+
+    @cached_property
     def output(self) -> Any:
         """What the forward returns, as fx arguments."""
         return next(iter(reversed(self.graph.nodes))).args[0]
