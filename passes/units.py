@@ -235,7 +235,7 @@ class Units:
         """How the weight of a module that acts like a Linear is stored; None for other modules."""
         if path not in self._look_alikes:
             module = self.modules[path]
-            plain = may_be_linear(module) and acts_as(module, type(module))
+            plain = acts_as(module, type(module)) and may_be_linear(module)
             self._look_alikes[path] = self._tried(module) if plain else None
         return self._look_alikes[path]
 
