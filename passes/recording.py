@@ -177,15 +177,18 @@ def _read_by(
     """Let these classes read attributes so."""
     hooks = {"__getattribute__": reading, "__getattr__": reading_registered}
     before = {(cls, name): vars(cls)[name] for cls in classes for name in hooks if name in vars(cls)}
-    for cls in classes:
-        for name, hook in hooks.items():
-            setattr(cls, name, hook)
     try:
+        for cls in classes:
+            for name, hook in hooks.items():
+                setattr(cls, name, hook)
         yield
     finally:
         for cls in classes:
-            for name in hooks:
-                delattr(cls, name) if (cls, name) not in before else setattr(cls, name, before[cls, name])
+            for name, hook in hooks.items():
+                if (cls, name) in before:
+                    setattr(cls, name, before[cls, name])
+                elif vars(cls).get(name) is hook:
+                    delattr(cls, name)
 
 
 @contextmanager
