@@ -20,6 +20,11 @@ def unmark(model: nn.Module) -> None:
     del model.__dict__[_MARK]
 
 
+def is_marked(module: nn.Module) -> bool:
+    """Whether the module itself is what `extend` was called on."""
+    return _MARK in module.__dict__
+
+
 def is_extended(model: nn.Module) -> bool:
     """Whether the model, or the model inside a wrapper, is extended."""
     return any(_MARK in module.__dict__ for module in model.modules())

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .activation import psi
 from .constraint import residual
-from .extension import delta_of, is_extended, mark, root_of, sites, unmark
+from .extension import delta_of, is_extended, is_marked, mark, root_of, sites, unmark
 from .passes import fold, insert, matrices, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
@@ -108,8 +108,7 @@ def linked_plan(
         PlanError, SurgeryError: as `plan`.
     """
     model = _unwrapped(model)
-    _refuse_extended(model)
-    _refuse_unready(model)
+    _ready_parameters(model)
     linked = Linked(model, example_inputs)
     return linked, _plan(linked, mode, select, example_inputs)
 
@@ -184,8 +183,7 @@ def extend(
         ['delta_1', '0.weight', '0.bias', '2.weight', '2.bias']
     """
     inner = _unwrapped(model)
-    _refuse_extended(inner)
-    _refuse_unready(inner)
+    parameters = _ready_parameters(inner)
     _expect_probe(select, as_probe)
     if plan is None and select == "probe":
         plan = _probed(model, mode=mode, example_inputs=example_inputs, **as_probe)
@@ -199,7 +197,10 @@ def extend(
     edits = insert.prepare(linked, plan, psi)
     insert.apply(edits)
     mark(inner, plan)
-    if _is_distributed(model):
+    sharded = any(map(is_sharded, {type(each): each for each in parameters}.values()))
+    if sharded or isinstance(
+        model, torch.nn.parallel.DistributedDataParallel
+    ):  # D came too late for them to average it
         from .gradient_averaging import average_gradients  # torch.distributed takes a while to import
 
         average_gradients(delta_of(inner, site) for site in plan.sites)
@@ -317,11 +318,6 @@ def _number(value: Tensor | None) -> float:
     return float(torch.linalg.vector_norm(value))
 
 
-def _refuse_extended(model: nn.Module) -> None:
-    if is_extended(model):
-        raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
-
-
 def _refuse_sharded_delta(root: nn.Module, taken: Iterable[Site]) -> None:
     """FSDP2 gives up none of the parameters that it sharded; those that came after it are not its own."""
     for site in taken:
@@ -332,18 +328,25 @@ def _refuse_sharded_delta(root: nn.Module, taken: Iterable[Site]) -> None:
             )
 
 
-def _refuse_unready(model: nn.Module) -> None:
-    """Refuse weights that have no shape yet, or no real numbers for D to stand beside."""
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
-        if parameter.is_complex():
-            raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
+def _ready_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model that is not extended; weights without a shape yet, or of no real numbers, are refused."""
+    modules = list(model.named_modules())
+    if any(is_marked(module) for _, module in modules):
+        raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
+    found: list[nn.Parameter] = []
+    for path, module in modules:
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None:
+                _expect_ready(f"{path}.{own_name}" if path else own_name, parameter)
+                found.append(parameter)
+    return found
 
 
-def _is_distributed(model: nn.Module) -> bool:
-    """Whether DDP wraps the model, or its parameters are sharded: then D, which came later, is theirs to average no more."""
-    return isinstance(model, torch.nn.parallel.DistributedDataParallel) or any(map(is_sharded, model.parameters()))
+def _expect_ready(name: str, parameter: nn.Parameter) -> None:
+    if is_lazy(parameter):
+        raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
+    if parameter.is_complex():
+        raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from .mixing import is_attention
 from .outcome import Reason
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
+from .trace import OwnerGraph
 from .units import ExampleInputs, Spot, Unit
 from .wires import Layout, through
 
@@ -27,6 +28,7 @@ class Calls:
     def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
         self.linked, self.example_inputs = linked, example_inputs
         self.origins = Provenance(linked)
+        self._same_in_both: dict[Unit, bool] = {}
         self.paths: dict[Hashable, Any] = {}  # of attention's values, by what equal owners have in common
 
     def all(self) -> Iterator[tuple[str, Spot, str]]:
@@ -42,9 +44,10 @@ class Calls:
             graph = self.linked.graphs[unit]
             helper = "" if unit.method == "forward" else unit.method + "."
             for node in graph.graph.nodes:
-                activation = self.linked.activation(Spot(unit, node)) or self.attention(Spot(unit, node))
+                spot = Spot(unit, node)
+                activation = self.linked.activation(spot) or self.attention(spot)
                 if activation:
-                    yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), Spot(unit, node), activation
+                    yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), spot, activation
 
     def _alone(self, path: str) -> Iterator[tuple[str, Spot, str]]:
         """An activation module that no graph calls: it is its own owner."""
@@ -67,15 +70,20 @@ class Calls:
     def same_activations_in_both_modes(self, unit: Unit) -> bool:
         """Whether the calls of the training graph and of the eval graph are the same ones, one by one."""
         owned = self.linked.graphs[unit]
-        if owned.in_eval is None:
+        if owned.in_eval is None or owned.same_calls:
             return True
+        if unit not in self._same_in_both:
+            self._same_in_both[unit] = self._activations_agree(unit, owned, owned.in_eval)
+        return self._same_in_both[unit]
+
+    def _activations_agree(self, unit: Unit, in_training: OwnerGraph, in_eval: OwnerGraph) -> bool:
         found = [
             [
                 version.name_of[node]
                 for node in version.graph.nodes
                 if self.linked.activation(Spot(unit, node)) or node.target in MIXES
             ]
-            for version in (owned, owned.in_eval)
+            for version in (in_training, in_eval)
         ]
         return found[0] == found[1]
 

@@ -70,9 +70,10 @@ def _gathers(hook: Callable[..., Any]) -> bool:
 
 def module_activation(module: nn.Module) -> str | None:
     """The activation's name where the module is one of torch's own and its forward is not overridden."""
-    for cls, name in MODULES.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in module.__dict__:
-            return name
+    for cls in type(module).__mro__:
+        name = MODULES.get(cls)
+        if name is not None and type(module).forward is getattr(cls, "forward", None):
+            return name if "forward" not in module.__dict__ else None
     return None
 
 

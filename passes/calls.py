@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
@@ -39,7 +40,7 @@ class Items:
 Argument = Value | Constant | Items
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One way of calling a forward: every parameter by name; `*args` and `**kwargs` hold what they gather."""
 
@@ -49,6 +50,10 @@ class Call:
 
     def key(self) -> str:
         """Text that is equal for equal calls (constants need not be hashable)."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         return repr(self)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -18,33 +18,37 @@ Called = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 @contextmanager
 def calls_become(called: Called, functions: Iterable[FunctionType]) -> Iterator[None]:
     """While this lasts, `called` answers where one of the functions calls such a library with a traced value."""
-    with ExitStack() as stack:
-        for function in functions:
-            names = function.__code__.co_names
-            for name in names:
-                value = function.__globals__.get(name)
-                if isinstance(value, ModuleType) and value.__name__ in LIBRARIES:
-                    for attribute in names:
-                        stack.enter_context(_replaced(vars(value), attribute, called))
-                else:
-                    stack.enter_context(_replaced(function.__globals__, name, called))
+    originals = {(id(space), name): (space, name, space[name]) for space, name in _named(functions)}
+    for space, name, original in originals.values():
+        space[name] = _calling(original, called)
+    try:
         yield
+    finally:
+        for space, name, original in originals.values():
+            space[name] = original
 
 
-@contextmanager
-def _replaced(space: dict[str, Any], name: str, called: Called) -> Iterator[None]:
-    original = space.get(name)
-    library = str(getattr(original, "__module__", "")).split(".")[0]
-    if library not in LIBRARIES or isinstance(original, type) or not callable(original):
-        yield
-        return
+def _named(functions: Iterable[FunctionType]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the functions find what they name of such a library."""
+    for function in functions:
+        names, space = function.__code__.co_names, function.__globals__
+        for name in names:
+            value = space.get(name)
+            if type(value) is ModuleType and value.__name__ in LIBRARIES:
+                yield from ((vars(value), each) for each in names if _is_function(vars(value).get(each)))
+            elif _is_function(value):
+                yield space, name
 
+
+def _is_function(value: Any) -> bool:
+    """Whether it is a function of such a library."""
+    library = str(getattr(value, "__module__", "")).split(".")[0]
+    return library in LIBRARIES and not isinstance(value, type) and callable(value)
+
+
+def _calling(original: Callable[..., Any], called: Called) -> Callable[..., Any]:
     def calling(*args: Any, **kwargs: Any) -> Any:
         traced = any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs)))
         return called(original, args, kwargs) if traced else original(*args, **kwargs)
 
-    space[name] = calling
-    try:
-        yield
-    finally:
-        space[name] = original
+    return calling

@@ -100,9 +100,16 @@ class Linked(Units):
 
     def _bound(self, caller: Spot, unit: Unit) -> dict[str, Any]:
         """The callee's placeholders and what the caller passes for them."""
-        signature = self.tracing.signature(unit.path, unit.method)
-        assert signature is not None
-        return bound_to_placeholders(signature, caller.node.args, caller.node.kwargs)
+        key = caller.node, unit
+        if key not in self._known_bounds:
+            signature = self.tracing.signature(unit.path, unit.method)
+            assert signature is not None
+            self._known_bounds[key] = bound_to_placeholders(signature, caller.node.args, caller.node.kwargs)
+        return self._known_bounds[key]
+
+    @cached_property
+    def _known_bounds(self) -> dict[tuple[fx.Node, Unit], dict[str, Any]]:
+        return {}
 
     def uses(self, spot: Spot) -> Iterator[Spot | None]:
         """The spots that read the value, across owners; None stands for a use that can't be followed."""

@@ -17,10 +17,8 @@ def check_rewritten(before: fx.Graph, after: fx.Graph, sites: Set[fx.Node], psi:
     Raises:
         PlanError: a node was lost, or a reader of σ was not moved to ψ.
     """
-    after.lint()
-    added = [node for node in after.nodes if node.op == "call_function" and node.target in (psi, torch.clone)]
-    bypasses = [node for node in added if node.target is psi]
-    kept = [(node.op, node.target) for node in after.nodes if node not in added and not _is_delta(node, psi)]
+    bypasses = [node for node in after.nodes if node.op == "call_function" and node.target is psi]
+    kept = [(node.op, node.target) for node in after.nodes if not _is_added(node, psi) and not _is_delta(node, psi)]
     expected = [(node.op, node.target) for node in before.nodes if node.target is not torch.clone]
     if kept != expected or len(bypasses) != len(sites):
         raise PlanError(
@@ -30,6 +28,10 @@ def check_rewritten(before: fx.Graph, after: fx.Graph, sites: Set[fx.Node], psi:
         sigma = bypass.args[0]
         if sigma not in sites or (isinstance(sigma, fx.Node) and set(sigma.users) != {bypass}):
             raise PlanError(f"a reader of {sigma} was not moved to its D-activation: this is a defect of bypass_fx")
+
+
+def _is_added(node: fx.Node, psi: Callable[..., Any]) -> bool:
+    return node.op == "call_function" and (node.target is psi or node.target is torch.clone)
 
 
 def _is_delta(node: fx.Node, psi: Callable[..., Any]) -> bool:

@@ -49,14 +49,21 @@ def linear_look_alike(module: nn.Module) -> Stored | None:
 
     The forward is run on a copy with weights of its own, in both modes, on inputs of two and of three axes.
     """
+    if not may_be_linear(module):
+        return None
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    return next((stored for stored in _orders(weight, bias) if _computes(module, stored)), None)
+
+
+def may_be_linear(module: nn.Module) -> bool:
+    """Whether a module with a forward of its own holds what a Linear holds: to be asked before it is tried out."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or not _holds_no_more(module) or type(module).forward is nn.Linear.forward:
-        return None
+        return False
     if weight.dim() != 2 or weight.numel() > LARGEST or not weight.is_floating_point():
-        return None
-    if bias is not None and (bias.dim() != 1 or len(bias) not in weight.shape):
-        return None
-    return next((stored for stored in _orders(weight, bias) if _computes(module, stored)), None)
+        return False
+    return bias is None or (bias.dim() == 1 and len(bias) in weight.shape)
 
 
 def _orders(weight: Tensor, bias: Tensor | None) -> list[Stored]:

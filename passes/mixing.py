@@ -44,8 +44,10 @@ def weights_of(product: fx.Node) -> fx.Node:
 
 def is_product(node: fx.Node) -> bool:
     """Whether the call multiplies two values as matrices."""
+    if node.target not in _PRODUCTS:
+        return False
     operands = node.args[_first(node) :]
-    return node.target in _PRODUCTS and len(operands) == 2 and all(isinstance(value, fx.Node) for value in operands)
+    return len(operands) == 2 and all(isinstance(value, fx.Node) for value in operands)
 
 
 def _first(product: fx.Node) -> int:

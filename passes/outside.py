@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections import deque
 from functools import _lru_cache_wrapper
-from types import CellType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .source import codes
 
 _LONGEST = 64  # items of a container that are looked into
 _DEEPEST = 4  # how deep things in things are kept
+_UNCHANGING = frozenset(
+    {
+        type(None),
+        bool,
+        int,
+        float,
+        str,
+        tuple,
+        type,
+        FunctionType,
+        BuiltinFunctionType,
+        ModuleType,
+        Tensor,
+        nn.Parameter,
+    }
+)  # what `keep` would find nothing in: most of what it is asked to keep
+_ABSENT = object()
 
 
 class Kept:
@@ -27,7 +44,7 @@ class Kept:
 
     def keep(self, thing: Any, depth: int = 0) -> None:
         """Keep one thing, where it is one that can change, and what is in it."""
-        if id(thing) in self._kept or depth > _DEEPEST:
+        if type(thing) in _UNCHANGING or id(thing) in self._kept or depth > _DEEPEST:
             return
         if isinstance(thing, _lru_cache_wrapper):
             self._kept[id(thing)] = (thing, thing.cache_info())
@@ -60,9 +77,8 @@ class Kept:
                 if thing.cache_info() != before:
                     thing.cache_clear()  # it may hold what is no real value
                 continue
-            now = _items(thing)
-            if not _same(now, before):
-                changed.append((thing, _added(now, before)))
+            if not _same(_held(thing), before):
+                changed.append((thing, _added(_items(thing), before)))
                 _refill(thing, before)
         return changed
 
@@ -79,9 +95,16 @@ def _items(thing: Any) -> Any:
     return list(thing) if isinstance(thing, list | deque | set) else dict(thing.__dict__)
 
 
+def _held(thing: Any) -> Any:
+    """As `_items`, not copied where that is not needed."""
+    if isinstance(thing, dict | list | deque | set):
+        return thing if type(thing) is dict else _items(thing)
+    return thing.__dict__
+
+
 def _same(now: Any, before: Any) -> bool:
     if isinstance(now, dict):
-        return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
+        return len(now) == len(before) and all(now.get(key, _ABSENT) is value for key, value in before.items())
     return len(now) == len(before) and all(one is other for one, other in zip(now, before, strict=True))
 
 

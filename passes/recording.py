@@ -1,17 +1,18 @@
 """While a forward is traced: its reads from modules are reported, its module calls become nodes, its writes are refused.
 
-The hooks sit on torch.nn.Module itself, where setting an attribute is slow (every subclass's lookups are invalidated),
-so they are set once for all the forwards of a model.
+Setting a hook on torch.nn.Module itself is slow, for every subclass is told of it: hooks are set once for all the forwards
+of a model, and those on reads on the classes of its modules alone.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import ctypes
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
@@ -51,9 +52,10 @@ class Listener(Protocol):
 
 
 class Recorder:
-    """Holds the listener of the trace that runs now; without one, modules behave as ever."""
+    """Holds the listener of the trace that runs now; without one, modules of these classes behave as ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Set[type[nn.Module]]) -> None:
+        self.classes = classes
         self.listener: Listener | None = None
         self.thread = threading.get_ident()
         self.depth = 0
@@ -95,8 +97,18 @@ class Recorder:
 def _dice() -> Any:
     """The state of every generator that a forward may draw from."""
     numpy = sys.modules.get("numpy")
-    _, keys, position, *_ = numpy.random.get_state() if numpy is not None else ("", b"", 0)
-    return random.getstate(), bytes(keys), position, torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), _numpys_dice(numpy) if numpy else b"", torch.get_rng_state().numpy().tobytes()
+
+
+def _numpys_dice(numpy: Any) -> Any:
+    """The state of NumPy's own generator: of the usual kind its memory, for get_state takes as long as a small trace."""
+    generator = numpy.random.get_bit_generator()
+    if type(generator) is numpy.random.MT19937:
+        return ctypes.string_at(generator.ctypes.state_address, _MERSENNE_TWISTER)
+    return str(generator.state)
+
+
+_MERSENNE_TWISTER = 4 * 624 + 4  # bytes: its words, and the position in them
 
 
 _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
@@ -141,15 +153,42 @@ def _on_modules(recorder: Recorder) -> Iterator[None]:
         original_setattr(module, name, value)
 
     with _new_patcher() as patcher:
-        patcher.patch_method(nn.Module, "__getattr__", reading_registered, deduplicate=False)
         patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
         patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
         _patch_wrapped_functions(patcher)
-        nn.Module.__getattribute__ = reading  # type: ignore[method-assign,assignment]
-        try:
+        # What a forward reads from others than the model's is not noted; a class with its own way asks nn.Module's.
+        classes = recorder.classes if read_plainly(recorder.classes) else {nn.Module}
+        with _read_by(classes, reading, reading_registered):
             yield
-        finally:
-            del nn.Module.__getattribute__
+
+
+def read_plainly(classes: Set[type[nn.Module]]) -> bool:
+    """Whether attributes of these classes are read in torch's way."""
+    ways = {(cls.__getattribute__, cls.__getattr__) for cls in classes}
+    return ways <= {(object.__getattribute__, nn.Module.__getattr__)}
+
+
+@contextmanager
+def _read_by(
+    classes: Set[type[nn.Module]],
+    reading: Callable[[nn.Module, str], Any],
+    reading_registered: Callable[[nn.Module, str], Any],
+) -> Iterator[None]:
+    """Let these classes read attributes so."""
+    hooks = {"__getattribute__": reading, "__getattr__": reading_registered}
+    before = {(cls, name): vars(cls)[name] for cls in classes for name in hooks if name in vars(cls)}
+    try:
+        for cls in classes:
+            for name, hook in hooks.items():
+                setattr(cls, name, hook)
+        yield
+    finally:
+        for cls in classes:
+            for name, hook in hooks.items():
+                if (cls, name) in before:
+                    setattr(cls, name, before[cls, name])
+                elif vars(cls).get(name) is hook:
+                    delattr(cls, name)
 
 
 @contextmanager
@@ -232,7 +271,7 @@ def _on_isinstance(recorder: Recorder) -> Iterator[None]:
     original, traced = builtins.isinstance, fx.Proxy
 
     def asking(value: Any, classes: Any) -> bool:
-        if original(value, traced):
+        if issubclass(type(value), traced):  # quicker than to ask for an instance, which reads the value's __class__
             listener = recorder.active()
             answer = listener.is_instance(value, classes) if listener and asked_by_a_forward() else None
             if answer is not None:

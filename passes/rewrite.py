@@ -13,6 +13,7 @@ from .activations import MIXES, activation_input, works_in_place
 from .errors import PlanError
 from .link import Linked
 from .lint import check_rewritten
+from .nodes import copied
 from .plan import Site
 from .trace import OwnerGraph
 from .units import Spot, Unit
@@ -39,16 +40,16 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
     Raises:
         PlanError: the graph calls no activation where a site says so.
     """
-    return _rewritten(linked, unit, owned, list(sites), psi)[0]
+    graph = _rewritten(linked, unit, owned, list(sites), psi)[0]
+    graph.lint()
+    return graph
 
 
 def _rewritten(
     linked: Linked, unit: Unit, owned: OwnerGraph, sites: list[Site], psi: Psi
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The graph, and its σ for each of the owner's."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(owned.graph, copies))
+    graph, copies = copied(owned.graph)
     for site in sites:
         node = owned.names.get(site.call)
         if node is None or (linked.activation(Spot(unit, node)) is None and node.target not in MIXES):

@@ -38,6 +38,7 @@ class Run:
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.channels: dict[Spot, Channels] = {}
         self.failure = ""
+        self._open: set[Spot] = set()  # whose channels are not known yet
         wanted: dict[Unit, list[Spot]] = {}
         for spot in spots:
             wanted.setdefault(spot.unit, []).append(spot)
@@ -65,10 +66,13 @@ class Run:
     ) -> str:
         """Note the channels that a run tells; the answer is why it ended early."""
         self.channels = {}
+        self._open = set(itertools.chain(*wanted.values()))
         with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
             undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
                 way(linked.model.eval(), args, kwargs)
+            except _AllKnown:
+                return ""
             except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
                 return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             finally:
@@ -84,11 +88,19 @@ class Run:
             missing = [spot for spot in spots if spot not in self.channels]
             if missing and signature is not None:
                 self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
-                self.channels |= _replay(linked, module, missing, signature, args, kwargs)
+                found = _replay(linked, module, missing, signature, args, kwargs)
+                self.channels |= found
+                self._open -= {spot for spot, channels in found.items() if channels.width}
+                if not self._open:
+                    raise _AllKnown
 
         if unit.method == "forward":
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
         return _shadow(module, unit.method, before)
+
+
+class _AllKnown(BaseException):
+    """Ends a run that has told everything; the model's own code must not catch it."""
 
 
 def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Callable[[], None]:

@@ -6,7 +6,7 @@ import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property, partial
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -186,6 +186,10 @@ def _nested(code: CodeType) -> tuple[CodeType, ...]:
 
 def _layers(value: Any) -> list[FunctionType]:
     """The Python functions of a callable: itself, and what it wraps."""
+    if isinstance(value, FunctionType) and not value.__dict__:
+        return [value]
+    if value is None or isinstance(value, type | BuiltinFunctionType):
+        return []
     if isinstance(value, partial):
         return _layers(value.func)
     if isinstance(value, staticmethod | classmethod | MethodType):
@@ -214,7 +218,7 @@ def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
             elif value is not None:
                 yield value
             if not hasattr(nn.Module, name):
-                yield inspect.getattr_static(cls, name, None)
+                yield next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
             for space in spaces:
                 yield getattr(space, name, None) if not _foreign(space) else None
     for cell in function.__closure__ or ():

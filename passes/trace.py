@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from .callables import Function, function_of, is_callable_attribute, signature_of
 from .calls import Call, default_call
 from .errors import UntraceableError
-from .recording import Recorder
+from .recording import Recorder, read_plainly
 from .source import activations_in, activations_named, codes, reached, trap
 from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
 
@@ -69,6 +69,13 @@ class OwnerGraph:
         return {node: name for name, node in self.names.items()}
 
     @cached_property
+    def same_calls(self) -> bool:
+        """Whether the graph in eval mode calls the same one by one, with what arguments ever."""
+        versions = (self, self.in_eval or self)
+        here, there = ([(node.op, node.target) for node in version.graph.nodes] for version in versions)
+        return here == there
+
+    @cached_property
     def output(self) -> Any:
         """What the forward returns, as fx arguments."""
         return next(iter(reversed(self.graph.nodes))).args[0]
@@ -80,18 +87,26 @@ class OwnerGraph:
 
 
 class ModelNames:
-    """The paths of a model's modules and tensors, by identity; one that stands in several places has several."""
+    """The paths of a model's modules and tensors, by identity; one that stands in several places has several.
+
+    `first` holds each module by the first of its paths.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[int, list[str]] = {}
         self.tensors: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
+        self.first: dict[str, nn.Module] = {}
+        places: list[tuple[str, nn.Module]] = []
+        _list_modules("", model, places)
+        for path, module in places:
             self.modules.setdefault(id(module), []).append(path)
-        for named in (model.named_parameters, model.named_buffers):
-            for path, tensor in named(remove_duplicate=False):
-                self.tensors.setdefault(id(tensor), []).append(path)
-        self._named = {path: paths[0] for paths in self.tensors.values() for path in paths}
+            if len(self.modules[id(module)]) == 1:
+                self.first[path] = module
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.tensors.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
         self._shared = [paths for paths in (*self.modules.values(), *self.tensors.values()) if len(paths) > 1]
+        self._aliased = {path: paths[0] for paths in self._shared for path in paths}
 
     def aliases(self, owner: str) -> frozenset[tuple[str, ...]]:
         """What stands below the owner under several names: graphs call it by the first."""
@@ -108,11 +123,23 @@ class ModelNames:
 
     def first_name(self, name: str) -> str:
         """The first of a tensor's names."""
-        return self._named.get(name, name)
+        return self._aliased.get(name, name)
+
+    def first_path(self, path: str) -> str:
+        """The first of a module's paths."""
+        return self._aliased.get(path, path)
 
     def holders(self, tensor: Tensor) -> int:
         """Under how many names the model holds the tensor."""
         return len(self.tensors.get(id(tensor), []))
+
+
+def _list_modules(path: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
+    """Note a module and all below it with their paths, as often as they stand somewhere."""
+    places.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _list_modules(f"{path}.{name}" if path else name, child, places)
 
 
 def _below(owner: str, paths: list[str]) -> str | None:
@@ -131,9 +158,11 @@ class Tracing:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names = ModelNames(model)
-        self._recorder = Recorder()
+        self.modules = self.names.first
+        classes = {type(module) for module in self.modules.values()}
+        self._recorder = Recorder(classes)
+        self._plain = read_plainly(classes)
         self._graphs: dict[tuple[Any, ...], list[OwnerGraph]] = {}
         self._failures: dict[tuple[Any, ...], list[tuple[tuple[Read, ...], str]]] = {}
         self._of_classes: dict[tuple[type[nn.Module], str], Function] = {}
@@ -253,21 +282,40 @@ class Tracing:
         reads = tuple(read for read in {**tracer.reads, **again.reads} if read[1] != "training")
         typed = frozenset(tracer.typed | again.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
-        if _text(in_training) == _text(in_eval):
+        if _same_code(in_training, in_eval):
             return OwnerGraph(in_training, call, reads, typed)
         return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
 
     def _read_same(self, module: nn.Module, reads: tuple[Read, ...]) -> bool:
+        at: dict[str, nn.Module] = {}
         try:
-            return all(_fits(_look(_at(module, where), name), value) for where, name, value in reads)
+            for where, name, noted in reads:
+                if where not in at:
+                    at[where] = _at(module, where)
+                found = self._look(at[where], name)
+                if found != noted and not (noted == TENSOR and found[:1] == TENSOR):
+                    return False
         except AttributeError:
             return False
+        return True
+
+    def _look(self, module: nn.Module, name: str) -> tuple[Any, ...]:
+        """The fingerprint that a read of the attribute would leave now."""
+        own, cls = module.__dict__, type(module)
+        for held in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+            if name in held:
+                direct = self._plain and not hasattr(cls, name)
+                return fingerprint(held[name] if direct else getattr(module, name))
+        return inherited(getattr(cls, name)) if hasattr(cls, name) else MISSING
 
     def _resolves(self, path: str, known: OwnerGraph) -> bool:
         """Whether every child that the graph names is, here too, known by that name first (children may be shared)."""
-        module = self.modules[path]
+        module, prefix = self.modules[path], f"{path}." if path else ""
         try:
-            return all(self.names.module(path, _at(module, target)) == target for target in known.children)
+            return all(
+                f"{prefix}{target}" in self.modules or self.names.module(path, _at(module, target)) == target
+                for target in known.children
+            )
         except AttributeError:
             return False
 
@@ -282,19 +330,13 @@ def _at(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _fits(found: tuple[Any, ...], noted: tuple[Any, ...]) -> bool:
-    """Whether what is there now is what a trace noted."""
-    return found == noted or (noted == TENSOR and found[:1] == TENSOR)
-
-
-def _look(module: nn.Module, name: str) -> tuple[Any, ...]:
-    """The fingerprint that a read of the attribute would leave now."""
-    own = module.__dict__
-    if name in own or any(name in own[names] for names in ("_parameters", "_buffers", "_modules")):
-        return fingerprint(getattr(module, name))
-    if hasattr(type(module), name):
-        return inherited(getattr(type(module), name))
-    return MISSING
+def _same_code(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs have one text; most are told apart, or found alike, by their calls."""
+    calls, others = ([(node.op, str(node.args), str(node.kwargs)) for node in graph.nodes] for graph in (one, other))
+    if calls != others:
+        return False
+    named, those = ([(node.name, node.target) for node in graph.nodes] for graph in (one, other))
+    return named == those or _text(one) == _text(other)
 
 
 def _text(graph: fx.Graph) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 class Traced(fx.Proxy):
     """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
 
+    def __init__(self, node: fx.Node, tracer: OwnerTracer) -> None:
+        self.__dict__.update(node=node, tracer=tracer)  # not by its own __setattr__, which is for forwards
+
     @property  # type: ignore[misc]  # nobody sets it
     def __class__(self) -> type:
         """To a forward that reads it, the type of the value that this stands for."""
@@ -95,6 +98,9 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class TracedAttribute(Traced, fx.proxy.Attribute):
     """`x.shape`, `x.dtype`, `x.view`: a traced value, or a method about to be called."""
 
+    def __init__(self, root: Traced, attr: str) -> None:
+        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, _node=None)
+
 
 class TracedValue(Traced):
     """A traced value."""
@@ -111,13 +117,13 @@ class StoredTensor(Traced):
 
     def __init__(self, node: fx.Node, tracer: OwnerTracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
-        self.stored = tensor
+        self.__dict__.update(stored=tensor)
 
     @property
     def shape(self) -> torch.Size:
         tracer: Any = self.tracer
         tracer.asked_for_shape(str(self.node.target), self.stored)
-        return self.stored.shape
+        return cast(Tensor, self.stored).shape
 
     @property
     def ndim(self) -> int:

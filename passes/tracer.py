@@ -10,17 +10,19 @@ from types import FunctionType
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, is_grad_enabled, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
 from .foreign import calls_become
+from .nodes import new_node
 from .outside import Kept
 from .recording import FACTORIES, Recorder
-from .traced import StoredTensor, Traced, TracedValue
+from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
 Read = tuple[str, str, Any]
+TRACED = (TracedValue, TracedAttribute, StoredTensor)
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -42,7 +44,7 @@ class OwnerTracer(fx.Tracer):
     """
 
     def __init__(self, names: Names, recorder: Recorder, path: str, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
         self.names, self.recorder, self.path, self.root = names, recorder, path, module
         self.reads: dict[Read, None] = {}
         self.typed: set[str] = set()
@@ -168,11 +170,28 @@ class OwnerTracer(fx.Tracer):
         self.typed.add(str(value.node.target))
         return self.containers[value.node]
 
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
+    ) -> fx.Proxy:
+        own_args = tuple(map(self.create_arg, args))
+        own_kwargs = {key: self.create_arg(value) for key, value in kwargs.items()}
+        return (proxy_factory_fn or self.proxy)(self.create_node(kind, target, own_args, own_kwargs, name, type_expr))
+
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Traced):  # most arguments are these, or plain: fx asks much before it finds that out
+        kind = type(a)  # most arguments are these: fx asks much before it finds that out
+        if kind in TRACED:
             return a.node
-        if type(a) in PLAIN:
+        if kind in PLAIN:
             return a
+        if kind is tuple or kind is list:
+            return kind(map(self.create_arg, a))
         if isinstance(a, Tensor):
             return self.tensor(a).node
         if type(a) is OrderedDict:
@@ -190,10 +209,18 @@ class OwnerTracer(fx.Tracer):
             self.stored[path] = StoredTensor(self.create_node("get_attr", path, (), {}), self, tensor)
         return self.stored[path]
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if not torch.is_grad_enabled():
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        if not is_grad_enabled():
             raise UntraceableError("its forward switches gradients off, which a graph can't hold")
-        return super().create_node(*args, **kwargs)
+        return new_node(self.graph, kind, target, args, kwargs, name, type_expr)
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module call becomes a node."""
@@ -304,6 +331,8 @@ def inherited(value: Any) -> tuple[Any, ...]:
 
 def fingerprint(value: Any) -> tuple[Any, ...]:
     """What of a read decides the graph; equal fingerprints, equal graphs."""
+    if type(value) in PLAIN:
+        return (type(value), value)
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape))
     if isinstance(value, nn.Module):

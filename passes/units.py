@@ -10,9 +10,10 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
+from .callables import is_held
 from .calls import Call, call_of
 from .errors import UntraceableError
-from .look_alike import Stored, is_convolution, likeness, linear_look_alike, plain_attributes
+from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .trace import OwnerGraph, Tracing
 
 
@@ -63,7 +64,8 @@ class Units:
         self.failures: dict[str, UntraceableError] = {}
         self._calls: dict[tuple[str, str], Unit] = {}
         self._callees: dict[Spot, Unit] = {}
-        self._children: dict[tuple[str, str], str] = {}
+        self._leaves: dict[str, bool] = {}
+        self._plain_calls: dict[tuple[type, int], Call | None] = {}
         self._replacing: dict[str, bool] = {}
         self._activations: dict[str, str | None] = {}
         self._look_alikes: dict[str, Stored | None] = {}
@@ -80,10 +82,10 @@ class Units:
             self.unseen |= self._mentioned_in_untraced_code()
 
     def _enter(self, path: str, call: Call | None) -> Unit | None:
-        module = self.modules[path]
-        if _is_leaf(module) or path in self.failures:
+        if self._is_leaf(path) or path in self.failures:
             return None
-        known = self._calls.get((path, call.key() if call else ""))
+        key = call.key() if call else ""
+        known = self._calls.get((path, key))
         if known is not None:
             return known
         unit = Unit(path, len(self.variants(path)))
@@ -93,7 +95,7 @@ class Units:
             self.failures[path] = error
             self._enter_methods(path)
             return None
-        self._calls[path, call.key() if call else ""] = unit
+        self._calls[path, key] = unit
         return unit
 
     def _enter_methods(self, path: str) -> None:
@@ -139,8 +141,7 @@ class Units:
                     child = self.child(unit, node)
                     spot = Spot(unit, node)
                     self.callers.setdefault(child, []).append(spot)
-                    leaf = _is_leaf(self.modules[child])
-                    callee = None if leaf else self._enter(child, self._call_of(child, node))
+                    callee = None if self._is_leaf(child) else self._enter(child, self._call_of(child, node))
                     if callee is not None:
                         self._callees[spot] = callee
 
@@ -167,8 +168,22 @@ class Units:
         return self._replacing[path]
 
     def _call_of(self, path: str, node: fx.Node) -> Call | None:
+        """The call of a module that the node makes; those that pass values alone are the same for all of a class."""
+        module, passed = self.modules[path], node.args
+        plain = not (node.kwargs or is_held(module, "forward")) and all(isinstance(value, fx.Node) for value in passed)
+        key = type(module), len(passed)
+        if plain and key in self._plain_calls:
+            return self._plain_calls[key]
         signature = self.tracing.signature(path)
-        return call_of(signature, node.args, node.kwargs) if signature else None
+        call = call_of(signature, passed, node.kwargs) if signature else None
+        if plain:
+            self._plain_calls[key] = call
+        return call
+
+    def _is_leaf(self, path: str) -> bool:
+        if path not in self._leaves:
+            self._leaves[path] = _is_leaf(self.modules[path])
+        return self._leaves[path]
 
     def methods(self, path: str) -> list[Unit]:
         """The traced helper methods of a module whose forward has no graph."""
@@ -176,10 +191,8 @@ class Units:
 
     def child(self, unit: Unit, node: fx.Node) -> str:
         """The path under which the model first names the module that the node calls."""
-        key = unit.path, str(node.target)
-        if key not in self._children:
-            self._children[key] = self.path_of(self.modules[unit.path].get_submodule(key[1]))
-        return self._children[key]
+        path, target = unit.path, str(node.target)
+        return self.tracing.names.first_path(f"{path}.{target}" if path else target)
 
     def path_of(self, module: nn.Module) -> str:
         """The path under which the model first names a module of its own."""
@@ -215,14 +228,14 @@ class Units:
 
     def activation(self, spot: Spot) -> str | None:
         """The name of the element-wise activation that the spot calls; None where it calls none."""
-        module = self.module(spot)
-        return call_activation(spot.node) if module is None else self.activation_module(self.child(*spot))
+        calls_module = spot.node.op == "call_module"
+        return self.activation_module(self.child(*spot)) if calls_module else call_activation(spot.node)
 
     def look_alike(self, path: str) -> Stored | None:
         """How the weight of a module that acts like a Linear is stored; None for other modules."""
         if path not in self._look_alikes:
             module = self.modules[path]
-            plain = acts_as(module, type(module))
+            plain = acts_as(module, type(module)) and may_be_linear(module)
             self._look_alikes[path] = self._tried(module) if plain else None
         return self._look_alikes[path]
 

@@ -84,7 +84,7 @@ def still(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
 
 def _wire(node: fx.Node, module: nn.Module | None) -> Wire | None:
     if node.op == "call_module" and module is not None:
-        return next((wire for cls, wire in _MODULES.items() if acts_as(module, cls)), None)
+        return _BY_FORWARD.get(type(module).forward) if acts_as(module, type(module)) else None
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target)
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
@@ -209,6 +209,8 @@ _MODULES: dict[type[nn.Module], Wire] = {
     nn.Flatten: _flatten,
     nn.Sequential: _same,  # an empty one: linking steps into the others
 }  # fmt: skip
+
+_BY_FORWARD: dict[Callable[..., Any], Wire] = {cls.forward: wire for cls, wire in _MODULES.items()}
 
 _FUNCTIONS: dict[Any, Wire] = {
     F.dropout: _dropout, F.dropout1d: _dropout, F.dropout2d: _dropout, F.dropout3d: _dropout,

@@ -49,9 +49,14 @@ def _any_writes(linked: Linked, unit: Unit, graph: fx.Graph) -> bool:
     """Whether anything at all is written in place in a graph of the unit: in most, nothing is."""
     known = _known.setdefault(linked, {})
     if (unit, graph) not in known:
-        spots = (Spot(unit, node) for node in graph.nodes)
-        known[unit, graph] = any(_writes(linked, spot, value) for spot in spots for value in spot.node.all_input_nodes)
+        spots = (Spot(unit, node) for node in graph.nodes if node.op.startswith("call"))
+        known[unit, graph] = any(_writes(linked, spot, value) for spot in spots for value in _may_write_into(spot.node))
     return known[unit, graph]
+
+
+def _may_write_into(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node that it can write into: its first, and the one it names."""
+    return [value for value in (*node.args[:1], *node.kwargs.values()) if isinstance(value, fx.Node)]
 
 
 def _writes(linked: Linked, spot: Spot, value: fx.Node) -> bool:
