@@ -132,13 +132,17 @@ def _replay(
     graph = linked.graphs[spots[0].unit].graph
     given = bound_to_placeholders(signature, args, kwargs)
     values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-    replay = _Replay(module, {z: spot for spot in spots if (z := activation_input(spot.node))}, graph)
+    wanted: dict[fx.Node, list[Spot]] = {}
+    for spot in spots:
+        if z := activation_input(spot.node):
+            wanted.setdefault(z, []).append(spot)
+    replay = _Replay(module, wanted, graph)
     replay.run(*values)
     return replay.found
 
 
 class _Replay(fx.Interpreter):
-    def __init__(self, module: nn.Module, wanted: dict[fx.Node, Spot], graph: fx.Graph) -> None:
+    def __init__(self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
         self.wanted = wanted
         self.found: dict[Spot, Channels] = {}
@@ -147,7 +151,7 @@ class _Replay(fx.Interpreter):
         value = super().run_node(n)
         if n in self.wanted and isinstance(value, Tensor) and value.dim():
             axis = 1 if value.dim() in (4, 5) else -1
-            self.found[self.wanted[n]] = Channels(value.shape[axis], axis)
+            self.found |= dict.fromkeys(self.wanted[n], Channels(value.shape[axis], axis))
         return value
 
 

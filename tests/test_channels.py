@@ -54,6 +54,15 @@ def test_without_provenance_the_site_is_refused_with_the_way_out() -> None:
     assert not plan.sites and "example_inputs" in plan.refusals[0].remedy
 
 
+def test_a_run_tells_the_channels_of_every_activation_of_a_value() -> None:
+    def body(m: Net, x: Tensor) -> Tensor:
+        z = x.exp()
+        return F.relu(z) + torch.sigmoid(z) + F.relu(-z)
+
+    plan = bypass_fx.plan(Net(body), mode="all", example_inputs=(torch.zeros(2, 5),))
+    assert [(site.activation, site.width) for site in plan.sites] == [("relu", 5), ("sigmoid", 5), ("relu", 5)]
+
+
 class Inner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x.roll(1, -1))
