@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from itertools import product
 from typing import Any, Literal
@@ -72,11 +73,14 @@ def _orders(weight: Tensor, bias: Tensor | None) -> list[Stored]:
 
 
 def _computes(module: nn.Module, stored: Stored) -> bool:
+    trials: list[tuple[Tensor, Tensor]] = []
     for probe, drawn in _probes(module):
-        matrix = drawn["weight"] if stored == "out_in" else drawn["weight"].t()
-        for lead in ((3,), (2, 3)):
-            x = _input((*lead, matrix.shape[1]))
-            found, expected = _result(probe, x), nn.functional.linear(x, matrix, drawn.get("bias"))
+        if not trials:
+            matrix = drawn["weight"] if stored == "out_in" else drawn["weight"].t()
+            inputs = [_input((*lead, matrix.shape[1])) for lead in ((3,), (2, 3))]
+            trials = [(x, nn.functional.linear(x, matrix, drawn.get("bias"))) for x in inputs]
+        for x, expected in trials:
+            found = _result(probe, x)
             if found is None or found.shape != expected.shape or not torch.allclose(found, expected):
                 return False
     return True
@@ -136,9 +140,7 @@ def _probes(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     probe = module.__new__(type(module))
     probe.__dict__ = dict(module.__dict__)
     drawn = {
-        name: nn.Parameter(
-            torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32).double()
-        )
+        name: nn.Parameter(_drawn(parameter.shape, generator))
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
@@ -147,6 +149,16 @@ def _probes(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     for training in (True, False):
         probe.__dict__["training"] = training
         yield probe, kept
+
+
+def _drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random numbers; a large tensor repeats as many as a prime says, so that its rows and columns differ all the same."""
+    count = math.prod(shape)
+    some = torch.randn(min(count, _DIFFERENT), generator=generator, device="cpu", dtype=torch.float32).double()
+    return some.repeat(-(-count // max(1, len(some))))[:count].view(shape)
+
+
+_DIFFERENT = 65_537
 
 
 def _input(shape: tuple[int, ...]) -> Tensor:
