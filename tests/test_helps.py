@@ -166,12 +166,12 @@ def test_every_strict_site_of_the_transformer_is_found_in_each_block() -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_both_halves_hold_regressions_and_classifications_and_share_no_net(full: bool) -> None:
+def test_every_part_holds_regressions_and_classifications_and_they_share_no_net(full: bool) -> None:
     read = protocol.read(full)
-    halves = [{task.data["kind"]: task for task in read.of(stage)} for stage in ("search", "held-out")]  # type: ignore[arg-type]
+    halves = [{task.data["kind"]: task for task in read.of(stage)} for stage in ("search", "held-out", "fresh")]  # type: ignore[arg-type]
     assert all({"function"} < half.keys() for half in halves)
     nets = [{(str(task.data), str(task.net)) for task in half.values()} for half in halves]
-    assert not nets[0] & nets[1]
+    assert not nets[0] & nets[1] and not nets[2] & (nets[0] | nets[1])
     for task in read.tasks.values():
         assert not {*read.seeds("search", task)} & {*read.seeds("held-out", task)}
     assert ("cifar10" in protocol.read(full, "somewhere").tasks) and "cifar10" not in read.tasks

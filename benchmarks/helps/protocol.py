@@ -11,7 +11,7 @@ from typing import Any, Literal
 from .arms import Arm
 from .tasks import Task
 
-Stage = Literal["search", "in-sample", "held-out"]
+Stage = Literal["search", "in-sample", "held-out", "fresh"]
 FILE = Path(__file__).with_name("protocol.toml")
 
 
@@ -34,7 +34,8 @@ class Protocol:
 
     def of(self, stage: Stage) -> list[Task]:
         """The tasks of a stage."""
-        return [task for task in self.tasks.values() if (task.half == "held-out") == (stage == "held-out")]
+        half = "search" if stage == "in-sample" else stage
+        return [task for task in self.tasks.values() if task.half == half]
 
     def arms(self, stage: Stage, task: Task) -> list[Arm]:
         """The arms that race on a task: where it names some, only those."""

@@ -45,6 +45,14 @@ class Examples:
         return right.float().mean()
 
 
+def _levy(x: Tensor) -> Tensor:
+    w = 1 + (x - 1) / 4
+    first, last = w[:, :1], w[:, 1:]
+    waves = (first - 1).square() * (1 + 10 * (pi * first + 1).sin().square())
+    ends: Tensor = (pi * first).sin().square() + (last - 1).square() * (1 + (2 * pi * last).sin().square())
+    return waves + ends
+
+
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # on [points, 2], and half the side of its square
     "eggholder": (data.eggholder, 250.0),
     "ackley": (
@@ -56,6 +64,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # on [points
     ),
     "rastrigin": (lambda x: (x.square() - 10 * (2 * pi * x).cos()).sum(1, keepdim=True), 1.5),
     "schwefel": (lambda x: -(x * x.abs().sqrt().sin()).sum(1, keepdim=True), 250.0),
+    "levy": (_levy, 4.0),
+    "himmelblau": (
+        lambda x: (x[:, :1].square() + x[:, 1:] - 11).square() + (x[:, :1] + x[:, 1:].square() - 7).square(),
+        4.0,
+    ),
     "griewank": (lambda x: x.square().sum(1, keepdim=True) / 4000 - x[:, :1].cos() * (x[:, 1:] / 2**0.5).cos(), 6.0),
 }
 
@@ -81,6 +94,27 @@ def spirals(points: int) -> Examples:
         return 2 * torch.stack([radius * angle.cos(), radius * angle.sin()], 1), y
 
     return Examples(drawn(points), drawn(1000), "classification", 3)
+
+
+def checkerboard(points: int, squares: int) -> Examples:
+    """Points of a board with so many squares a side, and the colour of each one's square."""
+    generator = torch.Generator().manual_seed(DATA_SEED)
+
+    def drawn(number: int) -> Pair:
+        x = squares * torch.rand(number, 2, generator=generator)
+        return (2 * x / squares - 1) * 3**0.5, x.floor().sum(1).long() % 2
+
+    return Examples(drawn(points), drawn(1000), "classification", 2)
+
+
+def diabetes() -> Examples:
+    """How diabetes went on within a year, by ten measurements of 442 patients, as scikit-learn ships it; normalised."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = (torch.tensor(values, dtype=torch.float32) for values in load_diabetes(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(DATA_SEED))
+    x, y = (x / x.std(0))[order], ((y - y.mean()) / y.std()).unsqueeze(1)[order]
+    return Examples((x[:300], y[:300]), (x[300:], y[300:]), "regression", 1)
 
 
 def digits(side: int = 0) -> Examples:
@@ -208,7 +242,8 @@ class Task:
     def examples(self) -> Examples:
         """The data."""
         made: dict[str, Callable[..., Examples]] = {
-            "function": function, "spirals": spirals, "digits": digits, "text": text, "cifar10": cifar10,
+            "function": function, "spirals": spirals, "checkerboard": checkerboard, "diabetes": diabetes, "digits": digits,
+            "text": text, "cifar10": cifar10,
         }  # fmt: skip
         kind, arguments = _named(self.data)
         return made[kind](**arguments)
