@@ -122,7 +122,7 @@ def test_the_improved_preset_is_never_left_worse_than_theta_star() -> None:
     lengths = {"train1": 2, "opt1": 1, "opt2": 1, "train3": 1, **WORSE}
     history = Trainer(mlp(data), data, preset("improved", lengths)).fit()
     assert history.reports[0].rolled_back and len(history.reports) == 1
-    assert history.moment("end").bypass.train_loss < history.moment("θ*").bypass.train_loss
+    assert history.moment("end").bypass.train_loss == history.moment("θ*").bypass.train_loss  # looked at when train3 is over
 
 
 class Counting(Accept):
