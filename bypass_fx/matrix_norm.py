@@ -40,7 +40,7 @@ def norm_of_product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
     return norm
 
 
-_TINY = 2**13  # numbers: below, a step of autograd in Python takes longer than its matrix products
+_TINY = 2**16  # numbers: below, a step of autograd in Python takes longer than its matrix products
 
 
 def gram_is_cheaper(a: Tensor, w: Tensor) -> bool:
@@ -84,11 +84,14 @@ def _gradients(factor: Tensor, r: Tensor, a: Tensor, d: Tensor, w: Tensor) -> tu
     """
     by = factor[..., None, None]
     across, down = (by * d).unsqueeze(-2), (by * d).unsqueeze(-1)
+    scaled = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # the products are used no further
     if a.shape[-2] <= w.shape[-1]:
         right = r @ w.mT
-        return right * across, by * (a * right).sum(-2), (a * across).mT @ r
+        of_d = by * (a * right).sum(-2)
+        return scaled(right, across), of_d, scaled(a.mT @ r, down)
     left = a.mT @ r
-    return r @ (w * down).mT, by * (w * left).sum(-1), left * down
+    of_d = by * (w * left).sum(-1)
+    return scaled(r @ w.mT, across), of_d, scaled(left, down)
 
 
 def _over(g: Tensor, norm: Tensor) -> Tensor:
