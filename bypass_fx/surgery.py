@@ -197,10 +197,9 @@ def extend(
     edits = insert.prepare(linked, plan, psi)
     insert.apply(edits)
     mark(inner, plan)
-    sharded = any(map(is_sharded, {type(each): each for each in parameters}.values()))
-    if sharded or isinstance(
-        model, torch.nn.parallel.DistributedDataParallel
-    ):  # D came too late for them to average it
+    distributed = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    if distributed or any(map(is_sharded, {type(each): each for each in parameters}.values())):
+        # D came too late for them to average it
         from .gradient_averaging import average_gradients  # torch.distributed takes a while to import
 
         average_gradients(delta_of(inner, site) for site in plan.sites)

@@ -102,6 +102,9 @@ def _dice() -> Any:
 
 def _numpys_dice(numpy: Any) -> Any:
     """The state of NumPy's own generator: of the usual kind its memory, for get_state takes as long as a small trace."""
+    if not hasattr(numpy.random, "get_bit_generator"):  # before NumPy 1.24
+        _, keys, position, *_ = numpy.random.get_state()
+        return bytes(keys), position
     generator = numpy.random.get_bit_generator()
     if type(generator) is numpy.random.MT19937:
         return ctypes.string_at(generator.ctypes.state_address, _MERSENNE_TWISTER)
