@@ -29,10 +29,11 @@ def norm_of_product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
         >>> norm_of_product(a, d, w)
         tensor(4.)
     """
-    if torch.amp.is_autocast_available(a.device.type) and torch.is_autocast_enabled(a.device.type):
+    compiling = torch.compiler.is_compiling()  # torch 2.11's compiler can't ask for what it compiles to offer autocast
+    if (compiling or torch.amp.is_autocast_available(a.device.type)) and torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
             return norm_of_product(a, d, w)
-    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    apart = compiling or torch._C._are_functorch_transforms_active()
     gram = gram_is_cheaper(a, w) and not apart
     if apart or not torch.is_grad_enabled() or (not gram and a.numel() + w.numel() < _TINY):
         return _gram(a, d, w)[0].to(a.dtype) if gram else _norm_of(_product(a, d, w))

@@ -149,7 +149,7 @@ def test_sites_of_one_shape_are_one_batch_with_the_norms_and_gradients_of_single
         gradient, expected = parameter.grad, theirs[name].grad
         assert (gradient is None) == (expected is None), name
         assert gradient is None or torch.allclose(gradient, expected), name  # type: ignore[arg-type]
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         bypass_fx.norms(model)
     products = sum(e.count for e in profile.key_averages() if e.key in ("aten::bmm", "aten::mm"))
     assert products == 4  # two widths, and for the augmented sites the column b_W
