@@ -194,8 +194,8 @@ def _read_by(flow: Flow, v: Tensor, w: Found, a: Found, use: Spot) -> Path | Rea
     """The path to one use of A."""
     assert a.value is not None
     read = flow.tensor(Spot(use.unit, a.value))
-    if read.shape[a.axis] != a.inputs:
-        return Reason(f"A ({a.affine}) reads {a.inputs} channels, attention makes {read.shape[a.axis]}")
+    if read.shape[a.axis] != a.inputs:  # A would not run on them: the owner is given inputs of another rank
+        raise UnknownError(f"A ({a.affine}) reads {a.inputs} channels, attention makes {read.shape[a.axis]}")
     by_position = read.movedim(a.axis, -1).reshape(-1, a.inputs)
     made = v.flatten()[by_position]
     rows, positions = made % w.outputs, made // w.outputs

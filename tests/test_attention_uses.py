@@ -81,3 +81,32 @@ def test_a_dropout_that_never_stops_is_no_wire() -> None:
 
 def test_a_squeeze_of_whatever_has_size_one_is_no_move() -> None:
     assert "not only moved" in refusal(Steps(values=torch.squeeze))
+
+
+class OnImages(nn.Module):
+    """Attention over the pixels of images with the channels last; with three axes, its reshapes would run too."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.heads, -1).unbind(2)
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, -1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_trial_in_which_the_projection_would_not_run_says_nothing(heads: int) -> None:
+    torch.manual_seed(heads)
+    model, x = OnImages(heads).eval(), torch.randn(2, 3, 4, 8)
+    with torch.no_grad():
+        model.qkv.weight[16:] = 0  # so that A D W = 0 for every D
+    (site,) = bypass_fx.sites(bypass_fx.extend(model))
+    with torch.no_grad():
+        bypass_fx.surgery.delta_of(model, site).normal_()
+        before = model(x)
+        bypass_fx.contract(model)
+        torch.testing.assert_close(model(x), before)
+    assert site.constraint == "folded" and site.width == 8
