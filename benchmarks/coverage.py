@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 import traceback
 from collections import Counter
@@ -65,6 +66,8 @@ def _class(reason: str) -> str:
     ):
         if head.startswith(start):
             return start
+    if head.startswith("A (") and ") reads" in head:
+        return "A reads" + re.sub(r"\d+", "n", head.partition(") reads")[2])
     for start in ("in front of it stands", "its result goes into", "A ("):
         if head.startswith(start):
             inner = head[head.rfind("(") + 1 : head.rfind(")")] if "(" in head else head.removeprefix(start).strip()
