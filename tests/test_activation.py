@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import bypass_fx
 from bypass_fx.activation import Within, psi
@@ -247,6 +248,28 @@ def test_a_compiled_model_has_one_kernel_for_the_activation_and_d_and_no_product
     )
     fused = next(line for line in backward.splitlines() if "gelu_backward" in line and "async_compile" in line)
     assert "mul" in fused and "sum" in fused
+
+
+def test_equal_blocks_share_one_compiled_region() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.second(self.act(self.first(x)))
+            return out
+
+    def regions(model: nn.Module) -> int:
+        torch.compiler.reset()
+        counter = CompileCounter()
+        for block in model.children():
+            block.compile(backend=counter, fullgraph=True)
+        model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+        return int(counter.frame_count)
+
+    blocks = nn.Sequential(*(Block() for _ in range(4)))
+    assert regions(blocks) == regions(bypass_fx.extend(blocks)) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
