@@ -141,8 +141,9 @@ def _on_modules(recorder: Recorder) -> Iterator[None]:
         patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
         _patch_wrapped_functions(patcher)
         # What a forward reads from others than the model's is not noted; a class with its own way may ask nn.Module's.
-        own_way = {cls for cls in recorder.classes if not read_plainly({cls})}
-        with _on_reads(recorder, own_way | {nn.Module} if own_way else recorder.classes):
+        own_way = {cls for cls in recorder.classes if not _reads_as_torch_does(cls)}
+        own_way |= set() if read_plainly(recorder.classes) else {nn.Module}
+        with _on_reads(recorder, own_way or recorder.classes):
             yield
 
 
@@ -186,6 +187,12 @@ def read_plainly(classes: Set[type[nn.Module]]) -> bool:
     """Whether attributes of these classes are read in torch's way."""
     ways = {(cls.__getattribute__, cls.__getattr__) for cls in classes}
     return ways <= {(object.__getattribute__, nn.Module.__getattr__)}
+
+
+def _reads_as_torch_does(cls: type[nn.Module]) -> bool:
+    """Whether the class reads attributes as nn.Module or another of torch's classes does: those ask the module within."""
+    read, read_registered = cls.__getattribute__, cls.__getattr__
+    return read is object.__getattribute__ and str(read_registered.__module__).split(".")[0] == "torch"
 
 
 @contextmanager
