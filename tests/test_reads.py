@@ -146,3 +146,10 @@ def test_threads_extend_models_of_their_own() -> None:
         thread.join()
     assert not failures
     assert [dict(vars(cls)) for cls in hooked] == before
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_compiled_linear_is_the_w_of_its_site() -> None:
+    net = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"), nn.ReLU(), nn.Linear(4, 4))
+    (site,) = bypass_fx.plan(net, mode="all").sites
+    assert site.first is not None and site.first.weight == "0._orig_mod.weight"
