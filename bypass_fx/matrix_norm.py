@@ -85,7 +85,9 @@ def _gradients(factor: Tensor, r: Tensor, a: Tensor, d: Tensor, w: Tensor) -> tu
     """
     by = factor[..., None, None]
     across, down = (by * d).unsqueeze(-2), (by * d).unsqueeze(-1)
-    scaled = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # the products are used no further
+    # The products are used no further; many gradients at once (is_grads_batched) are more than a product can hold.
+    apart = torch.is_grad_enabled() or _is_batched(factor)
+    scaled = torch.mul if apart else Tensor.mul_
     if a.shape[-2] <= w.shape[-1]:
         right = r @ w.mT
         of_d = by * (a * right).sum(-2)
@@ -93,6 +95,11 @@ def _gradients(factor: Tensor, r: Tensor, a: Tensor, d: Tensor, w: Tensor) -> tu
     left = a.mT @ r
     of_d = by * (w * left).sum(-1)
     return scaled(r @ w.mT, across), of_d, scaled(left, down)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _over(g: Tensor, norm: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     module = module_at(model, path)
     own = module._parameters.get(attribute)
-    if own is not None:  # past the look-ups of getattr, which costs more than small sites' products
-        return whole(own)
+    if own is not None and _reads_as_held(type(module), attribute):
+        return whole(own)  # past the look-ups of getattr, which costs more than small sites' products
     if is_parametrized(module, attribute):
         with _at_rest(module, attribute):
             tensor = getattr(module, attribute)
@@ -36,6 +36,12 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise AttributeError(f"{name} is no tensor")
     return whole(tensor)
+
+
+def _reads_as_held(cls: type[nn.Module], attribute: str) -> bool:
+    """Whether who reads a parameter gets it as the module holds it: a class may have a way of its own, or a property."""
+    plain = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
+    return plain and not hasattr(cls, attribute)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

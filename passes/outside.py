@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from functools import _lru_cache_wrapper
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
@@ -37,9 +38,14 @@ class Kept:
 
     Of a module, its attributes and its registered names are kept; of a container, its items; of any other object, its
     attributes; and of all these the containers and plain objects in them. A function's cache is emptied if it was used.
+
+    Args:
+        is_known: whether a module is one of the model's, which are kept where they are read. Of others, which nobody sees
+            being read, what they have from their classes is kept too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_known: Callable[[nn.Module], bool] = lambda module: True) -> None:
+        self._is_known = is_known
         self._kept: dict[int, tuple[Any, Any]] = {}
 
     def keep(self, thing: Any, depth: int = 0) -> None:
@@ -54,10 +60,11 @@ class Kept:
             for value in (items.values() if isinstance(thing, dict) else items) if len(items) <= _LONGEST else ():
                 self.keep(value, depth + 1)
         elif isinstance(thing, nn.Module) or _is_plain_object(thing):
-            if depth and isinstance(thing, nn.Module):
-                return  # one of the model, which is kept where it is read
+            known = not isinstance(thing, nn.Module) or self._is_known(thing)
+            if depth and known and isinstance(thing, nn.Module):
+                return
             self._kept[id(thing)] = (thing, dict(thing.__dict__))
-            for value in thing.__dict__.values():
+            for value in (*thing.__dict__.values(), *(() if known else inherited_values(type(thing)))):
                 self.keep(value, depth + 1)
 
     def keep_surroundings(self, function: FunctionType) -> None:
@@ -81,6 +88,13 @@ class Kept:
                 changed.append((thing, _added(_items(thing), before)))
                 _refill(thing, before)
         return changed
+
+
+def inherited_values(cls: type) -> Iterator[Any]:
+    """What a class holds, and what those of its bases do that are not torch's."""
+    for each in cls.__mro__:
+        if each.__module__.split(".")[0] not in ("torch", "builtins"):
+            yield from vars(each).values()
 
 
 def _is_plain_object(thing: Any) -> bool:

@@ -67,16 +67,17 @@ class Recorder:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Keep the hooks on torch.nn.Module for as long as this lasts; may be nested."""
+        """Keep the hooks on torch.nn.Module for as long as this lasts; may be nested. Other threads' wait until it ends."""
         if self.depth:
             yield
             return
-        self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
-        try:
-            with _on_modules(self), _on_switches(self), _on_factories(self):
-                yield
-        finally:
-            self.depth = 0
+        with _ONE_THREAD:
+            self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
+            try:
+                with _on_modules(self), _on_switches(self), _on_factories(self):
+                    yield
+            finally:
+                self.depth = 0
 
     @contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -92,6 +93,9 @@ class Recorder:
         """Whether random numbers were drawn since this was asked last, or since the hooks are in place."""
         before, self._dice = self._dice, _dice()
         return bool(before != self._dice)
+
+
+_ONE_THREAD = threading.RLock()  # hooks come off in the reverse of the order in which they were set, or some stay
 
 
 def _dice() -> Any:
@@ -120,30 +124,7 @@ _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
 @contextmanager
 def _on_modules(recorder: Recorder) -> Iterator[None]:
     """Reads, calls and writes of torch.nn.Module."""
-    original_getattr, original_setattr, original_call = nn.Module.__getattr__, nn.Module.__setattr__, nn.Module.__call__
-    plainly, of_every_module = object.__getattribute__, _OF_EVERY_MODULE  # asked at every read of any module
-
-    def reading(module: nn.Module, name: str) -> Any:
-        value = plainly(module, name)
-        if recorder.listener is None or name in of_every_module:
-            return value
-        listener = recorder.active()
-        if listener is None:
-            return value
-        if name not in plainly(module, "__dict__"):
-            listener.read_inherited(module, name, value)
-            return value
-        return listener.read(module, name, value)
-
-    def reading_registered(module: nn.Module, name: str) -> Any:
-        listener = recorder.active()
-        try:
-            value = original_getattr(module, name)
-        except AttributeError:
-            if listener is not None:
-                listener.read_missing(module, name)
-            raise
-        return value if listener is None else listener.read(module, name, value)
+    original_setattr, original_call = nn.Module.__setattr__, nn.Module.__call__
 
     def calling(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = recorder.active()
@@ -159,10 +140,47 @@ def _on_modules(recorder: Recorder) -> Iterator[None]:
         patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
         patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
         _patch_wrapped_functions(patcher)
-        # What a forward reads from others than the model's is not noted; a class with its own way asks nn.Module's.
-        classes = recorder.classes if read_plainly(recorder.classes) else {nn.Module}
-        with _read_by(classes, reading, reading_registered):
+        # What a forward reads from others than the model's is not noted; a class with its own way may ask nn.Module's.
+        own_way = {cls for cls in recorder.classes if not _reads_as_torch_does(cls)}
+        own_way |= set() if read_plainly(recorder.classes) else {nn.Module}
+        with _on_reads(recorder, own_way or recorder.classes):
             yield
+
+
+def _reading(recorder: Recorder, way: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module, str], Any]:
+    """A `__getattribute__` that reads in that way and reports it."""
+    plainly, of_every_module = object.__getattribute__, _OF_EVERY_MODULE  # asked at every read of any module
+
+    def reading(module: nn.Module, name: str) -> Any:
+        value = way(module, name)
+        if recorder.listener is None or name in of_every_module:
+            return value
+        listener = recorder.active()
+        if listener is None or issubclass(type(value), fx.Proxy):  # a traced value was reported further in
+            return value
+        if name not in plainly(module, "__dict__"):
+            listener.read_inherited(module, name, value)
+            return value
+        return listener.read(module, name, value)
+
+    return reading
+
+
+def _reading_registered(recorder: Recorder, way: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module, str], Any]:
+    """A `__getattr__` that reads in that way and reports it."""
+
+    def reading_registered(module: nn.Module, name: str) -> Any:
+        listener = recorder.active()
+        try:
+            value = way(module, name)
+        except AttributeError:
+            if listener is not None:
+                listener.read_missing(module, name)
+            raise
+        reported = listener is None or issubclass(type(value), fx.Proxy)
+        return value if listener is None or reported else listener.read(module, name, value)
+
+    return reading_registered
 
 
 def read_plainly(classes: Set[type[nn.Module]]) -> bool:
@@ -171,27 +189,33 @@ def read_plainly(classes: Set[type[nn.Module]]) -> bool:
     return ways <= {(object.__getattribute__, nn.Module.__getattr__)}
 
 
+def _reads_as_torch_does(cls: type[nn.Module]) -> bool:
+    """Whether the class reads attributes as nn.Module or another of torch's classes does: those ask the module within."""
+    read, read_registered = cls.__getattribute__, cls.__getattr__
+    return read is object.__getattribute__ and str(read_registered.__module__).split(".")[0] == "torch"
+
+
 @contextmanager
-def _read_by(
-    classes: Set[type[nn.Module]],
-    reading: Callable[[nn.Module, str], Any],
-    reading_registered: Callable[[nn.Module, str], Any],
-) -> Iterator[None]:
-    """Let these classes read attributes so."""
-    hooks = {"__getattribute__": reading, "__getattr__": reading_registered}
-    before = {(cls, name): vars(cls)[name] for cls in classes for name in hooks if name in vars(cls)}
+def _on_reads(recorder: Recorder, classes: Set[type[nn.Module]]) -> Iterator[None]:
+    """Reads of attributes from modules of these classes, each in the way of its class."""
+    ways = {cls: (cls.__getattribute__, cls.__getattr__) for cls in classes}
+    made = {way: (_reading(recorder, way[0]), _reading_registered(recorder, way[1])) for way in set(ways.values())}
+    hooks = [
+        (cls, name, hook)
+        for cls, way in ways.items()
+        for name, hook in zip(("__getattribute__", "__getattr__"), made[way], strict=True)
+    ]
+    before = {(cls, name): vars(cls)[name] for cls, name, _ in hooks if name in vars(cls)}
     try:
-        for cls in classes:
-            for name, hook in hooks.items():
-                setattr(cls, name, hook)
+        for cls, name, hook in hooks:
+            setattr(cls, name, hook)
         yield
     finally:
-        for cls in classes:
-            for name, hook in hooks.items():
-                if (cls, name) in before:
-                    setattr(cls, name, before[cls, name])
-                elif vars(cls).get(name) is hook:
-                    delattr(cls, name)
+        for cls, name, hook in hooks:
+            if (cls, name) in before:
+                setattr(cls, name, before[cls, name])
+            elif vars(cls).get(name) is hook:
+                delattr(cls, name)
 
 
 @contextmanager
@@ -213,7 +237,7 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
         listener = recorder.active()
         if listener is not None:
             listener.refuse(f"its forward applies the autograd function {cls.__name__}, which a graph can't hold")
-        return original_apply.__func__(cls, *args, **kwargs)
+        return original_apply.__get__(None, cls)(*args, **kwargs)
 
     with _new_patcher() as patcher:
         for cls, reason in _CONTEXTS.items():

@@ -18,7 +18,7 @@ from .calls import bound_to_placeholders
 from .channels import Channels
 from .fakes import on_fakes
 from .link import Linked
-from .outside import Kept
+from .outside import Kept, inherited_values
 from .source import asks_device, reached
 from .units import ExampleInputs, Spot, Unit
 
@@ -162,7 +162,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         kept.keep(module)
     for cls in _classes(model):
-        for value in [value for each in cls.__mro__ if not _is_torchs(each) for value in vars(each).values()]:
+        for value in inherited_values(cls):
             kept.keep(value)
         for function in reached(cls.forward, cls):
             kept.keep_surroundings(function)
@@ -211,10 +211,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 def _classes(model: nn.Module) -> set[type[nn.Module]]:
     """The classes of a model's modules whose code is Python."""
     return {type(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)}
-
-
-def _is_torchs(cls: type) -> bool:
-    return cls.__module__.split(".")[0] in ("torch", "builtins")
 
 
 def _has_fakes(model: nn.Module, inputs: Any) -> bool:

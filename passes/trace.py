@@ -197,12 +197,13 @@ class Tracing:
         if signature is None:
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
-        key = (type(module), method, call.key(), fingerprint(module.__dict__.get(method)), self.names.aliases(path))
+        held = fingerprint(module.__dict__.get(method), self.names, path)
+        key = (type(module), method, call.key(), held, self.names.aliases(path))
         for known in reversed(self._graphs.get(key, ())):  # equal blocks follow each other
-            if self._read_same(module, known.reads) and self._resolves(path, known):
+            if self._read_same(path, known.reads) and self._resolves(path, known):
                 return known
         for reads, reason in self._failures.get(key, ()):
-            if self._read_same(module, reads):
+            if self._read_same(path, reads):
                 raise UntraceableError(f"{where}: {reason}")
         tracer = OwnerTracer(self.names, self._recorder, path, module)
         try:
@@ -286,27 +287,28 @@ class Tracing:
             return OwnerGraph(in_training, call, reads, typed)
         return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
 
-    def _read_same(self, module: nn.Module, reads: tuple[Read, ...]) -> bool:
+    def _read_same(self, path: str, reads: tuple[Read, ...]) -> bool:
+        module = self.modules[path]
         at: dict[str, nn.Module] = {}
         try:
             for where, name, noted in reads:
                 if where not in at:
                     at[where] = _at(module, where)
-                found = self._look(at[where], name)
+                found = self._look(path, at[where], name)
                 if found != noted and not (noted == TENSOR and found[:1] == TENSOR):
                     return False
         except AttributeError:
             return False
         return True
 
-    def _look(self, module: nn.Module, name: str) -> tuple[Any, ...]:
-        """The fingerprint that a read of the attribute would leave now."""
+    def _look(self, owner: str, module: nn.Module, name: str) -> tuple[Any, ...]:
+        """The fingerprint that the owner's read of the attribute would leave now."""
         own, cls = module.__dict__, type(module)
         for held in (own, own["_parameters"], own["_buffers"], own["_modules"]):
             if name in held:
                 direct = self._plain and not hasattr(cls, name)
-                return fingerprint(held[name] if direct else getattr(module, name))
-        return inherited(getattr(cls, name)) if hasattr(cls, name) else MISSING
+                return fingerprint(held[name] if direct else getattr(module, name), self.names, owner)
+        return inherited(getattr(cls, name), self.names, owner) if hasattr(cls, name) else MISSING
 
     def _resolves(self, path: str, known: OwnerGraph) -> bool:
         """Whether every child that the graph names is, here too, known by that name first (children may be shared)."""

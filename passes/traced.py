@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Traced(fx.Proxy):
     """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
 
-    def __init__(self, node: fx.Node, tracer: OwnerTracer) -> None:
-        self.__dict__.update(node=node, tracer=tracer)  # not by its own __setattr__, which is for forwards
+    # Made by fx's own __init__: what compiles a forward looks into a frame of ours, and asks for the class of what is not yet
+    # made.
 
     @property  # type: ignore[misc]  # nobody sets it
     def __class__(self) -> type:
@@ -97,9 +97,6 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 class TracedAttribute(Traced, fx.proxy.Attribute):
     """`x.shape`, `x.dtype`, `x.view`: a traced value, or a method about to be called."""
-
-    def __init__(self, root: Traced, attr: str) -> None:
-        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, _node=None)
 
 
 class TracedValue(Traced):

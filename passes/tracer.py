@@ -52,7 +52,7 @@ class OwnerTracer(fx.Tracer):
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
         self.refused = ""
-        self.kept = Kept()
+        self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.graph = fx.Graph()
 
@@ -237,12 +237,14 @@ class OwnerTracer(fx.Tracer):
         """Note a read; parameters and buffers come back as traced values."""
         where = self.names.module(self.path, module)
         if where is None:
+            if name == "training" and self.names.module("", module) is not None:
+                self.refuse(f"its forward asks for the mode of a {type(module).__name__} that is not its child")
             return value
         self.kept.keep(module)
         if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
             self.reads[where, name, TENSOR] = None
             return self.tensor(value)
-        self.reads[where, name, fingerprint(value)] = None
+        self.reads[where, name, fingerprint(value, self.names, self.path)] = None
         if type(value) in (dict, list, set):
             return self.handed.setdefault(id(value), (value, type(value)(value)))[1]
         return value
@@ -250,14 +252,14 @@ class OwnerTracer(fx.Tracer):
     def asked_for_shape(self, path: str, tensor: Tensor) -> None:
         """Note that the method asked for the shape of a parameter or buffer, and may go by it."""
         where, _, name = path.rpartition(".")
-        self.reads[where, name, fingerprint(tensor)] = None
+        self.reads[where, name, fingerprint(tensor, self.names, self.path)] = None
 
     def read_inherited(self, module: nn.Module, name: str, value: Any) -> None:
         """Note a read of a class's attribute: plain data by its value, the rest as long as no instance overrides it."""
         where = self.names.module(self.path, module)
         self.kept.keep(value)
         if where is not None:
-            self.reads[where, name, inherited(value)] = None
+            self.reads[where, name, inherited(value, self.names, self.path)] = None
 
     def read_missing(self, module: nn.Module, name: str) -> None:
         """Note that there was nothing to read."""
@@ -324,23 +326,26 @@ MISSING = ("missing",)
 TENSOR = ("tensor",)  # any tensor, whatever its shape
 
 
-def inherited(value: Any) -> tuple[Any, ...]:
+def inherited(value: Any, names: Names, owner: str) -> tuple[Any, ...]:
     """The fingerprint of what a module has from its class."""
-    return fingerprint(value) if isinstance(value, PLAIN) else ("inherited",)
+    return fingerprint(value, names, owner) if isinstance(value, PLAIN) else ("inherited",)
 
 
-def fingerprint(value: Any) -> tuple[Any, ...]:
-    """What of a read decides the graph; equal fingerprints, equal graphs."""
+def fingerprint(value: Any, names: Names | None = None, owner: str = "") -> tuple[Any, ...]:
+    """What of a read decides the graph; equal fingerprints, equal graphs.
+
+    What is read from modules below the owner is noted as well; one from elsewhere must be the same, where names tell.
+    """
     if type(value) in PLAIN:
         return (type(value), value)
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape))
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and (names is None or names.module(owner, value) is not None):
         return ("module", type(value))
     if isinstance(value, PLAIN):
         return (type(value), value)
     if isinstance(value, list | tuple):
-        return (type(value), tuple(fingerprint(item) for item in value))
+        return (type(value), tuple(fingerprint(item, names, owner) for item in value))
     if isinstance(value, dict):
-        return (type(value), tuple((key, fingerprint(item)) for key, item in value.items()))
+        return (type(value), tuple((key, fingerprint(item, names, owner)) for key, item in value.items()))
     return ("object", id(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,25 @@ def test_tensors_are_found_by_name_and_missing_ones_are_reported() -> None:
     assert tensor_named(net, "0.weight") is net[0].weight
     with pytest.raises(AttributeError):
         tensor_named(net, "0.weights")
+
+
+class SignsByGetattr(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return value.sign() if name == "weight" else value
+
+
+class SignsByProperty(nn.Linear):
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        own = self._parameters["weight"]
+        assert own is not None
+        return own.sign()
+
+
+@pytest.mark.parametrize("cls", [SignsByGetattr, SignsByProperty])
+def test_a_weight_is_what_the_class_makes_of_it_where_it_is_read(cls: type[nn.Linear]) -> None:
+    linear = nn.Linear(3, 5)
+    expected = linear.weight.sign()
+    linear.__class__ = cls
+    assert torch.equal(tensor_named(nn.Sequential(linear), "0.weight"), expected)

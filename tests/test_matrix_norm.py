@@ -211,3 +211,12 @@ def test_a_penalty_under_autocast_is_taken_in_its_own_precision() -> None:
     within.backward()  # type: ignore[no-untyped-call]
     assert within.dtype == torch.float32 and torch.equal(within, bypass_fx.penalty(model))
     assert bypass_fx.penalty(model.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("shape", [FEW, MANY, MANY[::-1]])
+def test_many_gradients_at_once_are_those_of_one_after_another(shape: tuple[int, int, int]) -> None:
+    parts, factors = drawn(shape), torch.tensor([1.0, -2.0, 3.0])
+    single = torch.autograd.grad(norm_of_product(*parts), parts)
+    many = torch.autograd.grad(norm_of_product(*parts), parts, factors, is_grads_batched=True)
+    for one, batch in zip(single, many, strict=True):
+        assert all(torch.allclose(factor * one, each, atol=1e-5) for factor, each in zip(factors, batch, strict=True))
