@@ -67,8 +67,8 @@ def _class(reason: str) -> str:
         if head.startswith(start):
             return start
     if head.startswith("A (") and ") reads" in head:
-        return "A reads" + re.sub(r"\d+", "n", head.partition(") reads")[2])
-    for start in ("in front of it stands", "its result goes into", "A ("):
+        return "A reads" + re.sub(r"\d+", "n", re.sub(r" \(\S+\)", "", head.partition(") reads")[2]))
+    for start in ("in front of it stands", "its result goes into"):
         if head.startswith(start):
             inner = head[head.rfind("(") + 1 : head.rfind(")")] if "(" in head else head.removeprefix(start).strip()
             return f"{start} {inner if not inner.startswith('an argument') else 'an argument'}"

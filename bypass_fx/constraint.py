@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .extension import root_of, sites
 from .matrix_norm import norm_of_product
-from .passes.matrices import columns, is_sharded, module_at, offset, rows, tensor_named
+from .passes.matrices import columns, is_sharded, offset, rows, tensor_named
 from .passes.plan import Site
+from .passes.trace import module_at
 
 Term = tuple[Tensor | None, Tensor, Tensor | None]  # A, d and W of a product, or d alone
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .plan import Affine
+from .trace import module_at
 
 
 def tensor_named(model: nn.Module, name: str) -> Tensor:
@@ -42,16 +43,6 @@ def _reads_as_held(cls: type[nn.Module], attribute: str) -> bool:
     """Whether who reads a parameter gets it as the module holds it: a class may have a way of its own, or a property."""
     plain = cls.__getattr__ is nn.Module.__getattr__ and cls.__getattribute__ is object.__getattribute__
     return plain and not hasattr(cls, attribute)
-
-
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path below another; as get_submodule, but past what modules do when attributes are read."""
-    for step in path.split(".") if path else ():
-        child = model._modules.get(step)
-        if child is None:
-            raise AttributeError(f"{type(model).__name__} has no module {step!r}")
-        model = child
-    return model
 
 
 def whole(tensor: Tensor) -> Tensor:

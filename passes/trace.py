@@ -269,7 +269,7 @@ class Tracing:
         if not asked:
             return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
         now = module.training
-        modules = [_at(module, where) for where in asked]
+        modules = [module_at(module, where) for where in asked]
         if any(other.training != now for other in modules):
             raise UntraceableError("it is in another mode (training or eval) than a child whose mode its forward reads")
         again = OwnerTracer(self.names, self._recorder, tracer.path, module)
@@ -293,7 +293,7 @@ class Tracing:
         try:
             for where, name, noted in reads:
                 if where not in at:
-                    at[where] = _at(module, where)
+                    at[where] = module_at(module, where)
                 found = self._look(path, at[where], name)
                 if found != noted and not (noted == TENSOR and found[:1] == TENSOR):
                     return False
@@ -315,14 +315,14 @@ class Tracing:
         module, prefix = self.modules[path], f"{path}." if path else ""
         try:
             return all(
-                f"{prefix}{target}" in self.modules or self.names.module(path, _at(module, target)) == target
+                f"{prefix}{target}" in self.modules or self.names.module(path, module_at(module, target)) == target
                 for target in known.children
             )
         except AttributeError:
             return False
 
 
-def _at(module: nn.Module, path: str) -> nn.Module:
+def module_at(module: nn.Module, path: str) -> nn.Module:
     """The module at a path below another; as get_submodule, but past what modules do when attributes are read."""
     for step in path.split(".") if path else ():
         child = module._modules.get(step)
