@@ -122,12 +122,8 @@ class ModelNames:
         return _below(owner, self.tensors.get(id(tensor), []))
 
     def first_name(self, name: str) -> str:
-        """The first of a tensor's names."""
+        """The first of a module's or a tensor's names."""
         return self._aliased.get(name, name)
-
-    def first_path(self, path: str) -> str:
-        """The first of a module's paths."""
-        return self._aliased.get(path, path)
 
     def holders(self, tensor: Tensor) -> int:
         """Under how many names the model holds the tensor."""

@@ -192,7 +192,7 @@ class Units:
     def child(self, unit: Unit, node: fx.Node) -> str:
         """The path under which the model first names the module that the node calls."""
         path, target = unit.path, str(node.target)
-        return self.tracing.names.first_path(f"{path}.{target}" if path else target)
+        return self.tracing.names.first_name(f"{path}.{target}" if path else target)
 
     def path_of(self, module: nn.Module) -> str:
         """The path under which the model first names a module of its own."""
