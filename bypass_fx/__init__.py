@@ -15,6 +15,7 @@ from .passes.errors import BypassError, PlanError, SurgeryError
 from .passes.plan import Plan, Refusal, Site
 from .probe import ProbeReport, probe
 from .schedule import BypassSchedule, NonFiniteError, ScheduleReport
+from .stuck import SiteFlow, StuckReport, stuck
 from .surgery import ContractionReport, contract, extend, plan, sites
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ __all__ = [
     "Refusal",
     "ScheduleReport",
     "Site",
+    "SiteFlow",
+    "StuckReport",
     "SurgeryError",
     "Total",
     "Trainer",
@@ -59,6 +62,7 @@ __all__ = [
     "print_readable",
     "probe",
     "sites",
+    "stuck",
 ]
 
 

@@ -17,11 +17,11 @@ from bypass_fx.arrival import Threshold
 from bypass_fx.bypass_report import Arrival, NonFiniteError
 from bypass_fx.comeback import Comeback, Moment
 from bypass_fx.course import Course, expect
-from bypass_fx.damped_step import DampedStep
+from bypass_fx.damped_step import DampedStep, HeldStill
 from bypass_fx.gamma import Adaptive
 from bypass_fx.passes.fold import in_fold_order
-from bypass_fx.passes.matrices import tensor_named, whole
-from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.matrices import placed_like, tensor_named, whole
+from bypass_fx.passes.plan import Plan, Site
 from bypass_fx.readout import Reading, Readout
 
 
@@ -65,6 +65,8 @@ class Bypass:
         self.phase: Literal["opt1", "opt2"] = "opt1"
         self.over = self.exhausted = False
         self._hooks: list[param_group.ScaledRate | DampedStep] = []
+        masks = {self._deltas[site.name]: _mask(site, self._deltas[site.name]) for site in self.plan if site.moving}
+        self._held = [HeldStill(optimizer, masks)] if masks else []
         if course.opt1 == 0:
             self._turn_back()
 
@@ -245,7 +247,7 @@ class Bypass:
                 delta.zero_()
         surgery.contract(self._model)
         param_group.remove(self._optimizer, [*self._deltas.values()])
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._held):
             hook.remove()
         self.out = frozenset()
         self.over = True
@@ -305,7 +307,6 @@ class Bypass:
             "phase": self.phase,
             "opt1_steps": self.opt1_steps,
             "opt2_steps": self.opt2_steps,
-            "sites": [*self._deltas],
             "out": sorted(self.out),
             "norms": dict(self.norms),
             "latest": None if self._latest is None else self._latest.tolist(),
@@ -316,13 +317,7 @@ class Bypass:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another bypass stopped.
-
-        Raises:
-            BypassError: the state is of other sites.
-        """
-        strange = sorted(set(state["sites"]) ^ self._deltas.keys())
-        expect(not strange, f"state and model differ in the sites {strange}; extend the model with the same plan")
+        """Go on where another bypass of the same plan stopped."""
         self.opt1_steps, self.opt2_steps = state["opt1_steps"], state["opt2_steps"]
         if state["phase"] == "opt2":
             if self.phase == "opt1":
@@ -337,6 +332,13 @@ class Bypass:
             self._latest = torch.tensor(state["latest"]).to(self.gamma)
         self._readout.load_state_dict(state["under_way"])
         self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]
+
+
+def _mask(site: Site, delta: nn.Parameter) -> Tensor:
+    """1 for the coefficients that move and 0 for the others, in δ's placement."""
+    mask = torch.zeros(site.width)
+    mask[list(site.moving)] = 1
+    return placed_like(delta.detach(), mask)
 
 
 def rate_factor(optimizer: Optimizer, lr: float | None) -> float:

@@ -1,8 +1,8 @@
-"""Optimiser steps of which some parameters take only a part."""
+"""Optimiser steps that some parameters take only a part of, or some of their entries not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,3 +48,39 @@ class DampedStep:
             for parameter, before in zip(self._parameters, self._before, strict=True):
                 parameter.copy_(torch.lerp(before, parameter, factor))
         self._before = []
+
+
+class HeldStill:
+    """Keeps the entries of parameters at 0 where a mask is 0, in whatever way the optimiser steps.
+
+    Their gradients are 0 for it, so they weigh in no norm that it takes.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> held = HeldStill(optimizer, {weight: torch.tensor([1.0, 0.0])})
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step(); weight.tolist(), weight.grad.tolist()
+        ([-1.0, 0.0], [1.0, 0.0])
+        >>> held.remove()
+    """
+
+    def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        self._masks = masks
+        plain = unwrap(optimizer)
+        self._handles = (plain.register_step_pre_hook(self._mask_gradients), plain.register_step_post_hook(self._hold))
+
+    def remove(self) -> None:
+        """Let all entries move."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _mask_gradients(self, *_: Any) -> None:
+        for parameter, mask in self._masks.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    @torch.no_grad()
+    def _hold(self, *_: Any) -> None:
+        for parameter, mask in self._masks.items():
+            parameter.mul_(mask)  # LBFGS takes gradients of its own within a step, and weight decay needs none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Self, cast
 
@@ -256,7 +257,8 @@ class Replicas:
         """Find who is extended, and stack the D of those with the same sites."""
         members: list[tuple[tuple[Site, ...], list[int]]] = []
         for row, model in enumerate(self.models):
-            sites = tuple(surgery.sites(model)) if surgery.is_extended(model) else ()
+            extended = surgery.sites(model) if surgery.is_extended(model) else ()
+            sites = tuple(replace(site, moving=()) for site in extended)  # which channels move is the schedule's business
             together = next((rows for known, rows in members if known == sites), None)
             if together is None:
                 members.append((sites, [row]))

@@ -24,11 +24,12 @@ from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.snapshot import Snapshot
+from bypass_fx.stuck import stuck
 
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
 
 Phase = Literal["opt1", "opt2", "train3", "done"]
-FORMAT = 3
+FORMAT = 4
 
 
 class BypassSchedule:
@@ -73,10 +74,12 @@ class BypassSchedule:
             norms are taken and sites arrive only then. For the returns that ask for no more: "homotopy", "proximal",
             "penalty" and "published". None is 8 for "homotopy", whose way goes by no norm, and 1 for the others.
         plan: the sites to extend; None plans them.
-        **as_plan: arguments of `bypass_fx.plan`, such as `mode`.
+        **as_plan: arguments of `bypass_fx.plan`, such as `mode`. With `select="stuck"` each further cycle looks anew for
+            channels that are stuck, and the schedule ends where there are none.
 
     Raises:
-        BypassError: an argument doesn't fit, or the model has no site; model and optimiser are then as they were.
+        BypassError: an argument doesn't fit, the model has no site, or nothing is stuck; model and optimiser are then as
+            they were.
 
     Example:
         >>> import torch, bypass_fx
@@ -131,6 +134,9 @@ class BypassSchedule:
             as_plan["optimizer"] = optimizer
         self._model, self._optimizer = model, optimizer
         self._where = snapshot
+        if "batches" in as_plan:
+            as_plan["batches"] = [*as_plan["batches"]]  # each bypass looks anew
+        self._measuring = as_plan if as_plan.get("select") == "stuck" and plan is None else {}
         self._plan, self._as_plan = plan, as_plan
         self.phase: Phase = "opt1"
         self.reports: tuple[ScheduleReport, ...] = ()  # of the bypasses that are over
@@ -138,6 +144,11 @@ class BypassSchedule:
         self._rested = 0  # steps of train3 since the last bypass
         self._snapshot: Snapshot | None = None
         self._begin()
+
+    @property
+    def plan(self) -> Plan:
+        """The sites of the last bypass; what a schedule needs to go on with a state, where they were measured."""
+        return self._bypass.plan
 
     @property
     def report(self) -> ScheduleReport | None:
@@ -250,6 +261,7 @@ class BypassSchedule:
             "format": FORMAT,
             "phase": self.phase,
             "comeback": self._course.comeback.name,
+            "plan": self.plan.to_json(),
             "bypass": self._bypass.state_dict(),
             "earlier_steps": self._earlier_steps,
             "rested": self._rested,
@@ -263,7 +275,8 @@ class BypassSchedule:
         """Go on where another schedule stopped.
 
         Load it into a new schedule with the same arguments, before the state dicts of the model and the optimiser: a
-        bypass that was done is contracted here, so that theirs fit.
+        bypass that was done is contracted here, so that theirs fit. Where the sites were measured (`select="stuck"` or
+        "probe"), give the new one `plan=Plan.from_json(state["plan"])` in their place.
 
         Raises:
             BypassError: the state belongs to another comeback, to other sites or to another version.
@@ -272,6 +285,11 @@ class BypassSchedule:
         expect(self.steps == 0 and self.phase != "done", "this schedule has begun; load the state into a new one")
         saved, own = state["comeback"], self._course.comeback.name
         expect(saved == own, f"the state is of a comeback {saved!r}, not {own!r}; build the schedule with {saved!r}")
+        plan = Plan.from_json(state["plan"])
+        strange = sorted({site.name for site in plan} ^ {site.name for site in self.plan})
+        advice = "build the schedule with plan=Plan.from_json(state['plan'])"
+        expect(not strange, f"state and model differ in the sites {strange}; {advice}")
+        expect(plan.sites == self.plan.sites, f"the state is of another plan for these sites; {advice}")
         self._bypass.load_state_dict(state["bypass"])
         if self._accept:
             self._accept.load_state_dict(state["accept"])
@@ -303,6 +321,13 @@ class BypassSchedule:
         self._readout = Readout(self._bypass.gamma.device)  # of the losses of train3
         self.phase = self._bypass.phase
         self._returning = self._adds()  # read by a compiled loss, for which every value is a graph of its own
+
+    def _planned_anew(self) -> bool:
+        """Whether there is something to bypass again."""
+        if self._measuring:
+            arguments = {name: value for name, value in self._measuring.items() if name != "select"}
+            self._plan = stuck(self._model, **arguments).plan
+        return self._plan is not None and len(self._plan) > 0
 
     def _adds(self) -> bool:
         """Whether the coming step's loss has a penalty."""
@@ -383,7 +408,7 @@ class BypassSchedule:
                 return
         if self._rested >= max(after, self._course.rest if more else 0):
             self._look_at(self._readout.flush())
-            if more:
+            if more and self._planned_anew():
                 self._earlier_steps = self.steps
                 self._begin()
             else:

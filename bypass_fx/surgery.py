@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from .passes.link import Linked
 from .passes.match import match
 from .passes.matrices import is_sharded, tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
+from .passes.rewrite import Psi
 from .passes.units import ExampleInputs
 from .usual_inputs import usual_inputs
 
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 Select = str | Sequence[str] | Callable[[Site], bool]
+MEASURED = ("stuck", "probe")  # selections that look at the loss
 Model = TypeVar("Model", bound=nn.Module)
 _WRAPPERS = (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
@@ -69,7 +72,7 @@ def plan(
     mode: Mode = "auto",
     select: Select | None = None,
     example_inputs: ExampleInputs | None = None,
-    **as_probe: Any,
+    **measuring: Any,
 ) -> Plan:
     """Find where a model can be bypassed, and why not elsewhere; the model is not changed.
 
@@ -78,14 +81,16 @@ def plan(
         mode: "strict" (W → σ → A), "relaxed" (activations of residual blocks), "auto" (strict where the fold is exact
             in training mode too, relaxed for the remaining activations of residual blocks), or "all" (relaxed for every
             remaining one, gates included).
-        select: a glob pattern over site names, several of them, or a predicate on `Site`; all sites if None. "probe"
-            takes the sites that gained the most in a `bypass_fx.probe`, which needs its `loss_fn` and `batches`.
+        select: a glob pattern over site names, several of them, or a predicate on `Site`; all sites if None. "stuck"
+            takes the sites with channels that have stopped learning, and lets D move in these only (`bypass_fx.stuck`);
+            "probe" the sites that gained the most in a `bypass_fx.probe`. Both need `loss_fn` and `batches`.
         example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward, where its optional
             arguments matter.
-        **as_probe: `loss_fn`, `batches` and further arguments of `bypass_fx.probe`, for select="probe".
+        **measuring: `loss_fn`, `batches` and further arguments of `bypass_fx.stuck` or `bypass_fx.probe`, for these two.
 
     Raises:
-        PlanError: the mode is unknown, the model can't be analysed, or no set of sites gained anything in the probe.
+        PlanError: the mode is unknown, the model can't be analysed, no channel is stuck, or no set of sites gained
+            anything in the probe.
         SurgeryError: the model is extended already.
 
     Example:
@@ -93,9 +98,9 @@ def plan(
         >>> [site.name for site in plan(net)]
         ['1']
     """
-    _expect_probe(select, as_probe)
-    if select == "probe":
-        return _probed(model, mode=mode, example_inputs=example_inputs, **as_probe)
+    _expect_measuring(select, measuring)
+    if select in MEASURED:
+        return _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
     return linked_plan(model, mode, select, example_inputs)[1]
 
 
@@ -107,22 +112,28 @@ def linked_plan(
     Raises:
         PlanError, SurgeryError: as `plan`.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _ready_parameters(model)
     linked = Linked(model, example_inputs)
     return linked, _plan(linked, mode, select, example_inputs)
 
 
-def _expect_probe(select: Select | None, as_probe: Mapping[str, Any]) -> None:
-    if select == "probe" and not {"loss_fn", "batches"} <= as_probe.keys():
+def _expect_measuring(select: Select | None, measuring: Mapping[str, Any]) -> None:
+    if select in MEASURED and not {"loss_fn", "batches"} <= measuring.keys():
         raise PlanError(
-            "select='probe' takes steps to choose the sites: pass loss_fn=(model, batch) → loss, and batches="
+            f"select={select!r} looks at gradients to choose the sites: pass loss_fn=(model, batch) → loss, and batches="
         )
-    if as_probe and select != "probe":
-        raise PlanError(f"{', '.join(as_probe)} belong to a probe; pass select='probe' with them, or leave them out")
+    if measuring and select not in MEASURED:
+        raise PlanError(
+            f"{', '.join(measuring)}: for select='stuck' or 'probe' only; pass one of these too, or leave them out"
+        )
 
 
-def _probed(model: nn.Module, **arguments: Any) -> Plan:
+def _measured(model: nn.Module, select: Select | None, **arguments: Any) -> Plan:
+    if select == "stuck":
+        from .stuck import stuck_plan
+
+        return stuck_plan(model, **arguments)
     from .probe import probe
 
     report = probe(model, **arguments)
@@ -159,7 +170,7 @@ def extend(
     mode: Mode = "auto",
     select: Select | None = None,
     example_inputs: ExampleInputs | None = None,
-    **as_probe: Any,
+    **measuring: Any,
 ) -> Model:
     """Insert a D-activation ψ(z) = σ(z) + D z with D = 0 at every site (*embed*, eq. 10); the function does not change.
 
@@ -169,7 +180,7 @@ def extend(
     Args:
         model: any module; for a compiled one the module inside is extended.
         plan: the sites; made here from `mode`, `select` and `example_inputs`, if None.
-        mode, select, example_inputs, **as_probe: as for `plan`.
+        mode, select, example_inputs, **measuring: as for `plan`.
 
     Raises:
         PlanError: there is no site, or the plan does not fit the model.
@@ -182,21 +193,17 @@ def extend(
         >>> [name for name, _ in net.named_parameters()]
         ['delta_1', '0.weight', '0.bias', '2.weight', '2.bias']
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     parameters = _ready_parameters(inner)
-    _expect_probe(select, as_probe)
-    if plan is None and select == "probe":
-        plan = _probed(model, mode=mode, example_inputs=example_inputs, **as_probe)
+    _expect_measuring(select, measuring)
+    if plan is None and select in MEASURED:
+        plan = _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
     linked = Linked(inner, example_inputs)
     if plan is None:
         plan = _plan(linked, mode, select, example_inputs)
     if not plan.sites:
         raise PlanError(_no_site(plan, select))
-    for site in plan.sites:
-        _check_fit(inner, site)
-    edits = insert.prepare(linked, plan, psi)
-    insert.apply(edits)
-    mark(inner, plan)
+    _insert(linked, plan, psi)
     distributed = isinstance(model, torch.nn.parallel.DistributedDataParallel)
     if distributed or any(map(is_sharded, {type(each): each for each in parameters}.values())):
         # D came too late for them to average it
@@ -204,6 +211,29 @@ def extend(
 
         average_gradients(delta_of(inner, site) for site in plan.sites)
     return model
+
+
+def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
+    for site in plan.sites:
+        _check_fit(linked.model, site)
+    insert.apply(insert.prepare(linked, plan, psi))
+    mark(linked.model, plan)
+
+
+@contextmanager
+def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
+    """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0.
+
+    Raises:
+        PlanError, SurgeryError: as `extend`.
+    """
+    inner = unwrapped(model)
+    _ready_parameters(inner)
+    _insert(Linked(inner, None), plan, psi)
+    try:
+        yield
+    finally:
+        contract(inner)
 
 
 def _no_site(plan: Plan, select: Select | None) -> str:
@@ -348,11 +378,11 @@ def _expect_ready(name: str, parameter: nn.Parameter) -> None:
         raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, DataParallel's or DDP's wrapper."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
     inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model

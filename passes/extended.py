@@ -45,7 +45,7 @@ def written(site: Site) -> Site:
         affine and replace(affine, name="", norm=None, bias=None, weight=affine.weight.removeprefix(prefix))
         for affine in (site.first, site.second)
     )
-    return replace(site, name=site.name.removeprefix(prefix), owner="", first=first, second=second)
+    return replace(site, name=site.name.removeprefix(prefix), owner="", first=first, second=second, moving=())
 
 
 def made_of(linked: Linked, units: list[Unit], sites: Iterable[Site], psi: Psi) -> Made:

@@ -59,6 +59,9 @@ class Site:
     projection. The channels of V lie along two axes, heads and the channels of a head: `view` is then the shape of δ
     against V, such as (heads, 1, head channels); `channel_dim` is -1. Behind a flatten each channel spans a run of
     the last axis; `view` is then (channels, -1).
+
+    `moving` are the channels whose coefficients a `BypassSchedule` lets move, in ascending order; the others stay at 0.
+    Empty stands for all.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Site:
     second: Affine | None = None
     exact: Exact = "always"
     view: tuple[int, ...] = ()
+    moving: tuple[int, ...] = ()
 
     @property
     def parameter(self) -> str:
@@ -163,7 +167,7 @@ class Plan:
 
 def _site(entry: dict[str, Any]) -> Site:
     affine = {key: _affine(entry[key]) if entry[key] else None for key in ("first", "second")}
-    return Site(**{**entry, **affine, "view": tuple(entry["view"])})
+    return Site(**{**entry, **affine, "view": tuple(entry["view"]), "moving": tuple(entry.get("moving", ()))})
 
 
 def _affine(entry: dict[str, Any]) -> Affine:

@@ -149,7 +149,7 @@ def test_select_probe_refuses_where_nothing_is_gained() -> None:
 def test_what_is_missing_or_too_much_is_named() -> None:
     with pytest.raises(PlanError, match=r"pass loss_fn=.*and batches="):
         bypass_fx.plan(mlp(), select="probe", loss_fn=loss_fn)
-    with pytest.raises(PlanError, match="batches belong to a probe"):
+    with pytest.raises(PlanError, match=r"batches: for select='stuck' or 'probe' only"):
         bypass_fx.plan(mlp(), batches=BATCHES)
     with pytest.raises(BypassError, match="at least one batch"):
         probe(mlp(), loss_fn, [])

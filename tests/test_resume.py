@@ -115,7 +115,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     state = schedule.state_dict()
     with pytest.raises(BypassError, match="a comeback 'homotopy', not 'penalty'; build the schedule with"):
         begin(comeback="penalty", gamma=Linear(1.0))[2].load_state_dict(state)
-    with pytest.raises(BypassError, match=r"differ in the sites \['1'\]; extend the model with the same plan"):
+    with pytest.raises(BypassError, match=r"differ in the sites \['1'\]; build the schedule with plan="):
         begin(select="3")[2].load_state_dict(state)
     with pytest.raises(BypassError, match="no state of this version's BypassSchedule"):
         begin()[2].load_state_dict({})

@@ -34,7 +34,7 @@ class Arm:
         delta_lr: D's learning rate over that of the weights.
         gamma: γ at the end of opt2, for the returns that have one; it grows in proportion to t.
         epsilon: when a site has arrived.
-        mode, select: the sites.
+        mode, select: the sites; "stuck" and "probe" measure them at θ*.
         accept: "" keeps every outcome, "not-worse" and "forecast" judge it.
     """
 
@@ -75,7 +75,7 @@ class Arm:
 
     def schedule(
         self, model: nn.Module, optimizer: Optimizer, steps: int, evaluate: Evaluate, losses: Sequence[float],
-        every: int, probing: dict[str, Any],
+        every: int, measuring: dict[str, dict[str, Any]],
     ) -> bypass_fx.BypassSchedule:  # fmt: skip
         """The bypass from θ* on.
 
@@ -84,7 +84,7 @@ class Arm:
             steps: how many there are after θ*.
             evaluate: the training loss of a model.
             losses, every: what it was before θ*, and how many steps apart.
-            probing: what `select="probe"` needs beside.
+            measuring: what `select="stuck"` and `select="probe"` need beside.
         """
         opt1, opt2, rest = (round(share * steps / self.cycles) for share in (self.walk, self.back, self.rest))
         accept: Accept | None = None
@@ -93,10 +93,8 @@ class Arm:
         elif self.accept == "forecast":
             accept = bypass_fx.BeatsForecast(evaluate, losses, every, after=rest)
         as_plan: dict[str, Any] = {"mode": self.mode}
-        if self.select == "probe":
-            as_plan |= {"select": "probe", **probing}
-        elif self.select:
-            as_plan["select"] = self.select
+        if self.select:
+            as_plan |= {"select": self.select, **measuring[self.select]}
         return bypass_fx.BypassSchedule(
             model, optimizer, opt1, opt2, gamma=bypass_fx.Linear(self.gamma / max(1, opt2)), epsilon=self.epsilon,
             comeback=self.comeback, delta_lr=self.delta_lr * optimizer.param_groups[0]["initial_lr"], accept=accept,

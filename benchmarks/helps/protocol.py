@@ -11,7 +11,7 @@ from typing import Any, Literal
 from .arms import Arm
 from .tasks import Task
 
-Stage = Literal["search", "in-sample", "held-out", "fresh"]
+Stage = Literal["search", "in-sample", "held-out", "fresh", "unseen"]
 FILE = Path(__file__).with_name("protocol.toml")
 
 

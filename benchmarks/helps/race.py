@@ -118,13 +118,16 @@ def _lead(
         some = [next(batches(task, examples, seeds[index : index + 1], 1, task.train1)) for _ in range(1)]
         if task.batch:
             some = [(x[0], y[0]) for x, y in some]
-        probing = {"loss_fn": examples.loss, "batches": some, "steps": PROBE_STEPS}
+        measuring = {
+            "stuck": {"loss_fn": examples.loss, "batches": [examples.train]},
+            "probe": {"loss_fn": examples.loss, "batches": some, "steps": PROBE_STEPS},
+        }
         try:
-            return arm.schedule(model, optimizer, steps, evaluate, start.losses[:, index].tolist(), every, probing)
+            return arm.schedule(model, optimizer, steps, evaluate, start.losses[:, index].tolist(), every, measuring)
         except bypass_fx.PlanError:
-            if arm.select != "probe":
+            if arm.select not in measuring:
                 raise
-            return None  # the probe says to train on
+            return None  # there is nothing to bypass: train on
 
     replicas.lead(lead)
 

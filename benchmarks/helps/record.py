@@ -30,7 +30,7 @@ def run(protocol: Protocol, stage: Stage, only: str = "", name: str = "") -> Res
 
     Args:
         protocol: tasks, arms and lengths.
-        stage: "search", "held-out", "fresh", or "in-sample" for the verdict's arms on the searched half.
+        stage: "search", "held-out", "fresh", "unseen", or "in-sample" for the verdict's arms on the searched half.
         only: only tasks whose name contains this.
         name: another file for the results.
     """

@@ -69,6 +69,19 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # on [points
         lambda x: (x[:, :1].square() + x[:, 1:] - 11).square() + (x[:, :1] + x[:, 1:].square() - 7).square(),
         4.0,
     ),
+    "rosenbrock": (
+        lambda x: ((1 - x[:, :1]).square() + 100 * (x[:, 1:] - x[:, :1].square()).square()).log1p(),  # its logarithm
+        2.0,
+    ),
+    "drop-wave": (
+        lambda x: -(1 + (12 * x.norm(dim=1, keepdim=True)).cos()) / (x.square().sum(1, keepdim=True) / 2 + 2),
+        1.0,
+    ),
+    "styblinski-tang": (lambda x: (x**4 - 16 * x.square() + 5 * x).sum(1, keepdim=True) / 2, 4.0),
+    "camel": (
+        lambda x: 2 * x[:, :1].square() - 1.05 * x[:, :1] ** 4 + x[:, :1] ** 6 / 6 + x.prod(1, keepdim=True) + x[:, 1:].square(),
+        2.0,
+    ),
     "griewank": (lambda x: x.square().sum(1, keepdim=True) / 4000 - x[:, :1].cos() * (x[:, 1:] / 2**0.5).cos(), 6.0),
 }
 
@@ -105,6 +118,27 @@ def checkerboard(points: int, squares: int) -> Examples:
         return (2 * x / squares - 1) * 3**0.5, x.floor().sum(1).long() % 2
 
     return Examples(drawn(points), drawn(1000), "classification", 2)
+
+
+def rings(points: int, count: int) -> Examples:
+    """Points of a disc, and which of two colours the ring has that each lies in; so many rings, the colours alternating."""
+    generator = torch.Generator().manual_seed(DATA_SEED)
+
+    def drawn(number: int) -> Pair:
+        radius, angle = torch.rand(number, generator=generator), 2 * pi * torch.rand(number, generator=generator)
+        return 2 * torch.stack([radius * angle.cos(), radius * angle.sin()], 1), (count * radius).long() % 2
+
+    return Examples(drawn(points), drawn(1000), "classification", 2)
+
+
+def friedman(points: int) -> Examples:
+    """10 sin(π x₁x₂) + 20 (x₃ − ½)² + 10 x₄ + 5 x₅ with noise, and five more inputs that do nothing; normalised."""
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    x = torch.rand(points + 1000, 10, generator=generator)
+    waves = 10 * (pi * x[:, 0] * x[:, 1]).sin() + 20 * (x[:, 2] - 0.5).square()
+    y = (waves + 10 * x[:, 3] + 5 * x[:, 4] + torch.randn(len(x), generator=generator)).unsqueeze(1)
+    x, y = (2 * x - 1) * 3**0.5, (y - y.mean()) / y.std()
+    return Examples((x[:points], y[:points]), (x[points:], y[points:]), "regression", 1)
 
 
 def diabetes() -> Examples:
@@ -242,7 +276,8 @@ class Task:
     def examples(self) -> Examples:
         """The data."""
         made: dict[str, Callable[..., Examples]] = {
-            "function": function, "spirals": spirals, "checkerboard": checkerboard, "diabetes": diabetes, "digits": digits,
+            "function": function, "spirals": spirals, "checkerboard": checkerboard, "rings": rings, "friedman": friedman, "diabetes": diabetes,
+            "digits": digits,
             "text": text, "cifar10": cifar10,
         }  # fmt: skip
         kind, arguments = _named(self.data)
