@@ -98,7 +98,8 @@ def run_paper(
 @app.command("helps")
 def run_helps(
     stage: Annotated[
-        str, typer.Argument(help="search, held-out, fresh, unseen, or in-sample: the verdict's arms on the searched half.")
+        str,
+        typer.Argument(help="search, held-out, fresh, unseen, or in-sample: the verdict's arms on the searched half."),
     ],
     full: Annotated[bool, typer.Option(help="The full lengths, which take days on two cores.")] = False,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",

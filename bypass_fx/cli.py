@@ -1,9 +1,10 @@
-"""The command line: `train` runs the main job, `probe` says whether it pays; `inspect` and `list` are in `cli_inspection`."""
+"""The command line: `train` runs the main job, `stuck` and `probe` look at a θ*; `inspect` and `list` have a file."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -125,6 +126,8 @@ def _train(about: dict[str, Any], settings: Settings, folder: Path) -> None:
     for cycle, report in enumerate(history.reports, start=1):
         if report.rolled_back:
             screen.print(f"bypass {cycle} was rolled back: {report.rolled_back}", soft_wrap=True, markup=False)
+    if "nothing stuck" in {moment.name for moment in history.moments}:
+        screen.print("no channel was stuck, so plain training went on to the end")
     screen.print(f"{history.seconds:.0f} s; the run is in {folder}", soft_wrap=True)
 
 
@@ -188,32 +191,17 @@ def probe(
 
     bypass-fx probe timm:resnet18 --data imagefolder:DIR --weights run/model.safetensors --steps 50
     """
-    import torch
-
-    from bypass_fx import data as datasets
-    from bypass_fx import models, progress
     from bypass_fx import probe as probing
-    from bypass_fx.feed import placed
+    from bypass_fx import progress
     from bypass_fx.optimizers import make_optimizer
-    from bypass_fx.task import task
-    from bypass_fx.weights import load_weights
 
     settings = Settings(optimizer=optimizer, lr=lr, batch_size=batch_size, mode=cast(Mode, mode), seed=seed)
-    examples = datasets.load(data, vectors=models.takes_vectors(model), image_size=image_size)
-    assert examples.shape and examples.outputs
-    torch.manual_seed(seed)
-    network = models.build(model, models.Fit(examples.shape, examples.outputs))
-    if weights:
-        load_weights(network, weights)
-    shuffled = torch.utils.data.DataLoader(
-        examples.train, batch_size, shuffle=True, drop_last=True, collate_fn=examples.collate,
-        generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+    network, loss, batches = _at_theta_star(model, data, weights, image_size, batch_size, seed)
     with terminal.warnings_as_lines():
         found = probing(
             network,
-            task(examples.task).loss,
-            (placed(batch, torch.device("cpu")) for batch in islice(shuffled, steps)),
+            loss,
+            islice(batches, steps),
             optimizer=make_optimizer(network, settings),
             steps=steps,
             mode=settings.mode,
@@ -225,6 +213,61 @@ def probe(
         f"{progress.number(found.plain)}: "
         + ("a bypass looks worth it" if found.worth else "no set of sites gained more than plain training")
     )
+
+
+@app.command()
+def stuck(
+    model: Annotated[str, typer.Argument(help="mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")],
+    data: Annotated[str, typer.Option(help="digits, eggholder, cifar10:DIR or imagefolder:DIR.")] = "digits",
+    weights: Annotated[Path | None, typer.Option(help="θ*: a .safetensors file or a state dict.")] = None,
+    batches: Annotated[int | None, typer.Option(help="How many minibatches to look at; all if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a minibatch.")] = _DEFAULT.batch_size,
+    mode: Annotated[str, typer.Option(help="auto, strict, relaxed or all.")] = _DEFAULT.mode,
+    image_size: Annotated[int, typer.Option(help="Side of an image folder's images, in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Fixes the first weights and the minibatches.")] = _DEFAULT.seed,
+) -> None:
+    """Find the channels that have stopped learning: dead ReLUs and saturated units, that stop the gradient of every example.
+
+    [bold]Examples[/]
+
+    bypass-fx stuck mlp --data digits --weights run/model.safetensors
+
+    bypass-fx stuck torchvision:vgg11 --data imagefolder:DIR --weights vgg11.safetensors --batches 20
+    """
+    from bypass_fx import stuck as looking
+
+    network, loss, found = _at_theta_star(model, data, weights, image_size, batch_size, seed)
+    with terminal.warnings_as_lines():
+        report = looking(network, loss, islice(found, batches), mode=cast(Mode, mode))
+    screen = terminal.console()
+    if report.stuck:
+        screen.print(terminal.stuck_sites(report), "")
+    screen.print(f"{report.stuck} of {report.channels} channels at {len(report.sites)} sites are stuck")
+
+
+def _at_theta_star(
+    model: str, data: str, weights: Path | None, image_size: int, batch_size: int, seed: int
+) -> tuple[Any, Any, Iterator[Any]]:
+    """The model, its loss function and the minibatches of one epoch, in random order."""
+    import torch
+
+    from bypass_fx import data as datasets
+    from bypass_fx import models
+    from bypass_fx.feed import placed
+    from bypass_fx.task import task
+    from bypass_fx.weights import load_weights
+
+    examples = datasets.load(data, vectors=models.takes_vectors(model), image_size=image_size)
+    assert examples.shape and examples.outputs
+    torch.manual_seed(seed)
+    network = models.build(model, models.Fit(examples.shape, examples.outputs))
+    if weights:
+        load_weights(network, weights)
+    shuffled = torch.utils.data.DataLoader(
+        examples.train, batch_size, shuffle=True, drop_last=True, collate_fn=examples.collate,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    return network, task(examples.task).loss, (placed(batch, torch.device("cpu")) for batch in shuffled)
 
 
 def main() -> None:

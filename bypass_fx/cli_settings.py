@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "accept_tolerance": "How much higher than at θ* the training loss may be.",
         "at_budget": "With sites still out after --opt2: contract or rollback.",
         "mode": "Sites: auto, strict, relaxed or all.",
-        "select": "Only sites whose name fits this pattern.",
+        "select": "Only sites whose name fits this pattern; stuck: only channels that have stopped learning.",
     },
     "Machine": {
         "device": "auto, cpu, cuda, cuda:1, ...",

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 Phase = Literal["train1", "opt1", "opt2", "train3"]
 # The phase that begins at a moment.
-_BEGINS: dict[str, Phase] = {"θ*": "opt1", "after opt1": "opt2", "after proj": "train3", "rolled back": "train3"}
+_BEGINS: dict[str, Phase] = {
+    "θ*": "opt1", "after opt1": "opt2", "after proj": "train3", "rolled back": "train3", "nothing stuck": "train3",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,9 @@ class Score:
 class Moment:
     """Both arms' scores at one step: at "θ*", "after opt1", "after proj" and at the "end"; or an "evaluation" between.
 
-    "rolled back" is where a bypass was undone, in whatever phase; train3 goes on from its θ*. Of the bypasses after the
-    first, `cycle` counts which; there "θ*" is where the next one starts.
+    "rolled back" is where a bypass was undone, in whatever phase; train3 goes on from its θ*, as it does at "nothing
+    stuck", where none was begun. Of the bypasses after the first, `cycle` counts which; there "θ*" is where the next one
+    starts.
     """
 
     name: str

@@ -69,7 +69,7 @@ def embedded(
         steps_per_epoch=lengths.epoch,
         plan=plan,
         mode=settings.mode,
-        select=settings.select,
+        select=settings.pattern,
         at_budget=at_budget,
         accept=accept,
         snapshot="cpu" if accept or at_budget == "rollback" else None,  # a run has checkpoints

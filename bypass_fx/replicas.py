@@ -258,7 +258,9 @@ class Replicas:
         members: list[tuple[tuple[Site, ...], list[int]]] = []
         for row, model in enumerate(self.models):
             extended = surgery.sites(model) if surgery.is_extended(model) else ()
-            sites = tuple(replace(site, moving=()) for site in extended)  # which channels move is the schedule's business
+            sites = tuple(
+                replace(site, moving=()) for site in extended
+            )  # which channels move is the schedule's business
             together = next((rows for known, rows in members if known == sites), None)
             if together is None:
                 members.append((sites, [row]))

@@ -20,7 +20,7 @@ from bypass_fx.averages import Averages
 from bypass_fx.checkpoint import CheckpointError, Checkpoints
 from bypass_fx.data import Data, DataError, Examples
 from bypass_fx.engine import FOREIGN_ERRORS, Engine, inner
-from bypass_fx.feed import Feed, placed
+from bypass_fx.feed import EVAL_BATCH, Feed, in_order, placed
 from bypass_fx.history import Event, History, Moment, Phase, Score
 from bypass_fx.interrupt import Stopped, Wish
 from bypass_fx.passes.matrices import placed_like
@@ -29,7 +29,8 @@ from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
 from bypass_fx.run_log import Losses, RunLog, TrainingError, foreign, where
 from bypass_fx.schedule import BypassSchedule, NonFiniteError, ScheduleReport
-from bypass_fx.settings import FREE_SETTINGS, Settings
+from bypass_fx.settings import FREE_SETTINGS, STUCK, Settings
+from bypass_fx.stuck import stuck
 from bypass_fx.task import Task
 
 STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
@@ -131,7 +132,7 @@ class Run:
         self.step, self._phase, self._cycle, self._cycle_end = state["progress"]
         self.log.load_state_dict(state["log"], self._engine.device)
         if state["schedule"] is not None:
-            self._schedule = self._embedded(begun=True)
+            self._schedule = self._embedded(Plan.from_json(state["schedule"]["plan"]), begun=True)
             self._schedule.load_state_dict(state["schedule"])
             self._heed_schedule(self._schedule)
         try:
@@ -201,7 +202,7 @@ class Run:
             elif self._phase == "train3" and schedule is not None and schedule.phase == "done":
                 self._keep(schedule)
             elif self._phase == "train3" and self.step >= self._cycle_end:
-                if self._cycle == self._lengths.cycles or self._reports[-1].rolled_back:
+                if self._cycle_end >= self._theta_star + self._lengths.cycles * self._lengths.cycle:
                     self._moment("end")
                     return False
                 self._begin_cycle()
@@ -216,9 +217,32 @@ class Run:
         self._cycle += 1
         if self._settings.geometry and self._theta is None:
             self._theta = geometry.point(self._bypass.model)
-        self._schedule = inner(self._bypass.runner).schedule = self._embedded()
-        self._phase = "opt1"
         self._cycle_end = self.step + self._lengths.cycle
+        plan = self._sites()
+        if len(plan):
+            self._schedule = inner(self._bypass.runner).schedule = self._embedded(plan)
+            self._phase = "opt1"
+        else:
+            self._train_on("nothing stuck")
+
+    def _sites(self) -> Plan:
+        """The sites of the coming bypass."""
+        if self._settings.select != STUCK:
+            return self._plan
+        arm, shares, feeds = self._bypass, self._engine.shares, (self._data.collate, self._settings.workers)
+        batches = (
+            placed(batch, self._engine.device, self._settings.channels_last)
+            for batch, _ in in_order(self._data.train, EVAL_BATCH, shares, *feeds)
+        )
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:  # of what the processes call of the model
+            found: torch.Tensor = inner(arm.runner)(batch)[0]
+            return found
+
+        try:
+            return stuck(arm.model, loss, batches, plan=self._plan, total=self._engine.total).plan
+        except FOREIGN_ERRORS as error:
+            raise foreign(error, f"the search for stuck channels failed after step {self.step}") from error
 
     def _keep(self, schedule: BypassSchedule) -> None:
         self._end_bypass(schedule)
@@ -227,10 +251,14 @@ class Run:
             self._ema.begin_anew(self._bypass.model)
 
     def _roll_back(self, schedule: BypassSchedule) -> None:
-        """Go on from θ*, where the schedule has brought all back, with the steps of the cycles that will not be."""
-        self._phase = "train3"
-        self._moment("rolled back")
+        """Go on from θ*, where the schedule has brought all back."""
+        self._train_on("rolled back")
         self._end_bypass(schedule)
+
+    def _train_on(self, moment: str) -> None:
+        """Let train3 have the steps of the cycles that will not be, too."""
+        self._phase = "train3"
+        self._moment(moment)
         self._cycle_end += (self._lengths.cycles - self._cycle) * self._lengths.cycle
 
     def _end_bypass(self, schedule: BypassSchedule) -> None:
@@ -238,14 +266,18 @@ class Run:
         self._reports.append(schedule.report)
         self._schedule = None
 
-    def _embedded(self, begun: bool = False) -> BypassSchedule:
-        theta = next((moment.step for moment in self.log.moments if moment.name == "θ*"), 0)
-        before = [moment for moment in self.log.evaluations if moment.step <= theta]
+    @property
+    def _theta_star(self) -> int:
+        """The step at which the first θ* lies, 0 before."""
+        return next((moment.step for moment in self.log.moments if moment.name == "θ*"), 0)
+
+    def _embedded(self, plan: Plan, begun: bool = False) -> BypassSchedule:
+        before = [moment for moment in self.log.evaluations if moment.step <= self._theta_star]
         accept = self._accept or verdict.condition(self._settings, self._lengths, self._training_loss, before)
         if accept is not None:
             accept = verdict.Verdict(accept, self._engine.from_main, begun)
         arm = self._bypass
-        schedule = embedded(arm.model, arm.optimizer, self._settings, self._plan, self._lengths, accept)
+        schedule = embedded(arm.model, arm.optimizer, self._settings, plan, self._lengths, accept)
         if not self._engine.sharded:  # there, extend has seen to it
             deltas = [surgery.delta_of(self._bypass.model, site) for site in surgery.sites(self._bypass.model)]
             self._engine.share_gradients(deltas)

@@ -1,4 +1,4 @@
-"""What the command line shows: the tables of a probe, warnings and errors."""
+"""What the command line shows: the tables of a probe and of stuck channels, warnings and errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bypass_fx.progress import number
 
 if TYPE_CHECKING:
     from bypass_fx.probe import ProbeReport
+    from bypass_fx.stuck import StuckReport
 
 _PIPED_WIDTH = 160  # where there is no terminal, lines are for grep, not for the eye
 
@@ -63,6 +64,24 @@ def candidate_table(found: ProbeReport) -> Table:
     for candidate in found.candidates:
         cells = (str(len(candidate.sites)), number(candidate.loss), f"{candidate.gain:+.2e}")
         table.add_row(escape(candidate.name), *cells)
+    return table
+
+
+_SHOWN = 8  # channels that a line names
+
+
+def stuck_sites(found: StuckReport) -> Table:
+    """The sites with stuck channels, and which these are."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("site", overflow="fold")
+    table.add_column("stuck", justify="right")
+    table.add_column("of", justify="right")
+    table.add_column("channels", overflow="fold")
+    for site in found.sites:
+        if site.stuck:
+            more = ", …" if len(site.stuck) > _SHOWN else ""
+            which = ", ".join(map(str, site.stuck[:_SHOWN])) + more
+            table.add_row(escape(site.name), str(len(site.stuck)), str(len(site.shares)), which)
     return table
 
 

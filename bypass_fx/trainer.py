@@ -94,7 +94,7 @@ class Trainer:
         self.lengths = Lengths.of(self.settings, self._feed.steps_per_epoch)
         at_once = self.settings.batch_size // (self._engine.shares.world * self._engine.shares.parts)
         self._flops = expect_fit(model.to(self._engine.device), data, self.task, self._engine.device) * at_once
-        self.plan = surgery.plan(model, mode=self.settings.mode, select=self.settings.select)
+        self.plan = surgery.plan(model, mode=self.settings.mode, select=self.settings.pattern)
         # Embeds and contracts once, which changes nothing at D = 0: what can't be done shows now and not after train1.
         embedded(model, make_optimizer(model, self.settings), self.settings, self.plan, self.lengths).finish()
         if self.settings.gradient_checkpointing:

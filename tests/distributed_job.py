@@ -27,7 +27,7 @@ from bypass_fx.sharded import gathered
 from bypass_fx.trainer import Trainer
 
 COMPILED = {"compile": "default", "compile_backend": "aot_eager"}
-# A name → how its run differs; "stop" and "undo" are the job's own.
+# A name → how its run differs; "stop", "undo" and "dead" are the job's own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ddp": {"sharding": "ddp"},
     "ddp compiled": {"sharding": "ddp", **COMPILED},
@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp2 compiled": {"sharding": "fsdp2", **COMPILED},
     "fsdp2 averaged": {"sharding": "fsdp2", "ema": 0.9},
     "fsdp2 undone": {"sharding": "fsdp2", "undo": True},
+    "ddp stuck": {"sharding": "ddp", "select": "stuck", "dead": (3, 11)},
+    "fsdp2 stuck": {"sharding": "fsdp2", "select": "stuck", "dead": (3, 11)},
     "stopped in opt1": {"sharding": "fsdp2", "stop": 17},
     "as launched": {"sharding": "auto", "accumulate": 2},
 }
@@ -56,6 +58,8 @@ def job(folder: Path, rank: int = 0, **changes: Any) -> tuple[History, nn.Module
     lengths = {"train1": 2, "opt1": 3, "opt2": 6, "train3": 2, "batch_size": 240}
     way = {"comeback": "penalty", "gamma": "0.5", "epsilon": 0.15}
     stop, undo = changes.pop("stop", None), changes.pop("undo", False)
+    with torch.no_grad():
+        model[0][0].bias[list(changes.pop("dead", ()))] = -3.0
 
     def count(event: Event) -> None:
         if isinstance(event, Record) and stop is not None and event.step >= stop:

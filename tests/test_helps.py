@@ -206,13 +206,14 @@ def test_a_stage_is_run_once_and_reported(tmp_path: Path) -> None:
 def test_the_preset_of_the_library_is_what_the_search_froze() -> None:
     frozen, library = next(arm for arm in SHORT.verdict if arm.name == "preset"), preset("improved")
     assert (library.comeback, library.cycles, library.delta_rate) == (frozen.comeback, frozen.cycles, frozen.delta_lr)
+    assert library.select == frozen.select == "stuck"
     assert library.opt1 / library.opt2 == pytest.approx(frozen.walk / frozen.back)
     cycle = library.opt1 + library.opt2 + library.train3
     assert library.opt1 / cycle == pytest.approx(frozen.walk)
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     optimizer = make_optimizer(model, library)
     embedded(model, optimizer, library, bypass_fx.plan(model), Lengths.of(library, 1))
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([library.lr, 0.2 * library.lr])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([library.lr, 5 * library.lr])
 
 
 def test_modules_of_a_dense_net() -> None:

@@ -79,7 +79,13 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # on [points
     ),
     "styblinski-tang": (lambda x: (x**4 - 16 * x.square() + 5 * x).sum(1, keepdim=True) / 2, 4.0),
     "camel": (
-        lambda x: 2 * x[:, :1].square() - 1.05 * x[:, :1] ** 4 + x[:, :1] ** 6 / 6 + x.prod(1, keepdim=True) + x[:, 1:].square(),
+        lambda x: (
+            2 * x[:, :1].square()
+            - 1.05 * x[:, :1] ** 4
+            + x[:, :1] ** 6 / 6
+            + x.prod(1, keepdim=True)
+            + x[:, 1:].square()
+        ),
         2.0,
     ),
     "griewank": (lambda x: x.square().sum(1, keepdim=True) / 4000 - x[:, :1].cos() * (x[:, 1:] / 2**0.5).cos(), 6.0),
@@ -276,9 +282,8 @@ class Task:
     def examples(self) -> Examples:
         """The data."""
         made: dict[str, Callable[..., Examples]] = {
-            "function": function, "spirals": spirals, "checkerboard": checkerboard, "rings": rings, "friedman": friedman, "diabetes": diabetes,
-            "digits": digits,
-            "text": text, "cifar10": cifar10,
+            "function": function, "spirals": spirals, "checkerboard": checkerboard, "rings": rings, "friedman": friedman,
+            "diabetes": diabetes, "digits": digits, "text": text, "cifar10": cifar10,
         }  # fmt: skip
         kind, arguments = _named(self.data)
         return made[kind](**arguments)

@@ -262,6 +262,22 @@ def test_probe_tells_what_the_sites_promise_and_what_was_gained(run: Run) -> Non
         assert words in result.out
 
 
+def test_stuck_names_the_channels_that_have_stopped_learning(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.build("mlp", models.Fit((64,), 10))
+    first = next(name for name, _ in model.named_parameters() if name.endswith("bias"))
+    with torch.no_grad():
+        model.get_parameter(first)[[1, 4]] = -30.0
+    save_file(model.state_dict(), tmp_path / "dead.safetensors")
+    result = run("stuck", "mlp", "--weights", "dead.safetensors", "--batches", "2")
+    assert result.code == 0, result.err
+    assert re.search(r"^\S+ +2 +5 +1, 4 *$", result.out, re.MULTILINE)
+    assert re.search(r"^2 of 10 channels at 2 sites are stuck$", result.out, re.MULTILINE)
+    trained = run("train", *SHORT, "--preset", "improved", "--out", "run")
+    assert trained.code == 0, trained.err
+    assert "nothing stuck" in trained.out and "no channel was stuck, so plain training went on" in trained.out
+
+
 def test_the_figures_of_the_paper_are_drawn_from_runs(run: Run, tmp_path: Path) -> None:
     for seed in ("0", "1"):
         assert run("train", *SHORT, "--cycles", "2", "--evaluate-every", "1", "--seed", seed, "--out", seed).code == 0

@@ -53,7 +53,7 @@ def launch(launcher: list[str], folder: Path, *variants: str) -> None:
 
 
 def _alone(folder: Path, **changes: Any) -> Whole:
-    done = job(folder, sharding="auto", **changes)
+    done = job(folder, **{**changes, "sharding": "auto"})
     assert done
     return done[0], {name: value.clone() for name, value in done[1].state_dict().items()}
 
@@ -114,6 +114,13 @@ def test_a_bypass_of_a_sharded_model_is_rolled_back_by_the_main_process(under_to
     undone = _alone(tmp_path / "run", undo=True)
     assert undone[0].reports[0].rolled_back and "rolled back" in [moment.name for moment in undone[0].moments]
     expect_equal(under_torchrun, "fsdp2 undone", undone)
+
+
+@pytest.mark.parametrize("variant", ["ddp stuck", "fsdp2 stuck"])
+def test_processes_agree_on_what_is_stuck(under_torchrun: Path, tmp_path: Path, variant: str) -> None:
+    alone = _alone(tmp_path / "run", **VARIANTS[variant])
+    assert "0.1" in {arrival.site for arrival in alone[0].reports[0].arrivals}
+    expect_equal(under_torchrun, variant, alone)
 
 
 def test_ddp_and_the_command_line_under_accelerate_launch(tmp_path: Path, alone: Whole) -> None:
