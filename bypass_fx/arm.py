@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,11 @@ class Arm:
         optimizer = make_optimizer(model, settings)
         lr_schedule = make_lr_schedule(optimizer, settings, lengths.total, lengths.epoch)
         return cls(name, model, runner, optimizer, engine.stepper(optimizer), lr_schedule)
+
+    def copy_to(self, other: Arm) -> None:
+        """Give another arm, sharded in the same way, this one's weights and optimiser state."""
+        other.model.load_state_dict(copy.deepcopy(self.model.state_dict()))
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
 
     def total_of(self, data: Data, examples: Examples, settings: Settings, engine: Engine) -> Tensor:
         """What the task's sums add up to over a set, in evaluation mode; all processes must call this together."""

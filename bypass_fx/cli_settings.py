@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "gamma": "γ(t) of a penalty: a slope, or SLOPE,T:SLOPE,...",
         "gamma_unit": "What t counts in γ(t): step or epoch.",
         "epsilon": "A site has arrived when ‖ADW‖ or ‖D‖ is below ε.",
-        "accept": "Keep the outcome: always, not-worse or forecast; else θ* comes back.",
+        "accept": "Keep the outcome: always, not-worse or forecast, else θ* comes back; baseline: the lower of both arms.",
         "accept_after": "Epochs of --train3 before that is decided; all if not given.",
         "accept_tolerance": "How much higher than at θ* the training loss may be.",
         "at_budget": "With sites still out after --opt2: contract or rollback.",

@@ -16,6 +16,7 @@ Phase = Literal["train1", "opt1", "opt2", "train3"]
 _BEGINS: dict[str, Phase] = {
     "θ*": "opt1", "after opt1": "opt2", "after proj": "train3", "rolled back": "train3", "nothing stuck": "train3",
 }  # fmt: skip
+_ENDS = ("end", "baseline kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Moment:
 
     "rolled back" is where a bypass was undone, in whatever phase; train3 goes on from its θ*, as it does at "nothing
     stuck", where none was begun. Of the bypasses after the first, `cycle` counts which; there "θ*" is where the next one
-    starts.
+    starts. "baseline kept" follows the end, where the model became the baseline's.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Moment:
     @property
     def title(self) -> str:
         """The name, with the number of the bypass from the second one on."""
-        return f"{self.name} ({self.cycle})" if self.cycle > 1 and self.name != "end" else self.name
+        return f"{self.name} ({self.cycle})" if self.cycle > 1 and self.name not in _ENDS else self.name
 
 
 Event = Record | Moment

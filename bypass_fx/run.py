@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -204,15 +205,24 @@ class Run:
             elif self._phase == "train3" and self.step >= self._cycle_end:
                 if self._cycle_end >= self._theta_star + self._lengths.cycles * self._lengths.cycle:
                     self._moment("end")
+                    self._take_the_better()
                     return False
                 self._begin_cycle()
             else:
                 return True
 
+    def _take_the_better(self) -> None:
+        """Where the settings say so, let the user hold what the baseline ended with, if that is lower."""
+        end = self.log.moments[-1]
+        if self._settings.accept != "baseline" or self._baseline is None or end.baseline is None:
+            return
+        if end.baseline.train_loss < end.bypass.train_loss or math.isnan(end.bypass.train_loss):
+            self._baseline.copy_to(self._bypass)
+            self._moment("baseline kept")
+
     def _begin_cycle(self) -> None:
         if self._cycle == 0 and self._baseline is not None:
-            self._baseline.model.load_state_dict(copy.deepcopy(self._bypass.model.state_dict()))
-            self._baseline.optimizer.load_state_dict(copy.deepcopy(self._bypass.optimizer.state_dict()))
+            self._bypass.copy_to(self._baseline)
         self._moment("θ*")
         self._cycle += 1
         if self._settings.geometry and self._theta is None:

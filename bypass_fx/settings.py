@@ -16,7 +16,7 @@ LR_SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly
 PRECISIONS = ("no", "bf16", "fp16")
 SHARDINGS = ("auto", "ddp", "fsdp2")
 STUCK = "stuck"  # the selection of channels that have stopped learning
-ACCEPTS = ("always", "not-worse", "forecast")
+ACCEPTS = ("always", "not-worse", "forecast", "baseline")
 AT_BUDGETS = ("contract", "rollback")
 COMPILE_MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # What may differ between the parts of a run that was interrupted.
@@ -56,7 +56,9 @@ class Settings:
         delta_rate: D's learning rate over `lr`.
         accept, accept_tolerance: when the outcome of a bypass is kept: "always"; "not-worse" than at θ*, by the training
             loss and up to the tolerance; or where it beats the "forecast" made of the evaluations in train1. Else θ* comes
-            back, with the optimiser's state, and plain training goes on to the end.
+            back, with the optimiser's state, and plain training goes on to the end. With "baseline" the model and the
+            optimiser are the baseline's at the end of the run, where its training loss is lower: never above that of plain
+            training, at the price of both.
         accept_after: epochs of train3 after which the outcome is looked at; None is all of them.
         at_budget: what to do with sites that are still out after opt2: "contract" anyway, or "rollback" to θ*.
         mode, select: which sites, see `bypass_fx.plan`. "stuck" looks at each θ*, over the training set, for channels that
@@ -169,6 +171,8 @@ class Settings:
             raise SettingsError(f"accept_after is {self.accept_after}; give at most train3, {self.train3} epochs")
         shortest = min(self.train1, self.patience + 1) if self.patience else self.train1
         evaluations = shortest // self.evaluate_every if self.evaluate_every else 0
+        if self.accept == "baseline" and (not self.baseline or self.ema):
+            raise SettingsError("accept is baseline; set baseline to yes and ema to 0, as the baseline has no average")
         if self.accept == "forecast" and (self.cycles > 1 or evaluations < _FOR_A_FORECAST):
             raise SettingsError(
                 f"a forecast is made for one cycle, from {_FOR_A_FORECAST} evaluations in train1 or more; "

@@ -74,6 +74,12 @@ def test_what_is_good_enough_is_kept_and_nothing_else_differs() -> None:
     assert kept.moments == plain.moments and kept.reports == plain.reports and not kept.reports[0].rolled_back
 
 
+@pytest.mark.parametrize("changes", [{"baseline": False}, {"ema": 0.9}])
+def test_the_better_arm_needs_two_of_them_without_an_average(changes: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="set baseline to yes and ema to 0"):
+        short(accept="baseline", **changes)
+
+
 def test_a_forecast_goes_by_the_evaluations_in_train1() -> None:
     history = trainer(train1=6, evaluate_every=1, accept="forecast", accept_after=1, **WORSE).fit()
     losses = [moment.bypass.train_loss for moment in history.evaluations if moment.step <= 6 * EPOCH]
@@ -127,6 +133,25 @@ def test_the_improved_preset_is_never_left_worse_than_theta_star() -> None:
     assert history.reports[0].rolled_back and len(history.reports) == 1
     at_theta, at_end = (history.moment(name).bypass.train_loss for name in ("θ*", "end"))
     assert at_theta == at_end  # looked at when train3 is over
+
+
+@pytest.mark.parametrize(("return_lr", "worse"), [(0.012, False), (0.5, True)])
+def test_of_both_arms_the_lower_is_kept(return_lr: float, worse: bool, tmp_path: Path) -> None:
+    data = digits()
+    model = mlp(data)
+    settings = short(accept="baseline", cycles=2, return_lr=return_lr)
+    history = Trainer(model, data, settings, folder=tmp_path / "run").fit()
+    end, last = history.moment("end"), history.moments[-1]
+    assert end.baseline is not None
+    assert worse == (end.bypass.train_loss > end.baseline.train_loss)
+    assert last.name == ("baseline kept" if worse else "end")
+    assert last.bypass == (end.baseline if worse else end.bypass)
+    x, y = data.train[:]
+    loss = nn.functional.cross_entropy(model.eval()(x), y).item()
+    assert loss == pytest.approx(min(end.bypass.train_loss, end.baseline.train_loss), rel=1e-5)
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    assert [phase for phase, _, _ in history.spans()] == ["train1", *["opt1", "opt2", "train3"] * 2]
 
 
 class Counting(Accept):

@@ -14,7 +14,8 @@ soon after, but for candidates of that round.
 
 Equal wall time: the step of each kind is timed on one model, alternating in one run; what a whole run of an arm costs over
 plain training follows from the lengths of its phases. The arms named in `timed` run once more with as many steps fewer.
-The steps of a probe (20 for each candidate) are in no budget; where it finds nothing worth a bypass, the seed trains on.
+The steps of a probe (20 for each candidate) and the look for stuck channels (one gradient over the training set) are in no
+budget; where they find nothing to bypass, the seed trains on, with equal wall time for all steps.
 
 Measure: the loss over the whole training set after the last step, in evaluation mode; losses below 1e-7 count as that.
 The best plain arm of a task is the one with the lowest geometric mean over the seeds: one arm for all seeds of the task.

@@ -50,6 +50,12 @@ def begin(task: Task, examples: Examples, seeds: Sequence[int]) -> Start:
     return Start(replicas, torch.stack(losses))
 
 
+def stuck_at(start: Start, examples: Examples) -> dict[str, Any]:
+    """How many channels are stuck at each θ*, [seeds], of how many."""
+    found = [bypass_fx.stuck(model, examples.loss, [examples.train], mode="all") for model in start.replicas.models]
+    return {"stuck": [report.stuck for report in found], "channels": found[0].channels}
+
+
 def batches(task: Task, examples: Examples, seeds: Sequence[int], copies: int, first: int) -> Iterator[Pair]:
     """What the steps are taken on: one set for all, or minibatches, [copies · seeds, …]."""
     if task.batch:
@@ -89,7 +95,7 @@ def run(
             "rolled_back": [
                 bool(s and any(report.rolled_back for report in s.reports)) for s in replicas.schedules[rows]
             ],
-            "not_bypassed": sum(s is None for s in replicas.schedules[rows]) if arm.comeback else 0,
+            "not_bypassed": [i for i, s in enumerate(replicas.schedules[rows]) if s is None] if arm.comeback else [],
             "failed": sorted(row - rows.start for row in replicas.failures if rows.start <= row < rows.stop),
             "seconds": seconds / len(arms),
         }

@@ -63,9 +63,12 @@ def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> No
     if stage != "search":
         timed = [arm for arm in arms if arm.name in protocol.timed and (arm.name, "time") not in done]
         jobs += [(arm, "time", round(task.steps / priced[arm.name])) for arm in timed]
-    if not jobs:
+    counted = any(row["kind"] == "stuck" and row["task"] == task.name for row in file)
+    if not jobs and counted:
         return
     start = race.begin(task, examples, seeds)
+    if not counted:
+        file.add({"kind": "stuck", "task": task.name, "seeds": seeds, **race.stuck_at(start, examples)})
     for team in _teams(jobs, 1 if task.at_once == 1 else max(1, ROWS // len(seeds))):
         _, budget, steps = team[0]
         racing = [arm for arm, _, _ in team]
@@ -73,7 +76,23 @@ def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> No
         for arm in racing:
             about = {"kind": "arm", "task": task.name, "arm": arm.name, "family": arm.family, "budget": budget}
             length = {"train1": task.train1, "steps": steps, "seeds": seeds, "at_start": start.losses[-1].tolist()}
-            file.add({**about, **length, **found[arm.name]})
+            row = found[arm.name] if budget == "steps" else _with_what_cost_nothing(file, task.name, found[arm.name], arm)
+            file.add({**about, **length, **row})
+
+
+def _with_what_cost_nothing(file: ResultsFile, task: str, found: dict[str, Any], arm: Arm) -> dict[str, Any]:
+    """A run with equal time, in which the seeds that were not bypassed, and cost no more than plain training, take all steps."""
+    whole = next(
+        row
+        for row in file
+        if row["kind"] == "arm" and (row["task"], row["arm"], row["budget"]) == (task, arm.name, "steps")
+    )
+    for name in ("loss", "test_loss", "test_accuracy"):
+        if name in found:
+            found[name] = [
+                whole[name][seed] if seed in found["not_bypassed"] else value for seed, value in enumerate(found[name])
+            ]
+    return found
 
 
 def _teams(jobs: Sequence[tuple[Arm, str, int]], size: int) -> Iterator[list[tuple[Arm, str, int]]]:

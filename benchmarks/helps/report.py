@@ -53,6 +53,7 @@ def summary(protocol: Protocol, stage: Stage, file: ResultsFile) -> str:
     ]
     whole = [task.name for task in tasks if not task.arms]
     lines += _overall(protocol, stage, file, whole)
+    lines += _by_stuck(file, whole)
     for task in tasks:
         rows, best = rows_of(file, task.name), reference(file, task.name)
         first = rows["continue"]
@@ -126,6 +127,41 @@ def _overall(protocol: Protocol, stage: Stage, file: ResultsFile, tasks: list[st
     return lines
 
 
+def _by_stuck(file: ResultsFile, tasks: list[str]) -> list[str]:
+    """Each arm against `continue`, for the seeds whose θ* has stuck channels and for the others, over all tasks."""
+    counts = {row["task"]: row["stuck"] for row in file if row["kind"] == "stuck" and row["task"] in tasks}
+    shares = "; ".join(f"{task} {sum(map(bool, stuck))} of {len(stuck)}" for task, stuck in counts.items())
+    if len(counts) < len(tasks):
+        return []
+    lines = [
+        "",
+        "## Seeds with and without stuck channels",
+        "",
+        f"Seeds whose θ\* has a channel that lets less than a thousandth of the gradient through: {shares}. Loss over that of "
+        "`continue`, geometric mean over these seeds and over the others; won, tied, lost.",
+        "",
+        "| arm | with | | without | |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(name for task in tasks for name in rows_of(file, task)):
+        by_task = {task: ratios(file, task, arm, against="continue") for task in tasks}
+        if any(values is None for values in by_task.values()):
+            continue
+        cells = []
+        for wanted in (True, False):
+            seen = [
+                value
+                for task, values in by_task.items()
+                for value, stuck in zip(values or (), counts[task], strict=True)
+                if bool(stuck) == wanted
+            ]
+            tally = verdict.tally(seen) if seen else None
+            shown = f"{tally.wins:.0%}, {tally.ties:.0%}, {tally.losses:.0%}".replace("%", " %") if tally else ""
+            cells += [f"{geometric_mean(seen):.3f}" if seen else "", shown]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
 def draw(protocol: Protocol, file: ResultsFile, path: Path) -> None:
     """Every seed's ratio to the best plain arm, and the geometric mean, an arm a row and a task a panel."""
     from matplotlib.figure import Figure
@@ -157,6 +193,6 @@ def draw(protocol: Protocol, file: ResultsFile, path: Path) -> None:
 
 
 def _undone(row: Row) -> str:
-    """How many seeds were rolled back, and how many a probe kept from a bypass."""
-    spared = row.get("not_bypassed", 0)
+    """How many seeds were rolled back, and how many were not bypassed at all."""
+    spared = len(row.get("not_bypassed", ()))
     return f"{sum(row['rolled_back'])}" + (f", {spared} not begun" if spared else "")
