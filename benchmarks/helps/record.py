@@ -76,12 +76,14 @@ def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> No
         for arm in racing:
             about = {"kind": "arm", "task": task.name, "arm": arm.name, "family": arm.family, "budget": budget}
             length = {"train1": task.train1, "steps": steps, "seeds": seeds, "at_start": start.losses[-1].tolist()}
-            row = found[arm.name] if budget == "steps" else _with_what_cost_nothing(file, task.name, found[arm.name], arm)
+            row = (
+                found[arm.name] if budget == "steps" else _with_what_cost_nothing(file, task.name, found[arm.name], arm)
+            )
             file.add({**about, **length, **row})
 
 
 def _with_what_cost_nothing(file: ResultsFile, task: str, found: dict[str, Any], arm: Arm) -> dict[str, Any]:
-    """A run with equal time, in which the seeds that were not bypassed, and cost no more than plain training, take all steps."""
+    """A run with equal time, in which seeds that were not bypassed, and cost no more than plain training, take all steps."""
     whole = next(
         row
         for row in file

@@ -137,8 +137,8 @@ def _by_stuck(file: ResultsFile, tasks: list[str]) -> list[str]:
         "",
         "## Seeds with and without stuck channels",
         "",
-        f"Seeds whose θ\* has a channel that lets less than a thousandth of the gradient through: {shares}. Loss over that of "
-        "`continue`, geometric mean over these seeds and over the others; won, tied, lost.",
+        f"Seeds whose θ\\* has a channel that lets less than a thousandth of the gradient through: {shares}. Loss over that "
+        "of `continue`, geometric mean over these seeds and over the others; won, tied, lost.",
         "",
         "| arm | with | | without | |",
         "|---|---|---|---|---|",
