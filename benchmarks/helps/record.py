@@ -25,20 +25,22 @@ def file_of(protocol: Protocol, stage: Stage, name: str = "") -> ResultsFile:
     )
 
 
-def run(protocol: Protocol, stage: Stage, only: str = "", name: str = "") -> ResultsFile:
+def run(protocol: Protocol, stage: Stage, only: str = "", chosen: Sequence[str] = (), name: str = "") -> ResultsFile:
     """Run what no earlier run has finished.
 
     Args:
         protocol: tasks, arms and lengths.
         stage: "search", "held-out", "fresh", "unseen", or "in-sample" for the verdict's arms on the searched half.
         only: only tasks whose name contains this.
+        chosen: only arms of these names; all, if empty.
         name: another file for the results.
     """
     torch.set_num_threads(1)  # the nets are small
     file = file_of(protocol, stage, name)
     for task in protocol.of(stage):
         if only in task.name:
-            _task(protocol, stage, task, file)
+            arms = [arm for arm in protocol.arms(stage, task) if arm.name in chosen or not chosen]
+            _task(protocol, stage, task, arms, file)
     return file
 
 
@@ -51,8 +53,8 @@ def costs(file: ResultsFile, task: str) -> dict[str, float]:
     return found
 
 
-def _task(protocol: Protocol, stage: Stage, task: Task, file: ResultsFile) -> None:
-    arms, seeds = protocol.arms(stage, task), protocol.seeds(stage, task)
+def _task(protocol: Protocol, stage: Stage, task: Task, arms: Sequence[Arm], file: ResultsFile) -> None:
+    seeds = protocol.seeds(stage, task)
     examples = task.examples()
     priced = costs(file, task.name)
     if missing := [arm for arm in arms if arm.name not in priced]:
