@@ -189,9 +189,9 @@ def test_a_stage_is_run_once_and_reported(tmp_path: Path) -> None:
     )
     threads = torch.get_num_threads()
     try:
-        file = record.run(small, "in-sample", "egg", str(tmp_path / "helps.jsonl"))
+        file = record.run(small, "in-sample", "egg", name=str(tmp_path / "helps.jsonl"))
         count = len(file.rows)
-        assert len(record.run(small, "in-sample", "egg", str(tmp_path / "helps.jsonl")).rows) == count
+        assert len(record.run(small, "in-sample", "egg", name=str(tmp_path / "helps.jsonl")).rows) == count
     finally:
         torch.set_num_threads(threads)
     timed = report.rows_of(file, "eggholder", "time")["homotopy"]
