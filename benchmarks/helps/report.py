@@ -124,7 +124,19 @@ def _overall(protocol: Protocol, stage: Stage, file: ResultsFile, tasks: list[st
             worst = max(max(values) for values in to_continue if values)
             name = arm if budget == "steps" else f"{arm}, equal time"
             lines.append(f"| {name} | {_numbers([values for values in by_task if values])} | {worst:.3f} |")
-    return lines
+    return lines + _lower_of_both(file, tasks)
+
+
+def _lower_of_both(file: ResultsFile, tasks: list[str]) -> list[str]:
+    """What `accept="baseline"` of the trainer comes to: the preset and plain training side by side, and the lower kept."""
+    lower, to_continue = [], []
+    for task in tasks:
+        preset, plain = (ratios(file, task, arm) for arm in ("preset", "continue"))
+        if preset is None or plain is None:
+            return []
+        lower.append([min(pair) for pair in zip(preset, plain, strict=True)])
+        to_continue += [low / other for low, other in zip(lower[-1], plain, strict=True)]
+    return [f"| the lower of preset and continue, both trained | {_numbers(lower)} | {max(to_continue):.3f} |"]
 
 
 def _by_stuck(file: ResultsFile, tasks: list[str]) -> list[str]:
