@@ -24,6 +24,6 @@ An arm's ratio is its loss over the best plain arm's, seed by seed; over several
 interval is a bootstrap over seeds within tasks, 95 %. A seed is won below a ratio of 0.999 and lost above 1.001. What
 accept= promises is compared with `continue`, seed by seed: what the same training would have come to.
 
-The goal for the frozen preset on the held-out half, the fresh and the unseen tasks: a ratio of 0.90 or less, won in 70 % of the
-seeds or more, lost in 10 % or fewer, and with accept= no seed more than 1 % above plain training.
+The goal for the frozen preset on the held-out half, the fresh and the unseen tasks: a ratio of 0.90 or less, won in 70 %
+of the seeds or more, lost in 10 % or fewer, and with accept= no seed more than 1 % above plain training.
 """
