@@ -233,7 +233,7 @@ def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
     try:
         yield
     finally:
-        contract(inner)
+        _take_out(inner, sites(inner))  # there is nothing to fold, and b_A + 0 · b_W may be other bits than b_A
 
 
 def _no_site(plan: Plan, select: Select | None) -> str:
@@ -321,12 +321,16 @@ def contract(model: nn.Module) -> ContractionReport:
             for site, value in zip(taken, residuals, strict=True)
         )
     )
+    _take_out(root, taken)
+    return report
+
+
+def _take_out(root: nn.Module, taken: list[Site]) -> None:
     for site in taken:
         owner = root.get_submodule(site.owner)
         if subclass.is_extended_owner(owner):
             insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
     unmark(root)
-    return report
 
 
 def _fold_all(root: nn.Module, taken: list[Site]) -> dict[str, Tensor | None]:

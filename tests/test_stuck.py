@@ -164,6 +164,16 @@ def test_nothing_of_a_look_that_fails_is_left() -> None:
     assert same(everything(model, optimizer, driver), before) and not surgery.is_extended(model)
 
 
+def test_biases_of_every_kind_stay() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].bias.fill_(-0.0)
+        model[0].bias[1] = -torch.inf
+    before = [parameter.detach().clone().view(torch.int32) for parameter in model.parameters()]
+    stuck(model, loss_fn, batches_for(6))
+    assert same([parameter.detach().view(torch.int32) for parameter in model.parameters()], before)
+
+
 def test_attention_and_compiled_models() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
