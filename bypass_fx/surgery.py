@@ -222,7 +222,8 @@ def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
 
 @contextmanager
 def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
-    """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0.
+    """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0, and asks for no
+    gradient.
 
     Raises:
         PlanError, SurgeryError: as `extend`.
@@ -231,6 +232,8 @@ def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
     _ready_parameters(inner)
     _insert(Linked(inner, None), plan, psi)
     try:
+        for site in plan.sites:
+            delta_of(inner, site).requires_grad_(False)
         yield
     finally:
         _take_out(inner, sites(inner))  # there is nothing to fold, and b_A + 0 · b_W may be other bits than b_A

@@ -137,6 +137,8 @@ def test_frozen_layers_are_not_stuck() -> None:
     model[0].requires_grad_(False)
     first, second = stuck(model, loss_fn, batches_for(6)).sites
     assert first.stuck == () and second.stuck == (0,)
+    model[2].requires_grad_(False)  # only what is behind the second moves
+    assert not stuck(model, loss_fn, batches_for(6)).stuck
 
 
 def test_nothing_of_the_look_is_left() -> None:
