@@ -85,7 +85,7 @@ def stuck(
         total: the sum of a tensor over all processes, where each has a share of the batches.
 
     Raises:
-        BypassError: there is no site or no batch, or a loss is no 0-dim tensor; the model is as it was.
+        BypassError: there is no site or no batch, or a loss is no 0-dim tensor or has no gradient; the model is as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -164,6 +164,13 @@ def _add(sums: dict[str, Tensor], flow: _Flow, model: nn.Module, loss_fn: LossFn
             _watching.pop()
         if not isinstance(loss, Tensor) or loss.dim():
             raise BypassError("loss_fn must return one number, a 0-dim tensor")
+        if not loss.requires_grad:
+            raise BypassError(
+                "the loss has no gradient: let loss_fn return the loss as for training, not detached nor made under no_grad, "
+                "of a model with parameters that are not frozen"
+            )
+        if loss.is_meta:
+            raise BypassError("the model is on the meta device, where gradients have no values; load its weights first")
         if not flow.pairs:
             return
         arriving = torch.autograd.grad(loss, [pair[1] for pair in flow.pairs], allow_unused=True, retain_graph=True)

@@ -387,6 +387,11 @@ def test_what_is_wrong_is_named() -> None:
         stuck(model, loss_fn, [])
     with pytest.raises(BypassError, match="one number, a 0-dim tensor"):
         stuck(model, lambda model, batch: model(batch[0]), batches_for(6))
+    for lost in (lambda model, batch: loss_fn(model, batch).detach(), torch.no_grad()(loss_fn)):
+        with pytest.raises(BypassError, match="the loss has no gradient: let loss_fn"):
+            stuck(model, lost, batches_for(6))
+    with pytest.raises(BypassError, match="meta device.*load its weights first"):
+        stuck(net().to("meta"), loss_fn, [(x.to("meta"), y.to("meta")) for x, y in batches_for(6)])
     with pytest.raises(PlanError, match="nothing to bypass"):
         stuck(nn.Sequential(nn.Linear(6, 2)), loss_fn, batches_for(6))
     alive = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
