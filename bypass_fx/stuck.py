@@ -202,12 +202,23 @@ def _flow(name: str, both: Tensor, threshold: float) -> SiteFlow:
 @contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are as before, whatever happens inside."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
+            for module, own in buffers:  # a forward may set another one in its place
+                module._buffers.clear()
+                module._buffers.update(own)
             with torch.no_grad():
-                for name, value in buffers.items():
-                    model.get_buffer(name).copy_(value)
+                for buffer, value in values:
+                    if not _overlaps_itself(buffer):  # torch lets nobody write into one that does
+                        buffer.copy_(value)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and any(
+        step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
+    )

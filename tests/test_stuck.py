@@ -166,6 +166,33 @@ def test_nothing_of_a_look_that_fails_is_left() -> None:
     assert same(everything(model, optimizer, driver), before) and not surgery.is_extended(model)
 
 
+class Counting(nn.Module):
+    """Buffers that a forward replaces, one by a longer one, or makes; and one that is a view of a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("means", torch.zeros(0))
+        self.register_buffer("scale", torch.ones(1).expand(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + len(x)
+        self.means = torch.cat([self.means, x.mean().reshape(1)])
+        if not hasattr(self, "first"):
+            self.register_buffer("first", x.detach().clone())
+        return x * self.scale
+
+
+def test_buffers_of_every_kind_stay() -> None:
+    model = nn.Sequential(Counting(), *net())
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    assert stuck(model, loss_fn, batches_for(6)).stuck == 3
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    for name, (buffer, value) in before.items():
+        assert after[name] is buffer and torch.equal(buffer, value)
+
+
 def test_biases_of_every_kind_stay() -> None:
     model = net()
     with torch.no_grad():
