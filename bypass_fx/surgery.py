@@ -258,6 +258,9 @@ def _check_fit(model: nn.Module, site: Site) -> None:
                 tensor_named(model, name)
             except AttributeError:
                 raise PlanError(f"{site.name}: the model has no {name} as in the plan; plan this model anew") from None
+    strange = [channel for channel in site.moving if not 0 <= channel < site.width]
+    if strange:
+        raise PlanError(f"{site.name}: moving names channel {strange[0]}; give numbers from 0 to {site.width - 1}")
     if site.first is not None:
         made = matrices.rows(model, site.first).shape[:2].numel()
         if made != site.width:
