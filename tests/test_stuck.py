@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -343,6 +344,29 @@ def test_a_state_goes_on_with_its_plan() -> None:
         begun()[2].load_state_dict(state[0])
 
 
+def test_a_state_goes_on_and_later_cycles_look_anew() -> None:
+    batches = batches_for(6)
+
+    def begun(plan: Plan | None = None) -> tuple[nn.Module, torch.optim.Optimizer, BypassSchedule]:
+        model = net()
+        optimizer = adam(model)
+        measured: dict[str, Any] = {"select": "stuck", "loss_fn": loss_fn, "batches": batches}
+        return model, optimizer, BypassSchedule(model, optimizer, 2, 2, cycles=2, plan=plan, **measured)
+
+    before = begun()
+    train_step(*before)
+    state = copy.deepcopy([part.state_dict() for part in reversed(before)])
+    after = begun(Plan.from_json(state[0]["plan"]))
+    for part, own in zip(reversed(after), state, strict=True):
+        part.load_state_dict(own)
+    for model, optimizer, schedule in (before, after):
+        train_step(model, optimizer, schedule)
+        train_step(model, optimizer, schedule)
+        kill(model[0], 7)  # type: ignore[index]
+        train_step(model, optimizer, schedule)
+        assert schedule.phase == "opt1" and [site.moving for site in schedule.plan][0] == (2, 5, 7)
+
+
 def test_replicas_do_what_each_would_alone() -> None:
     batch = torch.stack([batches_for(6)[i % 2][0] for i in range(3)]), torch.stack([batches_for(6)[0][1]] * 3)
 
@@ -421,6 +445,12 @@ def test_what_is_wrong_is_named() -> None:
         stuck(net().to("meta"), loss_fn, [(x.to("meta"), y.to("meta")) for x, y in batches_for(6)])
     with pytest.raises(PlanError, match="nothing to bypass"):
         stuck(nn.Sequential(nn.Linear(6, 2)), loss_fn, batches_for(6))
+    optimizer, plan = adam(model), bypass_fx.plan(model)
+    for channel in (8, -1):
+        strange = Plan((replace(plan.sites[0], moving=(channel,)),))
+        with pytest.raises(PlanError, match=f"1: moving names channel {channel}; give numbers from 0 to 7"):
+            BypassSchedule(model, optimizer, 2, 2, plan=strange)
+        assert not surgery.is_extended(model) and len(optimizer.param_groups) == 1
     alive = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     optimizer = adam(alive)
     with pytest.raises(PlanError, match="none of the 8 channels is stuck"):
