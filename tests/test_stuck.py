@@ -268,6 +268,32 @@ def test_lbfgs_too() -> None:
         schedule.step()
 
 
+def test_a_step_of_lbfgs_ends_where_it_was_evaluated() -> None:
+    model, batches = net(), batches_for(6)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.5, max_iter=4, line_search_fn="strong_wolfe")
+    schedule = BypassSchedule(model, optimizer, 3, 3, select="stuck", loss_fn=loss_fn, batches=batches)
+    evaluated: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_fn(model, batches[0]) + schedule.penalty()
+        loss.backward()
+        evaluated.append(loss.item())
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert any(abs(loss_fn(model, batches[0]).item() - loss) < 1e-6 for loss in evaluated)
+
+
+def test_gradients_of_what_is_held_count_in_no_norm() -> None:
+    model = net()
+    schedule = BypassSchedule(model, adam(model), 3, 3, select="stuck", loss_fn=loss_fn, batches=batches_for(6))
+    loss_fn(model, batches_for(6)[0]).backward()
+    for site in schedule.plan:
+        gradient = surgery.delta_of(model, site).grad
+        assert gradient is not None and tuple(gradient.nonzero().flatten().tolist()) == site.moving
+
+
 def test_dead_units_come_to_life() -> None:
     torch.manual_seed(0)
     x = torch.rand(256, 2) * 2 - 1
