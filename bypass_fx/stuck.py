@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -138,7 +139,13 @@ class _Flow:
     pairs: list[tuple[Tensor, Tensor, Tensor, int | tuple[int, ...]]] = field(default_factory=list)
 
 
-_watching: list[_Flow] = []  # what a forward leaves its pairs in; one at a time
+class _Watching(threading.local):
+    """What a forward leaves its pairs in, in the thread that looks."""
+
+    flow: _Flow | None = None
+
+
+_watching = _Watching()
 
 
 def _watched(
@@ -147,8 +154,8 @@ def _watched(
     """ψ with D = 0, which notes z and σ(z)."""
     entering = z if isinstance(sigma, Tensor) else z.clone()  # σ may work in place
     result = sigma if isinstance(sigma, Tensor) else psi(sigma, entering.clone(), delta, channels, *parameters)
-    if _watching and result.requires_grad and entering.requires_grad:
-        _watching[-1].pairs.append((entering, result, delta, channels))
+    if _watching.flow and result.requires_grad and entering.requires_grad:
+        _watching.flow.pairs.append((entering, result, delta, channels))
         return result.clone()  # what follows may write into it
     return result
 
@@ -157,11 +164,11 @@ def _add(sums: dict[str, Tensor], flow: _Flow, model: nn.Module, loss_fn: LossFn
     """Add the squared gradients in front of σ and behind it, summed for each channel, of one batch."""
     flow.pairs.clear()
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        _watching.append(flow)
+        before, _watching.flow = _watching.flow, flow
         try:
             loss = loss_fn(model, batch)
         finally:
-            _watching.pop()
+            _watching.flow = before
         if not isinstance(loss, Tensor) or loss.dim():
             raise BypassError("loss_fn must return one number, a 0-dim tensor")
         if not loss.requires_grad:
