@@ -70,7 +70,7 @@ class HeldStill:
         self._masks = masks
         plain = unwrap(optimizer)
         self._handles = (
-            *(parameter.register_hook(mask.mul) for parameter, mask in masks.items()),
+            *(parameter.register_hook(mask.mul) for parameter, mask in masks.items()),  # type: ignore[no-untyped-call]
             plain.register_step_pre_hook(self._mask_gradients),  # those that were set by hand
             plain.register_step_post_hook(self._hold),  # weight decay needs no gradient
         )
