@@ -220,7 +220,9 @@ def stuck(
     model: Annotated[str, typer.Argument(help="mlp, 2c2d, timm:NAME, torchvision:NAME or package.module:factory.")],
     data: Annotated[str, typer.Option(help="digits, eggholder, cifar10:DIR or imagefolder:DIR.")] = "digits",
     weights: Annotated[Path | None, typer.Option(help="θ*: a .safetensors file or a state dict.")] = None,
-    batches: Annotated[int | None, typer.Option(help="How many minibatches to look at; all if not given.")] = None,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="How many minibatches to look at; all if not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples in a minibatch.")] = _DEFAULT.batch_size,
     mode: Annotated[str, typer.Option(help="auto, strict, relaxed or all.")] = _DEFAULT.mode,
     image_size: Annotated[int, typer.Option(help="Side of an image folder's images, in pixels.")] = 64,

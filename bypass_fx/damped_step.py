@@ -53,13 +53,14 @@ class DampedStep:
 class HeldStill:
     """Keeps the entries of parameters at 0 where a mask is 0, in whatever way the optimiser steps.
 
-    Their gradients are 0 for it, so they weigh in no norm that it takes.
+    Their gradients are 0 as they arrive, so they weigh in no norm that it or a clipping takes, and in no step that LBFGS
+    makes up from several of them.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> held = HeldStill(optimizer, {weight: torch.tensor([1.0, 0.0])})
-        >>> weight.grad = torch.ones(2)
+        >>> weight.sum().backward()
         >>> optimizer.step(); weight.tolist(), weight.grad.tolist()
         ([-1.0, 0.0], [1.0, 0.0])
         >>> held.remove()
@@ -68,7 +69,11 @@ class HeldStill:
     def __init__(self, optimizer: Optimizer, masks: Mapping[nn.Parameter, Tensor]) -> None:
         self._masks = masks
         plain = unwrap(optimizer)
-        self._handles = (plain.register_step_pre_hook(self._mask_gradients), plain.register_step_post_hook(self._hold))
+        self._handles = (
+            *(parameter.register_hook(mask.mul) for parameter, mask in masks.items()),  # type: ignore[no-untyped-call]
+            plain.register_step_pre_hook(self._mask_gradients),  # those that were set by hand
+            plain.register_step_post_hook(self._hold),  # weight decay needs no gradient
+        )
 
     def remove(self) -> None:
         """Let all entries move."""
@@ -83,4 +88,4 @@ class HeldStill:
     @torch.no_grad()
     def _hold(self, *_: Any) -> None:
         for parameter, mask in self._masks.items():
-            parameter.mul_(mask)  # LBFGS takes gradients of its own within a step, and weight decay needs none
+            parameter.mul_(mask)

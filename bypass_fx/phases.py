@@ -53,8 +53,12 @@ def embedded(
     lengths: Lengths,
     accept: Accept | None = None,
 ) -> BypassSchedule:
-    """The model extended by the plan, under the schedule that the settings describe; θ* is kept where it may be needed."""
+    """The model extended by the plan, under the schedule that the settings describe; θ* is kept where it may be needed.
+
+    With "baseline" that is where the bypass becomes NaN: the run must live to keep the other arm.
+    """
     at_budget = cast(AtBudget, settings.at_budget)
+    comes_back = accept or at_budget == "rollback" or settings.accept == "baseline"
     return BypassSchedule(
         model,
         optimizer,
@@ -72,5 +76,5 @@ def embedded(
         select=settings.pattern,
         at_budget=at_budget,
         accept=accept,
-        snapshot="cpu" if accept or at_budget == "rollback" else None,  # a run has checkpoints
+        snapshot="cpu" if comes_back else None,  # a run has checkpoints
     )

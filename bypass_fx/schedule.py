@@ -136,7 +136,7 @@ class BypassSchedule:
         self._where = snapshot
         if "batches" in as_plan:
             as_plan["batches"] = [*as_plan["batches"]]  # each bypass looks anew
-        self._measuring = as_plan if as_plan.get("select") == "stuck" and plan is None else {}
+        self._measuring = as_plan if as_plan.get("select") == "stuck" else {}
         self._plan, self._as_plan = plan, as_plan
         self.phase: Phase = "opt1"
         self.reports: tuple[ScheduleReport, ...] = ()  # of the bypasses that are over
@@ -276,7 +276,7 @@ class BypassSchedule:
 
         Load it into a new schedule with the same arguments, before the state dicts of the model and the optimiser: a
         bypass that was done is contracted here, so that theirs fit. Where the sites were measured (`select="stuck"` or
-        "probe"), give the new one `plan=Plan.from_json(state["plan"])` in their place.
+        "probe"), give the new one `plan=Plan.from_json(state["plan"])` too: later cycles look anew.
 
         Raises:
             BypassError: the state belongs to another comeback, to other sites or to another version.

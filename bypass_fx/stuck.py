@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,7 @@ def stuck(
         total: the sum of a tensor over all processes, where each has a share of the batches.
 
     Raises:
-        BypassError: there is no site or no batch, or a loss is no 0-dim tensor; the model is as it was.
+        BypassError: there is no site or no batch, or a loss is no 0-dim tensor or has no gradient; the model is as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -138,7 +139,13 @@ class _Flow:
     pairs: list[tuple[Tensor, Tensor, Tensor, int | tuple[int, ...]]] = field(default_factory=list)
 
 
-_watching: list[_Flow] = []  # what a forward leaves its pairs in; one at a time
+class _Watching(threading.local):
+    """What a forward leaves its pairs in, in the thread that looks."""
+
+    flow: _Flow | None = None
+
+
+_watching = _Watching()
 
 
 def _watched(
@@ -147,8 +154,8 @@ def _watched(
     """ψ with D = 0, which notes z and σ(z)."""
     entering = z if isinstance(sigma, Tensor) else z.clone()  # σ may work in place
     result = sigma if isinstance(sigma, Tensor) else psi(sigma, entering.clone(), delta, channels, *parameters)
-    if _watching and result.requires_grad and entering.requires_grad:
-        _watching[-1].pairs.append((entering, result, delta, channels))
+    if _watching.flow and result.requires_grad and entering.requires_grad:
+        _watching.flow.pairs.append((entering, result, delta, channels))
         return result.clone()  # what follows may write into it
     return result
 
@@ -157,13 +164,20 @@ def _add(sums: dict[str, Tensor], flow: _Flow, model: nn.Module, loss_fn: LossFn
     """Add the squared gradients in front of σ and behind it, summed for each channel, of one batch."""
     flow.pairs.clear()
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        _watching.append(flow)
+        before, _watching.flow = _watching.flow, flow
         try:
             loss = loss_fn(model, batch)
         finally:
-            _watching.pop()
+            _watching.flow = before
         if not isinstance(loss, Tensor) or loss.dim():
             raise BypassError("loss_fn must return one number, a 0-dim tensor")
+        if not loss.requires_grad:
+            raise BypassError(
+                "the loss has no gradient: let loss_fn return the loss as for training, not detached nor made under no_grad, "
+                "of a model with parameters that are not frozen"
+            )
+        if loss.is_meta:
+            raise BypassError("the model is on the meta device, where gradients have no values; load its weights first")
         if not flow.pairs:
             return
         arriving = torch.autograd.grad(loss, [pair[1] for pair in flow.pairs], allow_unused=True, retain_graph=True)
@@ -195,12 +209,23 @@ def _flow(name: str, both: Tensor, threshold: float) -> SiteFlow:
 @contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are as before, whatever happens inside."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
+            for module, own in buffers:  # a forward may set another one in its place
+                module._buffers.clear()
+                module._buffers.update(own)
             with torch.no_grad():
-                for name, value in buffers.items():
-                    model.get_buffer(name).copy_(value)
+                for buffer, value in values:
+                    if not _overlaps_itself(buffer):  # torch lets nobody write into one that does
+                        buffer.copy_(value)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and any(
+        step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
+    )

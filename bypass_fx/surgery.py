@@ -222,7 +222,8 @@ def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
 
 @contextmanager
 def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
-    """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0.
+    """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0, and asks for no
+    gradient.
 
     Raises:
         PlanError, SurgeryError: as `extend`.
@@ -231,9 +232,11 @@ def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
     _ready_parameters(inner)
     _insert(Linked(inner, None), plan, psi)
     try:
+        for site in plan.sites:
+            delta_of(inner, site).requires_grad_(False)
         yield
     finally:
-        contract(inner)
+        _take_out(inner, sites(inner))  # there is nothing to fold, and b_A + 0 · b_W may be other bits than b_A
 
 
 def _no_site(plan: Plan, select: Select | None) -> str:
@@ -255,6 +258,9 @@ def _check_fit(model: nn.Module, site: Site) -> None:
                 tensor_named(model, name)
             except AttributeError:
                 raise PlanError(f"{site.name}: the model has no {name} as in the plan; plan this model anew") from None
+    strange = [channel for channel in site.moving if not 0 <= channel < site.width]
+    if strange:
+        raise PlanError(f"{site.name}: moving names channel {strange[0]}; give numbers from 0 to {site.width - 1}")
     if site.first is not None:
         made = matrices.rows(model, site.first).shape[:2].numel()
         if made != site.width:
@@ -321,12 +327,16 @@ def contract(model: nn.Module) -> ContractionReport:
             for site, value in zip(taken, residuals, strict=True)
         )
     )
+    _take_out(root, taken)
+    return report
+
+
+def _take_out(root: nn.Module, taken: list[Site]) -> None:
     for site in taken:
         owner = root.get_submodule(site.owner)
         if subclass.is_extended_owner(owner):
             insert.restore(owner, [other.delta for other in taken if other.owner == site.owner])
     unmark(root)
-    return report
 
 
 def _fold_all(root: nn.Module, taken: list[Site]) -> dict[str, Tensor | None]:

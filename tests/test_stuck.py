@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +139,8 @@ def test_frozen_layers_are_not_stuck() -> None:
     model[0].requires_grad_(False)
     first, second = stuck(model, loss_fn, batches_for(6)).sites
     assert first.stuck == () and second.stuck == (0,)
+    model[2].requires_grad_(False)  # only what is behind the second moves
+    assert not stuck(model, loss_fn, batches_for(6)).stuck
 
 
 def test_nothing_of_the_look_is_left() -> None:
@@ -162,6 +166,64 @@ def test_nothing_of_a_look_that_fails_is_left() -> None:
     with pytest.raises(KeyError, match="the user's own"):
         stuck(model, failing, batches_for(6))
     assert same(everything(model, optimizer, driver), before) and not surgery.is_extended(model)
+
+
+class Counting(nn.Module):
+    """Buffers that a forward replaces, one by a longer one, or makes; and one that is a view of a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("means", torch.zeros(0))
+        self.register_buffer("scale", torch.ones(1).expand(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + len(x)
+        self.means = torch.cat([self.means, x.mean().reshape(1)])
+        if not hasattr(self, "first"):
+            self.register_buffer("first", x.detach().clone())
+        return x * self.scale
+
+
+def test_buffers_of_every_kind_stay() -> None:
+    model = nn.Sequential(Counting(), *net())
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    assert stuck(model, loss_fn, batches_for(6)).stuck == 3
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    for name, (buffer, value) in before.items():
+        assert after[name] is buffer and torch.equal(buffer, value)
+
+
+def test_biases_of_every_kind_stay() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].bias.fill_(-0.0)
+        model[0].bias[1] = -torch.inf
+    before = [parameter.detach().clone().view(torch.int32) for parameter in model.parameters()]
+    stuck(model, loss_fn, batches_for(6))
+    assert same([parameter.detach().view(torch.int32) for parameter in model.parameters()], before)
+
+
+def test_two_threads_look_at_once() -> None:
+    both, found = threading.Barrier(2, timeout=30), list[int]()
+
+    def meeting(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        both.wait()
+        loss = loss_fn(model, batch)
+        both.wait()
+        return loss
+
+    models = [net(), net()]
+    threads = [
+        threading.Thread(target=lambda model=model: found.append(stuck(model, meeting, batches_for(6)).stuck))
+        for model in models
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [3, 3]
 
 
 def test_attention_and_compiled_models() -> None:
@@ -226,6 +288,32 @@ def test_lbfgs_too() -> None:
         found = [surgery.delta_of(model, site).nonzero().flatten().tolist() for site in surgery.sites(model)]
         assert found == [[2, 5], [0]]
         schedule.step()
+
+
+def test_a_step_of_lbfgs_ends_where_it_was_evaluated() -> None:
+    model, batches = net(), batches_for(6)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.5, max_iter=4, line_search_fn="strong_wolfe")
+    schedule = BypassSchedule(model, optimizer, 3, 3, select="stuck", loss_fn=loss_fn, batches=batches)
+    evaluated: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_fn(model, batches[0]) + schedule.penalty()
+        loss.backward()
+        evaluated.append(loss.item())
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert any(abs(loss_fn(model, batches[0]).item() - loss) < 1e-6 for loss in evaluated)
+
+
+def test_gradients_of_what_is_held_count_in_no_norm() -> None:
+    model = net()
+    schedule = BypassSchedule(model, adam(model), 3, 3, select="stuck", loss_fn=loss_fn, batches=batches_for(6))
+    loss_fn(model, batches_for(6)[0]).backward()
+    for site in schedule.plan:
+        gradient = surgery.delta_of(model, site).grad
+        assert gradient is not None and tuple(gradient.nonzero().flatten().tolist()) == site.moving
 
 
 def test_dead_units_come_to_life() -> None:
@@ -304,6 +392,29 @@ def test_a_state_goes_on_with_its_plan() -> None:
         begun()[2].load_state_dict(state[0])
 
 
+def test_a_state_goes_on_and_later_cycles_look_anew() -> None:
+    batches = batches_for(6)
+
+    def begun(plan: Plan | None = None) -> tuple[nn.Module, torch.optim.Optimizer, BypassSchedule]:
+        model = net()
+        optimizer = adam(model)
+        measured: dict[str, Any] = {"select": "stuck", "loss_fn": loss_fn, "batches": batches}
+        return model, optimizer, BypassSchedule(model, optimizer, 2, 2, cycles=2, plan=plan, **measured)
+
+    before = begun()
+    train_step(*before)
+    state = copy.deepcopy([part.state_dict() for part in reversed(before)])
+    after = begun(Plan.from_json(state[0]["plan"]))
+    for part, own in zip(reversed(after), state, strict=True):
+        part.load_state_dict(own)
+    for model, optimizer, schedule in (before, after):
+        train_step(model, optimizer, schedule)
+        train_step(model, optimizer, schedule)
+        kill(model[0], 7)  # type: ignore[index]
+        train_step(model, optimizer, schedule)
+        assert schedule.phase == "opt1" and next(site.moving for site in schedule.plan) == (2, 5, 7)
+
+
 def test_replicas_do_what_each_would_alone() -> None:
     batch = torch.stack([batches_for(6)[i % 2][0] for i in range(3)]), torch.stack([batches_for(6)[0][1]] * 3)
 
@@ -375,8 +486,19 @@ def test_what_is_wrong_is_named() -> None:
         stuck(model, loss_fn, [])
     with pytest.raises(BypassError, match="one number, a 0-dim tensor"):
         stuck(model, lambda model, batch: model(batch[0]), batches_for(6))
+    for lost in (lambda model, batch: loss_fn(model, batch).detach(), torch.no_grad()(loss_fn)):
+        with pytest.raises(BypassError, match="the loss has no gradient: let loss_fn"):
+            stuck(model, lost, batches_for(6))
+    with pytest.raises(BypassError, match=r"meta device.*load its weights first"):
+        stuck(net().to("meta"), loss_fn, [(x.to("meta"), y.to("meta")) for x, y in batches_for(6)])
     with pytest.raises(PlanError, match="nothing to bypass"):
         stuck(nn.Sequential(nn.Linear(6, 2)), loss_fn, batches_for(6))
+    optimizer, plan = adam(model), bypass_fx.plan(model)
+    for channel in (8, -1):
+        strange = Plan((replace(plan.sites[0], moving=(channel,)),))
+        with pytest.raises(PlanError, match=f"1: moving names channel {channel}; give numbers from 0 to 7"):
+            BypassSchedule(model, optimizer, 2, 2, plan=strange)
+        assert not surgery.is_extended(model) and len(optimizer.param_groups) == 1
     alive = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     optimizer = adam(alive)
     with pytest.raises(PlanError, match="none of the 8 channels is stuck"):

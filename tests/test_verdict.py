@@ -74,6 +74,14 @@ def test_what_is_good_enough_is_kept_and_nothing_else_differs() -> None:
     assert kept.moments == plain.moments and kept.reports == plain.reports and not kept.reports[0].rolled_back
 
 
+def test_with_baseline_a_bypass_that_becomes_nan_is_rolled_back() -> None:
+    data = digits()
+    history = Trainer(mlp(data), data, short(accept="baseline", delta_rate=1e30)).fit()
+    assert "rolled back" in _titles(history) and "not finite" in history.reports[0].rolled_back
+    end = history.moment("end")
+    assert end.baseline is not None and math.isfinite(end.bypass.train_loss)
+
+
 @pytest.mark.parametrize("changes", [{"baseline": False}, {"ema": 0.9}])
 def test_the_better_arm_needs_two_of_them_without_an_average(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="set baseline to yes and ema to 0"):
