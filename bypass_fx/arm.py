@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 
 from bypass_fx import sharded
 from bypass_fx.data import Data, Examples
-from bypass_fx.engine import Engine, evaluating
+from bypass_fx.engine import Engine, evaluating, inner
 from bypass_fx.evaluation import total_of
+from bypass_fx.feed import EVAL_BATCH, in_order, placed
 from bypass_fx.optimizers import make_lr_schedule, make_optimizer
+from bypass_fx.passes.plan import Plan
 from bypass_fx.phases import Lengths
 from bypass_fx.settings import Settings
+from bypass_fx.stuck import stuck
 from bypass_fx.task import Task
 
 
@@ -50,6 +53,20 @@ class Arm:
         with evaluating(self.runner), engine.accelerator.autocast():
             machine = (engine.device, engine.shares, settings.channels_last, settings.workers)
             return engine.total(total_of(self.runner, data, examples, *machine))
+
+    def stuck(self, plan: Plan, data: Data, settings: Settings, engine: Engine) -> Plan:
+        """The stuck channels at a plan's sites, over the training set; all processes must call this together."""
+        machine = (engine.shares, data.collate, settings.workers)
+        batches = (
+            placed(batch, engine.device, settings.channels_last)
+            for batch, _ in in_order(data.train, EVAL_BATCH, *machine)
+        )
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            found: Tensor = inner(self.runner)(batch)[0]
+            return found
+
+        return stuck(self.model, loss, batches, plan=plan, total=engine.total).plan
 
     def state_dict(self) -> dict[str, Any]:
         """Model and optimiser in whole tensors; all processes must call this together."""

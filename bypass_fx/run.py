@@ -21,7 +21,7 @@ from bypass_fx.averages import Averages
 from bypass_fx.checkpoint import CheckpointError, Checkpoints
 from bypass_fx.data import Data, DataError, Examples
 from bypass_fx.engine import FOREIGN_ERRORS, Engine, inner
-from bypass_fx.feed import EVAL_BATCH, Feed, in_order, placed
+from bypass_fx.feed import Feed, placed
 from bypass_fx.history import Event, History, Moment, Phase, Score
 from bypass_fx.interrupt import Stopped, Wish
 from bypass_fx.passes.matrices import placed_like
@@ -31,7 +31,6 @@ from bypass_fx.plateau import Plateau
 from bypass_fx.run_log import Losses, RunLog, TrainingError, foreign, where
 from bypass_fx.schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from bypass_fx.settings import FREE_SETTINGS, STUCK, Settings
-from bypass_fx.stuck import stuck
 from bypass_fx.task import Task
 
 STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
@@ -159,7 +158,7 @@ class Run:
         if changed:
             name = changed[0]
             raise CheckpointError(f"the checkpoint was saved with {name}={before[name]!r}, not {now[name]!r}; set that")
-        if state["plan"] != self._plan.to_json():
+        if Plan.from_json(state["plan"]) != self._plan:
             raise CheckpointError("the checkpoint was saved with another plan; take the same model, mode and select")
 
     def _arms(self) -> list[Arm]:
@@ -239,18 +238,8 @@ class Run:
         """The sites of the coming bypass."""
         if self._settings.select != STUCK:
             return self._plan
-        arm, shares, feeds = self._bypass, self._engine.shares, (self._data.collate, self._settings.workers)
-        batches = (
-            placed(batch, self._engine.device, self._settings.channels_last)
-            for batch, _ in in_order(self._data.train, EVAL_BATCH, shares, *feeds)
-        )
-
-        def loss(model: nn.Module, batch: Any) -> torch.Tensor:  # of what the processes call of the model
-            found: torch.Tensor = inner(arm.runner)(batch)[0]
-            return found
-
         try:
-            return stuck(arm.model, loss, batches, plan=self._plan, total=self._engine.total).plan
+            return self._bypass.stuck(self._plan, self._data, self._settings, self._engine)
         except FOREIGN_ERRORS as error:
             raise foreign(error, f"the search for stuck channels failed after step {self.step}") from error
 

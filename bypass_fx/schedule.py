@@ -19,12 +19,12 @@ from bypass_fx import param_group, surgery
 from bypass_fx.arrival import Epsilon
 from bypass_fx.bypass import Bypass, Seen, rate_factor
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
+from bypass_fx.choice import Choice, expect_same
 from bypass_fx.course import AtBudget, Course, Unit, expect
 from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.snapshot import Snapshot
-from bypass_fx.stuck import stuck
 
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
 
@@ -130,14 +130,9 @@ class BypassSchedule:
         )
         param_group.expect_optimizer(optimizer, model.parameters())
         rate_factor(optimizer, lr)
-        if as_plan.get("select") == "probe":
-            as_plan["optimizer"] = optimizer
         self._model, self._optimizer = model, optimizer
         self._where = snapshot
-        if "batches" in as_plan:
-            as_plan["batches"] = [*as_plan["batches"]]  # each bypass looks anew
-        self._measuring = as_plan if as_plan.get("select") == "stuck" else {}
-        self._plan, self._as_plan = plan, as_plan
+        self._choice = Choice(plan, as_plan, optimizer, cycles)
         self.phase: Phase = "opt1"
         self.reports: tuple[ScheduleReport, ...] = ()  # of the bypasses that are over
         self._earlier_steps = 0  # of earlier cycles
@@ -285,11 +280,7 @@ class BypassSchedule:
         expect(self.steps == 0 and self.phase != "done", "this schedule has begun; load the state into a new one")
         saved, own = state["comeback"], self._course.comeback.name
         expect(saved == own, f"the state is of a comeback {saved!r}, not {own!r}; build the schedule with {saved!r}")
-        plan = Plan.from_json(state["plan"])
-        strange = sorted({site.name for site in plan} ^ {site.name for site in self.plan})
-        advice = "build the schedule with plan=Plan.from_json(state['plan'])"
-        expect(not strange, f"state and model differ in the sites {strange}; {advice}")
-        expect(plan.sites == self.plan.sites, f"the state is of another plan for these sites; {advice}")
+        expect_same(Plan.from_json(state["plan"]), self.plan)
         self._bypass.load_state_dict(state["bypass"])
         if self._accept:
             self._accept.load_state_dict(state["accept"])
@@ -310,24 +301,17 @@ class BypassSchedule:
         try:
             if self._accept:
                 self._accept.begin(self._model)
-            self._bypass = Bypass(self._model, self._optimizer, self._course, self._plan, self._as_plan)
+            self._bypass = Bypass(self._model, self._optimizer, self._course, self._choice.plan, self._choice.arguments)
         except Exception:
             if kept:
                 kept.discard()
             raise
         self._snapshot = kept
-        self._plan, self._as_plan = self._bypass.plan, {}
+        self._choice.settle(self.plan)
         self._rested = 0
         self._readout = Readout(self._bypass.gamma.device)  # of the losses of train3
         self.phase = self._bypass.phase
         self._returning = self._adds()  # read by a compiled loss, for which every value is a graph of its own
-
-    def _planned_anew(self) -> bool:
-        """Whether there is something to bypass again."""
-        if self._measuring:
-            arguments = {name: value for name, value in self._measuring.items() if name != "select"}
-            self._plan = stuck(self._model, **arguments).plan
-        return self._plan is not None and len(self._plan) > 0
 
     def _adds(self) -> bool:
         """Whether the coming step's loss has a penalty."""
@@ -408,7 +392,7 @@ class BypassSchedule:
                 return
         if self._rested >= max(after, self._course.rest if more else 0):
             self._look_at(self._readout.flush())
-            if more and self._planned_anew():
+            if more and self._choice.again(self._model):
                 self._earlier_steps = self.steps
                 self._begin()
             else:
