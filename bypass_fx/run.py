@@ -24,6 +24,7 @@ from bypass_fx.engine import FOREIGN_ERRORS, Engine, inner
 from bypass_fx.feed import Feed, placed
 from bypass_fx.history import Event, History, Moment, Phase, Score
 from bypass_fx.interrupt import Stopped, Wish
+from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.matrices import placed_like
 from bypass_fx.passes.plan import Plan
 from bypass_fx.phases import Lengths, embedded
@@ -158,7 +159,11 @@ class Run:
         if changed:
             name = changed[0]
             raise CheckpointError(f"the checkpoint was saved with {name}={before[name]!r}, not {now[name]!r}; set that")
-        if Plan.from_json(state["plan"]) != self._plan:
+        try:
+            same = Plan.from_json(state["plan"]) == self._plan
+        except PlanError:
+            same = False
+        if not same:
             raise CheckpointError("the checkpoint was saved with another plan; take the same model, mode and select")
 
     def _arms(self) -> list[Arm]:
