@@ -17,8 +17,8 @@ from bypass_fx.passes.derivatives import Parameter
 from bypass_fx.passes.errors import BypassError, PlanError
 from bypass_fx.passes.plan import Mode, Plan
 from bypass_fx.passes.units import ExampleInputs
+from bypass_fx.probe import LossFn
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 THRESHOLD = 1e-3
 
 
@@ -71,7 +71,7 @@ def stuck(
 ) -> StuckReport:
     """Find the channels through which the loss sends a gradient that the activation stops: dead ReLUs, and saturated units.
 
-    What lies in front of such a channel does not move any more, wherever the rest of the model goes. D z does not stop
+    The channel's own weights in W do not move any more, unless other layers happen to move its input. D z does not stop
     there (eq. 7), so that D, and with it W, can move. One forward and backward for each batch; parameters, their
     gradients, buffers and random numbers are bit for bit as before when it is over, or fails.
 
@@ -111,7 +111,7 @@ def stuck(
             _add(sums, flow, model, loss_fn, batch)
     if not seen:
         raise BypassError("batches is empty; give at least one batch to look at")
-    flows = {name: _flow(name, total(both), threshold) for name, both in sums.items()}
+    flows = {name: _site_flow(name, total(both), threshold) for name, both in sums.items()}
     moving = tuple(replace(site, moving=flows[site.name].stuck) for site in plan if flows[site.name].stuck)
     return StuckReport(Plan(moving, plan.refusals, plan.mode), tuple(flows.values()))
 
@@ -133,7 +133,7 @@ def stuck_plan(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], **argu
 
 @dataclass(slots=True)
 class _Flow:
-    """Pairs of z and σ(z) that a forward leaves, with the δ they belong to and its channels, while `watching`."""
+    """Pairs of z and σ(z) that a forward leaves, with the δ they belong to and its channels."""
 
     names: dict[int, str] = field(default_factory=dict)
     pairs: list[tuple[Tensor, Tensor, Tensor, int | tuple[int, ...]]] = field(default_factory=list)
@@ -200,7 +200,7 @@ def _by_channel(gradient: Tensor, delta: Tensor, channels: int | tuple[int, ...]
     return torch.autograd.grad(total, spread)[0]
 
 
-def _flow(name: str, both: Tensor, threshold: float) -> SiteFlow:
+def _site_flow(name: str, both: Tensor, threshold: float) -> SiteFlow:
     through, arrived = both.double().sqrt()
     shares = (through / arrived).tolist()  # NaN where nothing arrived
     return SiteFlow(name, tuple(shares), tuple(index for index, share in enumerate(shares) if share < threshold))

@@ -94,7 +94,7 @@ class Arm:
             accept = bypass_fx.BeatsForecast(evaluate, losses, every, after=rest)
         as_plan: dict[str, Any] = {"mode": self.mode}
         if self.select:
-            as_plan |= {"select": self.select, **measuring[self.select]}
+            as_plan |= {"select": self.select, **measuring.get(self.select, {})}
         return bypass_fx.BypassSchedule(
             model, optimizer, opt1, opt2, gamma=bypass_fx.Linear(self.gamma / max(1, opt2)), epsilon=self.epsilon,
             comeback=self.comeback, delta_lr=self.delta_lr * optimizer.param_groups[0]["initial_lr"], accept=accept,
