@@ -32,7 +32,8 @@ class Choice:
 
     def settle(self, plan: Plan) -> None:
         """This is what the first bypass took."""
-        self.plan, self.arguments = plan, {}
+        self.plan = plan
+        self.arguments = {name: value for name, value in self.arguments.items() if name == "example_inputs"}
 
     def again(self, model: nn.Module) -> bool:
         """Whether there is something to bypass once more; `plan` is it then."""

@@ -102,7 +102,7 @@ def stuck(
         surgery.extend(model, plan)  # raises, with the reasons
     flow = _Flow()
     model = surgery.unwrapped(model)  # DDP would wait for gradients that don't come
-    with _undone(model), surgery.extended_with(model, plan, _watched):
+    with _undone(model), surgery.extended_with(model, plan, _watched, example_inputs):
         flow.names = {id(surgery.delta_of(model, site)): site.name for site in plan}
         sums = {site.name: torch.zeros(2, site.width, device=surgery.delta_of(model, site).device) for site in plan}
         seen = False

@@ -221,7 +221,7 @@ def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
 
 
 @contextmanager
-def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
+def extended_with(model: Model, plan: Plan, psi: Psi, example_inputs: ExampleInputs | None = None) -> Iterator[None]:
     """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0, and asks for no
     gradient.
 
@@ -230,7 +230,7 @@ def extended_with(model: Model, plan: Plan, psi: Psi) -> Iterator[None]:
     """
     inner = unwrapped(model)
     _ready_parameters(inner)
-    _insert(Linked(inner, None), plan, psi)
+    _insert(Linked(inner, example_inputs), plan, psi)
     try:
         for site in plan.sites:
             delta_of(inner, site).requires_grad_(False)

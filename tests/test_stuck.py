@@ -109,6 +109,42 @@ def test_where_no_gradient_arrives_nothing_is_said() -> None:
     assert second.shares[1] != second.shares[1] and second.stuck == (0,) and first.stuck == (2, 5)
 
 
+class Optional(nn.Module):
+    """σ is called only where the optional argument is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        h = self.fc1(x)
+        if scale is not None:
+            h = scale * F.relu(h)
+        out: Tensor = self.fc2(h)
+        return out
+
+
+def test_sites_of_other_inputs_are_looked_at() -> None:
+    model, ((x, y), *_) = Optional(), batches_for(6)
+    kill(model.fc1, 4)
+    given = (x, torch.ones(()))
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return F.mse_loss(model(*given), batch)
+
+    (flow,) = stuck(model, loss, [y], mode="all", example_inputs=given).sites
+    assert 4 in flow.stuck and len(flow.stuck) < 8
+    assert not surgery.is_extended(model)
+    optimizer = adam(model)
+    schedule = BypassSchedule(model, optimizer, 1, 1, cycles=2, mode="all", example_inputs=given)
+    while schedule.phase != "done":
+        optimizer.zero_grad()
+        loss(model, y).backward()
+        optimizer.step()
+        schedule.step()
+    assert len(schedule.reports) == 2
+
+
 def test_frozen_layers_are_not_stuck() -> None:
     model = net()
     model[0].requires_grad_(False)
