@@ -20,8 +20,8 @@ def psi(
 
     Args:
         sigma: σ(z), any shape and dtype; the result has its shape, dtype and memory format. Or σ itself, a module or
-            one of the names in `passes.derivatives`: then both are one step of autograd, which keeps z and nothing else.
-            A σ that works in place may overwrite z.
+            one of the names in `passes.derivatives`: then both are one step of autograd, which keeps z and nothing else,
+            but where z is small. A σ that works in place may overwrite z.
         z: the activation's input, of the same shape.
         delta: δ, shape (channels,).
         channels: the axis of z along which the channels lie; or the shape of δ against the last axes of z, where they
@@ -72,7 +72,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _as_one_step(z: Tensor, delta: Tensor) -> bool:
-    """Whether σ and D are one step of autograd: for plain tensors, where nothing else takes the steps apart anyway."""
+    """Whether σ and D are one step of autograd: for large plain tensors that nothing else takes apart anyway."""
     plain = type(z) is Tensor and type(delta) in (Tensor, nn.Parameter) and z.layout is torch.strided
     return (
         plain
@@ -83,7 +83,11 @@ def _as_one_step(z: Tensor, delta: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()  # a mode sees the steps, and may keep σ(z)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not torch._C._are_functorch_transforms_active()  # they know every step by itself
+        and (z.numel() >= _TINY or z.dtype != delta.dtype)  # δ's gradient is summed in its own dtype here alone
     )
+
+
+_TINY = 2**16  # numbers: below, a step of autograd in Python takes longer than the two of torch's
 
 
 class Within(torch.autograd.Function):
@@ -93,16 +97,15 @@ class Within(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(z: Tensor, d: Tensor, name: str, parameters: tuple[Parameter, ...]) -> Tensor:
+    def forward(  # with a setup_context, which functorch wants, each call would ask for this signature
+        ctx: torch.autograd.function.FunctionCtx, z: Tensor, d: Tensor, name: str, parameters: tuple[Parameter, ...]
+    ) -> Tensor:
+        ctx.name, ctx.parameters = name, parameters  # type: ignore[attr-defined]
+        ctx.save_for_backward(z, d)
+        ctx.save_for_forward(z, d)
         activated = ELEMENTWISE[name].value(z, *parameters)
         z, d = z.to(activated.dtype), d.to(activated.dtype)
         return torch.addcmul(activated, z, d, out=activated)
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-        z, d, ctx.name, ctx.parameters = inputs  # type: ignore[attr-defined]
-        ctx.save_for_backward(z, d)  # type: ignore[arg-type]
-        ctx.save_for_forward(z, d)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:

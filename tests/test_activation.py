@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import bypass_fx
+from bypass_fx import activation
 from bypass_fx.activation import Within, psi
 from bypass_fx.passes.derivatives import ELEMENTWISE
 
 NAMES = sorted(ELEMENTWISE)
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation, "_TINY", 0)
 
 
 def named(name: str) -> Any:
@@ -308,3 +314,11 @@ def test_a_class_whose_forward_was_replaced_is_called_as_it_is(monkeypatch: pyte
     model, x = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3)), torch.randn(2, 4)
     before = model(x)
     assert torch.equal(bypass_fx.extend(model, mode="all", example_inputs=(x,))(x), before)
+
+
+def test_small_inputs_are_left_to_torchs_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation, "_TINY", 16)
+    made = {rows: psi("relu", leaf(rows, 4), leaf(4), -1).grad_fn for rows in (3, 4)}
+    assert {rows: "Within" in type(step).__name__ for rows, step in made.items()} == {3: False, 4: True}
+    wide = psi("relu", leaf(3, 4, dtype=torch.bfloat16), leaf(4, dtype=torch.float32), -1)
+    assert "Within" in type(wide.grad_fn).__name__  # where δ is wider, its gradient is
