@@ -81,8 +81,9 @@ class AugmentedLagrangian(Comeback):
                 stiffest = now.lr * curvature(model, site).to(weight)
                 weight.copy_(torch.where(stiffest > 0, rise / stiffest, torch.zeros_like(stiffest)))
 
-    def shrink(self, now: Moment) -> Tensor:
-        return torch.full_like(now.norms, self._landing.factor(now.t, now.budget))
+    def shrink(self, now: Moment) -> Tensor | None:
+        factor = self._landing.factor(now.t, now.budget)
+        return None if factor == 1 else torch.full_like(now.norms, factor)  # before the landing nothing is folded
 
     def scale(self, model: nn.Module, site: Site, factor: Tensor) -> None:
         fold_down(model, site, factor)
