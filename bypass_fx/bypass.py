@@ -239,6 +239,15 @@ class Bypass:
         """The sites that have not arrived, with the norms last taken."""
         return tuple(self._where(name) for name in self._deltas if name in self.out)
 
+    def what_is_out(self) -> str:
+        """The same in words, when opt2 has had its steps."""
+        left_out = self.those_out()
+        furthest = max(left_out, key=lambda arrival: arrival.norm)
+        return (
+            f"opt2 ended after its {self._course.opt2} steps with {len(left_out)} of {len(self.plan)} sites "
+            f"still out, {furthest.site!r} furthest with a norm of {furthest.norm:.3g}"
+        )
+
     @torch.no_grad()
     def contract(self, drop: bool = False) -> None:
         """Restore the original architecture and take D out of the optimiser; with `drop`, D is dropped and not folded in."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,23 +16,21 @@ from bypass_fx.accept import Accept
 from bypass_fx.arm import Arm
 from bypass_fx.averages import Averages
 from bypass_fx.checkpoint import CheckpointError, Checkpoints
-from bypass_fx.data import Data, DataError, Examples
+from bypass_fx.data import Data, Examples
 from bypass_fx.engine import FOREIGN_ERRORS, Engine, inner
 from bypass_fx.feed import Feed, placed
 from bypass_fx.history import Event, History, Moment, Phase, Score
-from bypass_fx.interrupt import Stopped, Wish
+from bypass_fx.interrupt import Wish
 from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.matrices import placed_like
 from bypass_fx.passes.plan import Plan
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
 from bypass_fx.run_log import Losses, RunLog, TrainingError, foreign, where
+from bypass_fx.saving import Saving
 from bypass_fx.schedule import BypassSchedule, NonFiniteError, ScheduleReport
 from bypass_fx.settings import FREE_SETTINGS, STUCK, Settings
 from bypass_fx.task import Task
-
-STEPS_PER_CHECK = 10  # between the processes' agreements on stopping and saving
-_STOP = 1000  # + the number of the signal
 
 
 class Run:
@@ -56,7 +51,8 @@ class Run:
     ) -> None:
         self._accept = accept
         self._data, self._settings, self._task, self._plan = data, settings, task, plan
-        self._engine, self._feed, self._checkpoints = engine, feed, checkpoints
+        self._engine, self._feed = engine, feed
+        self._saving = Saving(checkpoints, engine, settings.checkpoint_seconds)
         self._lengths = Lengths.of(settings, feed.steps_per_epoch)
         self.log = RunLog(on_event, self._lengths.total, self._lengths.epoch)
         self._plateau = Plateau(settings.patience, settings.tolerance)
@@ -69,7 +65,6 @@ class Run:
         self._reports: list[ScheduleReport] = []
         self.step, self._cycle, self._cycle_end = 0, 0, 0
         self._phase: Phase = "train1"
-        self._saved_at = time.monotonic()
 
     def go(self, wish: Wish | None, how_to_go_on: str) -> History:
         """Take all steps that are left.
@@ -82,7 +77,8 @@ class Run:
         while self._goes_on():
             self._take(self._next(batches))
             if wish:
-                self._heed(wish, how_to_go_on)
+                told = f"stopped after step {self.step} of {self._lengths.total}, saved; {how_to_go_on}"
+                self._saving.heed(wish, self.step, self.state_dict, told)
         log = self.log
         records, moments, evaluations = tuple(log.records), tuple(log.moments), tuple(log.evaluations)
         return History(
@@ -92,17 +88,6 @@ class Run:
     def averaged(self) -> dict[str, torch.Tensor] | None:
         """The averaged weights, where the settings ask for them; all processes must call this together."""
         return None if self._ema is None else self._ema.state_dict()
-
-    def save(self) -> None:
-        """Write a checkpoint; every process must call this.
-
-        Raises:
-            CheckpointError: the disk is full, say.
-        """
-        state = self.state_dict()
-        self._saved_at = time.monotonic()
-        if self._checkpoints and self._engine.is_main:
-            self._checkpoints.save(self.step, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly, sharded tensors gathered; no random state, as all of it is drawn
@@ -170,25 +155,13 @@ class Run:
         return [self._bypass] if self._baseline is None else [self._bypass, self._baseline]
 
     def _next(self, batches: Any) -> list[Any]:
-        with self._saved():
+        with self._saving.before_bad_data(self.step, self.state_dict):
             parts = next(batches)
         return [placed(part, self._engine.device, self._settings.channels_last) for part in parts]
 
     def _goes_on(self) -> bool:
-        with self._saved():
+        with self._saving.before_bad_data(self.step, self.state_dict):
             return self._advance()
-
-    @contextlib.contextmanager
-    def _saved(self) -> Iterator[None]:
-        """Inside, between two steps, data that can't be read end the run with a checkpoint of what it has reached."""
-        try:
-            yield
-        except DataError as error:
-            saved = ""
-            if self._checkpoints and self._engine.shares.world == 1:  # of several processes, the others know nothing
-                self.save()
-                saved = f"; step {self.step} is saved"
-            raise DataError(f"{error}{saved}") from error
 
     def _advance(self) -> bool:
         """Go over into the next phase where this one is at its end; False at the end of the run."""
@@ -397,23 +370,6 @@ class Run:
         if last.step == self.step:
             return last.bypass.train_loss
         return self._score_over(self._bypass, self._data.train)["loss"]
-
-    def _heed(self, wish: Wish, how_to_go_on: str) -> None:
-        """Save where it is time to, and stop where a signal asked for it."""
-        if self._engine.shares.world > 1 and self.step % STEPS_PER_CHECK:
-            return
-        due = time.monotonic() - self._saved_at >= self._settings.checkpoint_seconds and self._engine.is_main
-        wanted = self._engine.agreed(_STOP + wish.number if wish.number else int(due and self._checkpoints is not None))
-        if wanted >= _STOP:
-            self.save()
-            raise Stopped(
-                f"stopped after step {self.step} of {self._lengths.total}, saved; {how_to_go_on}", wanted - _STOP
-            )
-        if wanted:
-            try:
-                self.save()
-            except CheckpointError as error:
-                warnings.warn(f"{error}; the run goes on, and the checkpoint before stays", stacklevel=2)
 
 
 def _rolled_back(schedule: BypassSchedule) -> bool:

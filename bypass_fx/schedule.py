@@ -296,7 +296,8 @@ class BypassSchedule:
             self._bypass.contract(drop=True)
 
     def _begin(self) -> None:
-        own = [surgery.delta_of(self._model, s) for s in surgery.sites(self._model)] if self._extended() else []
+        sites = surgery.sites(self._model) if surgery.is_extended(self._model) else ()
+        own = [surgery.delta_of(self._model, site) for site in sites]
         kept = Snapshot(self._model, self._optimizer, self._where, without=own) if self._where is not None else None
         try:
             if self._accept:
@@ -316,9 +317,6 @@ class BypassSchedule:
     def _adds(self) -> bool:
         """Whether the coming step's loss has a penalty."""
         return self.phase == "opt2" and self._bypass.counts and self._course.comeback.penalises
-
-    def _extended(self) -> bool:
-        return surgery.is_extended(self._model)
 
     def _lead(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         try:
@@ -340,12 +338,7 @@ class BypassSchedule:
         raise NonFiniteError(f"{error}; the model is at θ* again: lower the learning rate") from error
 
     def _give_up(self) -> None:
-        left_out = self._bypass.those_out()
-        furthest = max(left_out, key=lambda arrival: arrival.norm)
-        told = (
-            f"opt2 ended after its {self._course.opt2} steps with {len(left_out)} of {len(self._bypass.plan)} sites "
-            f"still out, {furthest.site!r} furthest with a norm of {furthest.norm:.3g}"
-        )
+        told = self._bypass.what_is_out()
         if self._course.at_budget == "rollback":
             self.rollback(told)
             return
@@ -353,7 +346,7 @@ class BypassSchedule:
             f"{told}; the loss may have jumped: give opt2 more steps, a steeper gamma, or comeback='homotopy'",
             stacklevel=5,
         )
-        self._contract(left_out)
+        self._contract(self._bypass.those_out())
 
     def _contract(self, left_out: tuple[Arrival, ...] = ()) -> None:
         report = self._reported(left_out)
@@ -386,7 +379,7 @@ class BypassSchedule:
         more = len(self.reports) < self._course.cycles
         after = self._accept.after if self._accept else 0
         if self._accept and self._rested == after:
-            objection = self._accept.objection(self._model, self._steps_of_bypass() + after)
+            objection = self._accept.objection(self._model, self.steps - self._earlier_steps + after)
             if objection:
                 self.rollback(objection)
                 return
@@ -397,9 +390,6 @@ class BypassSchedule:
                 self._begin()
             else:
                 self._end()
-
-    def _steps_of_bypass(self) -> int:
-        return self._bypass.opt1_steps + self._bypass.opt2_steps
 
     def _end(self) -> None:
         self.phase, self._returning = "done", False
