@@ -386,3 +386,53 @@ def test_extend_and_contract_undo_what_they_began_where_they_fail(monkeypatch: p
     with pytest.raises(RuntimeError, match="no memory"):
         bypass_fx.contract(net)
     assert torch.equal(net[2].bias, bias) and is_extended(net)
+
+
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.act(self.first(x)))
+        return out
+
+
+class Modulation(nn.Module):
+    """Its W stands in a child that has a site of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.act, self.last = Embedding(), nn.SiLU(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, shift: int | None = None) -> Tensor:
+        out: Tensor = self.last(self.act(self.inner(x if shift is None else x + shift)))
+        return out
+
+
+class Unseen(nn.Module):
+    """Calls a child as no graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = Modulation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.modulation(x, shift=int(x.shape[0]) if x.sum() < 1e9 else None)
+        return out
+
+
+def test_a_call_of_a_kind_not_seen_before_finds_w_in_a_child_that_is_extended_too() -> None:
+    torch.manual_seed(0)
+    model, x = Unseen(), torch.randn(3, 4)
+    before = model(x)
+    plan = bypass_fx.plan(model, mode="strict")
+    assert [site.name for site in plan] == ["modulation.act", "modulation.inner.act"]
+    bypass_fx.extend(model, plan)
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        for site in plan:
+            bypass_fx.surgery.delta_of(model, site).normal_()
+    assert not torch.allclose(model(x), before)
+    bypass_fx.contract(model)
+    assert type(model.modulation) is Modulation and type(model.modulation.inner) is Embedding
