@@ -115,8 +115,7 @@ def _in_short(argument: Any) -> Hashable:
     """What of an argument tells the shapes that follow."""
     if isinstance(argument, Tensor):
         return _shape(argument)
-    plain: Hashable = argument if isinstance(argument, int | float | str) else type(argument)
-    return plain
+    return argument if isinstance(argument, int | float | str) else type(argument).__name__
 
 
 def _shape(value: Tensor) -> Shape:
