@@ -436,3 +436,39 @@ def test_a_call_of_a_kind_not_seen_before_finds_w_in_a_child_that_is_extended_to
     assert not torch.allclose(model(x), before)
     bypass_fx.contract(model)
     assert type(model.modulation) is Modulation and type(model.modulation.inner) is Embedding
+
+
+class Shifted(nn.Module):
+    """Its defaults are no call that anybody makes: the activation has no input then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last = nn.SiLU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        out: Tensor = x + self.last(self.act(shift))
+        return out
+
+
+class Unconditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Shifted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(x, shift=2 * x) if x.sum() < 1e9 else x
+        return out
+
+
+def test_a_forward_whose_defaults_give_the_activation_no_input_is_extended_for_the_calls_that_do() -> None:
+    torch.manual_seed(0)
+    model, x = Unconditional(), torch.randn(3, 4)
+    before = model(x)
+    bypass_fx.extend(model, mode="all")
+    assert torch.equal(model(x), before)
+    (site,) = bypass_fx.sites(model)
+    with torch.no_grad():
+        bypass_fx.surgery.delta_of(model, site).fill_(1.0)
+    assert torch.allclose(model(x), before + model.block.last(2 * x) - model.block.last.bias, atol=1e-6)
+    bypass_fx.contract(model)
+    assert torch.equal(model(x), before)
