@@ -107,6 +107,11 @@ class Calls:
         text = "the number of its channels is not known from its neighbours"
         if self.run is None:
             return Reason(text, "pass example_inputs")
+        met = list(self.run.shapes.get(spot, ()))
+        if len(met) > 1:
+            return Reason(
+                f"{text}, and its calls have none in common: {met[0]}, {met[1]}", "give each call a module of its own"
+            )
         why = f"the model does not run on them ({self.run.failure})" if self.run.failure else "they do not reach it"
         return Reason(f"{text}, nor from the example inputs: {why}", "pass other example_inputs")
 

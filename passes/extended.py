@@ -21,7 +21,7 @@ from .outcome import Match
 from .plan import Site
 from .rewrite import Psi, runnable
 from .strict import strict
-from .subclass import Code, original_class, subclass
+from .subclass import Code, is_extended_owner, original_class, subclass
 from .trace import OwnerGraph
 from .tracer import PLAIN, fingerprint
 from .units import Arguments, Spot, Unit
@@ -117,7 +117,10 @@ def _rewrite_for_call(
     """
     original, extended = original_class(module), type(module)
     advice = "contract the model, and pass example_inputs that call it this way to extend"
-    module.__class__ = original
+    # modules below that are extended too hold the W and A of its sites: they are seen as they were
+    below = {each: type(each) for each in module.modules() if is_extended_owner(each)}
+    for each in below:
+        each.__class__ = original_class(each)
     try:
         linked = Linked(module, Arguments(args, kwargs) if method == "forward" else None)
         try:
@@ -135,6 +138,8 @@ def _rewrite_for_call(
         watched = {**made.watched, **_watched(module, [linked.graphs[unit]])}
         extended = extended_class(original, replace(made, methods=methods, flags=flags, watched=watched))
     finally:
+        for each, its_class in below.items():
+            each.__class__ = its_class
         module.__class__ = extended
 
 

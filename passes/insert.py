@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .activations import works_in_place
+from .activations import activation_input, works_in_place
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
 from .link import Linked
@@ -143,6 +143,7 @@ def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list
     for unit in units:
         names = linked.graphs[unit].names
         nodes = [names[site.call] for site in sites if site.method == unit.method and site.call in names]
+        nodes = [node for node in nodes if activation_input(node) is not None]
         ways += [
             (works_in_place(node, linked.module(Spot(unit, node))), runs_within(linked, unit, node)) for node in nodes
         ]

@@ -58,8 +58,8 @@ def _rewritten(
             )
         sigma = copies[node]
         kept = activation_input(sigma)
-        if kept is None:
-            raise PlanError(f"{site.name}: the activation's input is no value of {site.owner or 'the model'}")
+        if kept is None:  # σ(None), as the defaults of a forward say that nobody calls so: a call with a z is rewritten
+            continue
         z = activation_input(node)
         written = z is not None and overwritten(linked, Spot(unit, z), node)
         if written or works_in_place(node, linked.module(Spot(unit, node))):
@@ -70,6 +70,7 @@ def _rewritten(
         with graph.inserting_after(delta):
             bypassed = graph.call_function(psi, (sigma, kept, delta, site.view or site.channel_dim))
         sigma.replace_all_uses_with(bypassed, delete_user_cb=partial(is_not, bypassed))
-    sigmas = {owned.names[site.call]: copies[owned.names[site.call]] for site in sites}
+    nodes = [node for site in sites if activation_input(node := owned.names[site.call]) is not None]
+    sigmas = {node: copies[node] for node in nodes}
     check_rewritten(owned.graph, graph, set(sigmas.values()), psi)
     return graph, sigmas

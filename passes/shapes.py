@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .activations import activation_input
-from .calls import bound_to_placeholders
+from .calls import bound_to_placeholders, call_of
 from .channels import Channels
 from .fakes import on_fakes
 from .link import Linked
 from .outside import Kept, inherited_values
 from .source import asks_device, reached
 from .units import ExampleInputs, Spot, Unit
+
+Shape = tuple[int, ...]
 
 
 class Run:
@@ -31,14 +33,17 @@ class Run:
 
     Attributes:
         channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
-            any other along its last.
+            any other along its last; one that has four or five axes in some calls only, along its last where these agree,
+            and else along axis 1.
+        shapes: the shapes that each activation's input had, over all calls.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.channels: dict[Spot, Channels] = {}
+        self.shapes: dict[Spot, dict[Shape, None]] = {}
         self.failure = ""
-        self._open: set[Spot] = set()  # whose channels are not known yet
+        self._replayed: set[Hashable] = set()
         wanted: dict[Unit, list[Spot]] = {}
         for spot in spots:
             wanted.setdefault(spot.unit, []).append(spot)
@@ -50,11 +55,12 @@ class Run:
             ways.append(_on_values)
         for way in ways:
             self.failure = self._run(linked, wanted, way, args, kwargs)
-            known = {spot for spot, channels in self.channels.items() if channels.width}
-            if known.issuperset(itertools.chain(*wanted.values())):
+            told = self.shapes.keys() >= set(itertools.chain(*wanted.values()))
+            if told:
                 self.failure = ""
-            if not self.failure and (way is not _on_meta or known.issuperset(itertools.chain(*wanted.values()))):
+            if not self.failure and (told or way is not _on_meta):
                 break
+        self.channels = {spot: found for spot, shapes in self.shapes.items() if (found := _agreed(list(shapes)))}
 
     def _run(
         self,
@@ -64,15 +70,12 @@ class Run:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> str:
-        """Note the channels that a run tells; the answer is why it ended early."""
-        self.channels = {}
-        self._open = set(itertools.chain(*wanted.values()))
+        """Note the shapes that a run tells; the answer is why it ended early."""
+        self.shapes, self._replayed = {}, set()
         with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
             undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
                 way(linked.model.eval(), args, kwargs)
-            except _AllKnown:
-                return ""
             except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
                 return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             finally:
@@ -85,22 +88,50 @@ class Run:
         module, signature = linked.modules[unit.path], linked.tracing.signature(unit.path, unit.method)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            missing = [spot for spot in spots if spot not in self.channels]
-            if missing and signature is not None:
-                self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
-                found = _replay(linked, module, missing, signature, args, kwargs)
-                self.channels |= found
-                self._open -= {spot for spot, channels in found.items() if channels.width}
-                if not self._open:
-                    raise _AllKnown
+            if signature is None or not self._is_new(linked, unit, signature, args, kwargs):
+                return
+            for spot, shape in _replay(linked, module, spots, signature, args, kwargs).items():
+                self.shapes.setdefault(spot, {})[shape] = None
 
         if unit.method == "forward":
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
         return _shadow(module, unit.method, before)
 
+    def _is_new(
+        self, linked: Linked, unit: Unit, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a call of a unit may show other shapes than those before; it is noted, and counts as shown."""
+        met = (unit, *map(_in_short, tree_leaves((args, kwargs))))
+        if met in self._replayed:
+            return False
+        again = unit in self._replayed and unit.method == "forward"
+        if again and linked.unit_called(unit.path, call_of(signature, args, kwargs)) != unit:
+            return False
+        self._replayed |= {unit, met}
+        return True
 
-class _AllKnown(BaseException):
-    """Ends a run that has told everything; the model's own code must not catch it."""
+
+def _in_short(argument: Any) -> Hashable:
+    """What of an argument tells the shapes that follow."""
+    if isinstance(argument, Tensor):
+        return _shape(argument)
+    return argument if isinstance(argument, int | float | str) else type(argument).__name__
+
+
+def _shape(value: Tensor) -> Shape:
+    """A value's shape; -1 for a size that only values tell."""
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
+
+
+def _agreed(shapes: Sequence[Shape]) -> Channels | None:
+    """The channels that values of all these shapes have; None where they differ."""
+    pictures = [len(shape) in (4, 5) for shape in shapes]
+    axes = (1,) if all(pictures) else (-1, 1) if any(pictures) and min(map(len, shapes)) > 1 else (-1,)
+    for axis in axes:
+        widths = {shape[axis] for shape in shapes}
+        if len(widths) == 1 and -1 not in widths:
+            return Channels(widths.pop(), axis)
+    return None
 
 
 def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Callable[[], None]:
@@ -127,7 +158,7 @@ def _replay(
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> dict[Spot, Channels]:
+) -> dict[Spot, Shape]:
     """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
     graph = linked.graphs[spots[0].unit].graph
     given = bound_to_placeholders(signature, args, kwargs)
@@ -145,13 +176,12 @@ class _Replay(fx.Interpreter):
     def __init__(self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
         self.wanted = wanted
-        self.found: dict[Spot, Channels] = {}
+        self.found: dict[Spot, Shape] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted and isinstance(value, Tensor) and value.dim():
-            axis = 1 if value.dim() in (4, 5) else -1
-            self.found |= dict.fromkeys(self.wanted[n], Channels(value.shape[axis], axis))
+            self.found |= dict.fromkeys(self.wanted[n], _shape(value))
         return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
@@ -25,7 +26,8 @@ def codes(function: Callable[..., Any]) -> list[CodeType]:
 def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[FunctionType]:
     """The Python functions that a method may run: itself, the class's own methods, and the functions it names.
 
-    torch's own functions are left out: a graph holds calls of them. So are those that import modules: no value reaches them.
+    torch's own functions are left out: a graph holds calls of them. So are those of NumPy, which take no traced value, and of
+    the standard library but for what passes values on: a forward that warns reaches half of it.
     """
     found: dict[FunctionType, None] = {}
     todo = _layers(function)
@@ -203,8 +205,12 @@ def _layers(value: Any) -> list[FunctionType]:
 
 
 def _takes_no_values(function: FunctionType) -> bool:
-    """Whether a graph holds calls of the function (torch's), or it takes names and not values (those that import)."""
-    return str(function.__module__).split(".")[0] in ("torch", "builtins", "importlib", "_frozen_importlib")
+    """Whether a graph holds calls of the function (torch's), or it takes names, text and code, and not values."""
+    return str(function.__module__).split(".")[0] in _TAKING_NO_VALUES
+
+
+_PASSING_VALUES_ON = {"collections", "contextlib", "copy", "dataclasses", "functools", "itertools", "operator", "types"}
+_TAKING_NO_VALUES = (sys.stdlib_module_names - _PASSING_VALUES_ON) | {"torch", "numpy", "_frozen_importlib"}
 
 
 def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:

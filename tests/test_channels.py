@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -84,3 +85,42 @@ def test_a_run_that_tells_the_channels_is_on_the_device_that_the_forward_asks_fo
     x = torch.randn(2, 4)
     plan = bypass_fx.plan(Net(), mode="all", example_inputs=(x,))
     assert [site.width for site in plan] == [6]
+
+
+class Sharing(nn.Module):
+    """One activation module for values of several shapes, called from a forward that has no graph."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.act, self.shapes = nn.SiLU(), shapes
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.sum()
+        if total.isnan():
+            return total
+        for shape in self.shapes:
+            total = total + self.act(x[: math.prod(shape)].view(shape)).sum()
+        return total
+
+
+@pytest.mark.parametrize(
+    ("shapes", "width", "axis"),
+    [
+        ([(2, 8, 4, 4), (2, 8, 2, 2)], 8, 1),
+        ([(6, 2, 4, 5), (2, 4, 5)], 5, -1),
+        ([(2, 4, 5), (6, 2, 4, 5)], 5, -1),
+        ([(2, 8), (2, 8, 4, 4)], 8, 1),
+    ],
+)
+def test_the_channels_are_those_that_all_calls_have(shapes: list[tuple[int, ...]], width: int, axis: int) -> None:
+    model, x = Sharing(*shapes), torch.randn(300)
+    before = model(x)
+    plan = bypass_fx.plan(model, mode="all", example_inputs=(x,))
+    assert [(site.width, site.channel_dim) for site in plan] == [(width, axis)]
+    assert torch.equal(bypass_fx.extend(model, plan)(x), before)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 8, 4, 4), (2, 4, 4, 4)], [(2, 8, 4, 4), (2, 32)], [(2, 3), (2, 4)]])
+def test_calls_without_channels_in_common_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    plan = bypass_fx.plan(Sharing(*shapes), mode="all", example_inputs=(torch.randn(300),))
+    assert not plan.sites and f"none in common: {shapes[0]}, {shapes[1]}" in plan.refusals[0].reason

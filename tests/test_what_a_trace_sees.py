@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import einops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,3 +292,18 @@ def _empty() -> Iterator[None]:
     yield
     LOG.clear()
     CACHE.clear()
+
+
+def deprecated(name: str) -> None:
+    """Warns as libraries do: by the line of the caller, and through a good part of the standard library."""
+    calling = inspect.getouterframes(inspect.currentframe())[1]
+    warnings.warn(re.sub("old", name, f"old, in {calling.filename}"), stacklevel=2)
+
+
+def test_what_a_warning_reaches_is_no_obstacle() -> None:
+    def forward(self: Any, x: Any, scale: Any = None) -> Any:
+        if scale is not None:
+            deprecated("scale")
+        return self.b(F.relu(self.a(x)) * np.sqrt(np.median([4.0])))
+
+    assert bypass_fx.plan(net(forward), mode="all").sites

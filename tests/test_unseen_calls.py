@@ -1,0 +1,95 @@
+"""Owners that code without a graph calls in ways that the plan did not see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import bypass_fx
+from bypass_fx.surgery import delta_of
+
+
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.act(self.first(x)))
+        return out
+
+
+class Modulation(nn.Module):
+    """Its W stands in a child that has a site of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.act, self.last = Embedding(), nn.SiLU(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, shift: int | None = None) -> Tensor:
+        out: Tensor = self.last(self.act(self.inner(x if shift is None else x + shift)))
+        return out
+
+
+class Unseen(nn.Module):
+    """Calls a child as no graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = Modulation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.modulation(x, shift=int(x.shape[0]) if x.sum() < 1e9 else None)
+        return out
+
+
+def test_a_call_of_a_kind_not_seen_before_finds_w_in_a_child_that_is_extended_too() -> None:
+    torch.manual_seed(0)
+    model, x = Unseen(), torch.randn(3, 4)
+    before = model(x)
+    plan = bypass_fx.plan(model, mode="strict")
+    assert [site.name for site in plan] == ["modulation.act", "modulation.inner.act"]
+    bypass_fx.extend(model, plan)
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        for site in plan:
+            delta_of(model, site).normal_()
+    assert not torch.allclose(model(x), before)
+    bypass_fx.contract(model)
+    assert type(model.modulation) is Modulation and type(model.modulation.inner) is Embedding
+
+
+class Shifted(nn.Module):
+    """Its defaults are no call that anybody makes: the activation has no input then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last = nn.SiLU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        out: Tensor = x + self.last(self.act(shift))
+        return out
+
+
+class Unconditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Shifted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(x, shift=2 * x) if x.sum() < 1e9 else x
+        return out
+
+
+def test_a_forward_whose_defaults_give_the_activation_no_input_is_extended_for_the_calls_that_do() -> None:
+    torch.manual_seed(0)
+    model, x = Unconditional(), torch.randn(3, 4)
+    before = model(x)
+    bypass_fx.extend(model, mode="all")
+    assert torch.equal(model(x), before)
+    (site,) = bypass_fx.sites(model)
+    with torch.no_grad():
+        delta_of(model, site).fill_(1.0)
+    assert torch.allclose(model(x), before + model.block.last(2 * x) - model.block.last.bias, atol=1e-6)
+    bypass_fx.contract(model)
+    assert torch.equal(model(x), before)
