@@ -84,3 +84,24 @@ def test_a_run_that_tells_the_channels_is_on_the_device_that_the_forward_asks_fo
     x = torch.randn(2, 4)
     plan = bypass_fx.plan(Net(), mode="all", example_inputs=(x,))
     assert [site.width for site in plan] == [6]
+
+
+def test_a_hook_that_a_forward_sets_is_gone_after_a_run_and_the_model_still_runs() -> None:
+    class Hooking(nn.Module):
+        """Sets hooks when it is first called, as some do that collect what their blocks return."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner, self.hooked = nn.Linear(4, 6), Inner(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.hooked:
+                self.fc.register_forward_hook(lambda module, args, result: None)
+                self.hooked = True
+            return self.inner(self.fc(x).exp())  # type: ignore[no-any-return]
+
+    net, x = Hooking(), torch.randn(2, 4)
+    assert len(bypass_fx.plan(net, mode="all", example_inputs=(x,))) == 1
+    assert not net.hooked and list(net.fc._forward_hooks.items()) == []
+    before = net(x)
+    assert torch.equal(net(x), before) and len(list(net.fc._forward_hooks.items())) == 1
