@@ -156,10 +156,29 @@ def test_a_child_that_says_otherwise_after_extend_is_noticed() -> None:
     model(X)
 
 
+def best_alone(scores: Tensor) -> Tensor:
+    """The way in which a mixture of experts routes to the best of them."""
+    best, where = scores.topk(2, -1)
+    return torch.full_like(scores, -math.inf).scatter_(-1, where, best)
+
+
+def worst_out(scores: Tensor) -> Tensor:
+    scores.scatter_(-1, scores.argmin(-1, keepdim=True), -math.inf)
+    return scores
+
+
+def first_out(scores: Tensor) -> Tensor:
+    scores[:, 0] = -math.inf
+    return scores
+
+
 INFINITE = {
     "constant": lambda s, x: s.b(F.relu(s.a(x) + torch.tensor([0.0, float("-inf")] * 4))),
     "buffer": lambda s, x: s.b(torch.sigmoid((s.a(x) + s.mask) * 1.0)),
     "written": lambda s, x: s.b(torch.relu(s.a(x).masked_fill_(x.sum() > 0, -math.inf).clone())),
+    "scattered over": lambda s, x: s.b(torch.sigmoid(best_alone(s.a(x)).to(x.dtype))),
+    "scattered in": lambda s, x: s.b(torch.sigmoid(worst_out(s.a(x)))),
+    "set": lambda s, x: s.b(torch.sigmoid(first_out(s.a(x)))),
 }
 
 
