@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bypass_fx
 from bypass_fx.passes.errors import UntraceableError
@@ -125,6 +127,45 @@ def test_texts_for_people_are_no_obstacle() -> None:
         return self.b(F.relu(self.a(x)))
 
     assert bypass_fx.plan(net(forward), mode="strict").sites
+
+
+class Checkpointing(Net):
+    """Wraps the forwards of its subclasses, to run them under activation checkpointing where it is switched on."""
+
+    checkpointing = False
+
+    def __init_subclass__(cls) -> None:
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapped(self: Checkpointing, *args: Any) -> Any:
+            outermost = type(self).forward is wrapped
+            if self.checkpointing and self.training and outermost:
+                return checkpoint(functools.partial(forward, self), *args, use_reentrant=False)
+            return forward(self, *args)
+
+        cls.forward = wrapped  # type: ignore[method-assign]
+
+
+def test_a_forward_may_ask_whether_it_is_the_one_of_its_own_class() -> None:
+    class Block(Checkpointing):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(F.relu(self.a(x)))
+
+    class Upper(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    for model in (Block(), Upper()):
+        before = model(X)
+        assert torch.equal(bypass_fx.extend(model)(X), before)
+        assert [site.kind for site in bypass_fx.sites(model)] == ["strict"]
+        with pytest.raises(bypass_fx.SurgeryError, match="rewritten for the present value of `checkpointing`"):
+            model.checkpointing = True
+        bypass_fx.contract(model)
+        model.checkpointing = True
+        with pytest.raises(UntraceableError, match="activation checkpointing"):
+            Tracing(model).trace("")
 
 
 def test_functions_of_einops_and_math_take_traced_values() -> None:
