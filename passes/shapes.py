@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .activations import activation_input
+from .axes import ChannelAxes
 from .calls import bound_to_placeholders
 from .channels import Channels
 from .fakes import on_fakes
@@ -30,8 +31,8 @@ class Run:
     for values, which neither have, on the inputs themselves.
 
     Attributes:
-        channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
-            any other along its last.
+        channels: the channels of each activation's input, along the axis that the map or the norm tells which it comes
+            from; where none does, along axis 1 of a value of four or five axes, and along the last of any other.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
@@ -68,9 +69,11 @@ class Run:
         self.channels = {}
         self._open = set(itertools.chain(*wanted.values()))
         with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
+            axes = ChannelAxes()
+            undo = [self._watch(linked, unit, here, axes) for unit, here in wanted.items()]
             try:
-                way(linked.model.eval(), args, kwargs)
+                with axes:
+                    way(linked.model.eval(), args, kwargs)
             except _AllKnown:
                 return ""
             except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
@@ -80,7 +83,7 @@ class Run:
                     put_back()
         return ""
 
-    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> Callable[[], None]:
+    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot], axes: ChannelAxes) -> Callable[[], None]:
         """See the arguments of every call of a unit; the answer ends that."""
         module, signature = linked.modules[unit.path], linked.tracing.signature(unit.path, unit.method)
 
@@ -88,7 +91,7 @@ class Run:
             missing = [spot for spot in spots if spot not in self.channels]
             if missing and signature is not None:
                 self.channels |= dict.fromkeys(missing, Channels(0, 0))  # children that are called below end here
-                found = _replay(linked, module, missing, signature, args, kwargs)
+                found = _replay(linked, module, missing, signature, args, kwargs, axes)
                 self.channels |= found
                 self._open -= {spot for spot, channels in found.items() if channels.width}
                 if not self._open:
@@ -127,6 +130,7 @@ def _replay(
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    axes: ChannelAxes,
 ) -> dict[Spot, Channels]:
     """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
     graph = linked.graphs[spots[0].unit].graph
@@ -136,21 +140,24 @@ def _replay(
     for spot in spots:
         if z := activation_input(spot.node):
             wanted.setdefault(z, []).append(spot)
-    replay = _Replay(module, wanted, graph)
+    replay = _Replay(module, wanted, graph, axes)
     replay.run(*values)
     return replay.found
 
 
 class _Replay(fx.Interpreter):
-    def __init__(self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph) -> None:
+    def __init__(
+        self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph, axes: ChannelAxes
+    ) -> None:
         super().__init__(module, graph=graph)
-        self.wanted = wanted
+        self.wanted, self.axes = wanted, axes
         self.found: dict[Spot, Channels] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted and isinstance(value, Tensor) and value.dim():
-            axis = 1 if value.dim() in (4, 5) else -1
+            told = self.axes.of(value)
+            axis = told if told is not None else 1 if value.dim() in (4, 5) else -1
             self.found |= dict.fromkeys(self.wanted[n], Channels(value.shape[axis], axis))
         return value
 
