@@ -168,6 +168,22 @@ def test_a_forward_may_ask_whether_it_is_the_one_of_its_own_class() -> None:
             Tracing(model).trace("")
 
 
+def test_a_call_that_a_child_does_not_take_fails_in_a_trace_too() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        for layer in (self.a, self.act, self.b):
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+    model = net(forward)
+    model.act = nn.ReLU()
+    before = model(X)
+    assert torch.equal(bypass_fx.extend(model)(X), before)
+    assert [site.kind for site in bypass_fx.sites(model)] == ["strict"]
+
+
 def test_functions_of_einops_and_math_take_traced_values() -> None:
     def forward(self: Any, x: Any) -> Any:
         h = F.relu(self.a(einops.rearrange(x, "(b c) d -> b c d", c=3))) / math.sqrt(x.shape[-1])
