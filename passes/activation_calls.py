@@ -23,10 +23,14 @@ from .wires import Layout, through
 
 
 class Calls:
-    """The activation calls of a linked model, with what the rules ask about them."""
+    """The activation calls of a linked model, with what the rules ask about them.
 
-    def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None) -> None:
-        self.linked, self.example_inputs = linked, example_inputs
+    Args:
+        planned: whether the model is planned already, and extended: what was frozen since then was not when it was.
+    """
+
+    def __init__(self, linked: Linked, example_inputs: ExampleInputs | None = None, planned: bool = False) -> None:
+        self.linked, self.example_inputs, self.planned = linked, example_inputs, planned
         self.origins = Provenance(linked)
         self._same_in_both: dict[Unit, bool] = {}
         self.paths: dict[Hashable, Any] = {}  # of attention's values, by what equal owners have in common
@@ -107,7 +111,7 @@ class Calls:
         text = "the number of its channels is not known from its neighbours"
         if self.run is None:
             return Reason(text, "pass example_inputs")
-        met = list(self.run.shapes.get(spot, ()))
+        met = list(dict.fromkeys(shape for shape, _ in self.run.calls.get(spot, ())))
         if len(met) > 1:
             return Reason(
                 f"{text}, and its calls have none in common: {met[0]}, {met[1]}", "give each call a module of its own"

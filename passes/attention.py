@@ -100,7 +100,7 @@ def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
         and a.value is not None
         and leads_back(linked, Spot(path.use.unit, a.value), spot)
     )
-    carried = not a.pads and alone and bias_is_free(linked, a.affine)
+    carried = not a.pads and alone and bias_is_free(linked, a.affine, calls.planned)
     constraint: Constraint = "folded" if carried or bias is None else "augmented"
     one_axis = sum(size > 1 for size in path.view) == 1
     return Match(

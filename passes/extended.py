@@ -129,7 +129,8 @@ def _rewrite_for_call(
             raise SurgeryError(f"called with these arguments, {error}: {advice}") from error
         for site in (site for site in made.sites if site.method == method):
             node = linked.graphs[unit].names.get(site.call)
-            if site.kind == "strict" and (node is None or not _as_strict(Calls(linked), Spot(unit, node), site)):
+            calls = Calls(linked, planned=True)
+            if site.kind == "strict" and (node is None or not _as_strict(calls, Spot(unit, node), site)):
                 raise SurgeryError(f"{original.__name__}.{site.call} is no strict site when called like this: {advice}")
         known = made.methods[method]
         variants = (*known.variants, _variant(linked, unit, made.sites, made.psi))

@@ -12,6 +12,8 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import fx
 
 from .activations import call_activation
 from .calls import leaves
@@ -22,8 +24,11 @@ from .wires import Layout, through
 
 _NAMES = (
     "add sub mul div where masked_fill masked_scatter clamp minimum maximum cat concat stack full full_like tensor "
-    "zeros_like triu tril expand expand_as repeat view reshape flatten unsqueeze squeeze transpose permute contiguous "
-    "clone to float double half type_as detach roll neg abs chunk split unbind select narrow"
+    "new_full new_tensor as_tensor zeros_like triu tril expand expand_as broadcast_to repeat tile view reshape flatten "
+    "unflatten unsqueeze squeeze transpose permute movedim swapaxes contiguous clone to type float double half bfloat16 "
+    "type_as detach roll flip neg abs chunk split unbind select narrow fill copy fill_diagonal scatter scatter_add "
+    "scatter_reduce index_fill index_put index_copy index_add index_select masked_select gather take take_along_dim topk "
+    "sort max min amax amin sum mean cumsum"
 )
 _STEPS = _NAMES.split()
 _PASSES_ON = {
@@ -31,7 +36,7 @@ _PASSES_ON = {
     *_STEPS,
     *(f"{name}_" for name in _STEPS),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem, operator.setitem),
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, F.pad),
 }
 _LARGEST = 2**22  # elements of a buffer that are looked at
 
@@ -44,15 +49,13 @@ def may_be_infinite(linked: Linked, spot: Spot) -> bool:
         node = here.node
         if node.op == "get_attr" and _holds_infinity(linked, here):
             return True
+        written = [user for user in node.users if _writes(user)]  # into the value, whatever made it
         wire = through(Layout(-3), node, linked.module(here)) or node.target in _PASSES_ON or call_activation(node)
-        if not wire:
-            continue
         bounded = node.target in _BOUNDS  # an infinite bound binds nothing
         given = leaves((node.args, dict(node.kwargs)))
-        if not bounded and any(isinstance(leaf, float) and math.isinf(leaf) for leaf in given):
+        if wire and not bounded and any(isinstance(leaf, float) and math.isinf(leaf) for leaf in given):
             return True
-        inputs = node.all_input_nodes[:1] if bounded else node.all_input_nodes
-        written = [user for value in inputs for user in value.users if user.target in _WRITES]
+        inputs = node.all_input_nodes[: 1 if bounded else None] if wire else []
         new = {Spot(here.unit, value) for value in (*inputs, *written)} - seen
         seen |= new
         todo += new
@@ -60,7 +63,12 @@ def may_be_infinite(linked: Linked, spot: Spot) -> bool:
 
 
 _BOUNDS: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
-_WRITES: set[Any] = {operator.setitem, "masked_fill_", "fill_", "masked_scatter_"}
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the call writes in place, or may, by its name (`scatter_`)."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
 
 
 def _holds_infinity(linked: Linked, spot: Spot) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import _lru_cache_wrapper
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
@@ -105,7 +105,7 @@ def _is_plain_object(thing: Any) -> bool:
 
 def _items(thing: Any) -> Any:
     if isinstance(thing, dict):
-        return dict(dict.items(thing))
+        return dict(_way(thing).items(thing))
     return list(thing) if isinstance(thing, list | deque | set) else dict(thing.__dict__)
 
 
@@ -114,6 +114,11 @@ def _held(thing: Any) -> Any:
     if isinstance(thing, dict | list | deque | set):
         return thing if type(thing) is dict else _items(thing)
     return thing.__dict__
+
+
+def _way(thing: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class whose methods change a dict past what its own class does then; an OrderedDict keeps an order of its own."""
+    return OrderedDict if isinstance(thing, OrderedDict) else dict
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -130,8 +135,10 @@ def _added(now: Any, before: Any) -> list[Any]:
 
 def _refill(thing: Any, before: Any) -> None:
     if isinstance(thing, dict):
-        dict.clear(thing)
-        dict.update(thing, before)
+        way = _way(thing)
+        way.clear(thing)
+        for key, value in before.items():
+            way.__setitem__(thing, key, value)
     elif isinstance(thing, list):
         thing[:] = before
     elif isinstance(thing, set | deque):

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .activations import activation_input
+from .axes import ChannelAxes
 from .calls import bound_to_placeholders, call_of
 from .channels import Channels
 from .fakes import on_fakes
@@ -23,6 +24,7 @@ from .source import asks_device, reached
 from .units import ExampleInputs, Spot, Unit
 
 Shape = tuple[int, ...]
+Call = tuple[Shape, int | None]  # the shape of a value, and the axis of its channels where that was told, from the end
 
 
 class Run:
@@ -32,18 +34,19 @@ class Run:
     for values, which neither have, on the inputs themselves.
 
     Attributes:
-        channels: the channels of each activation's input. A value of four or five axes has its channels along axis 1,
-            any other along its last; one that has four or five axes in some calls only, along its last where these agree,
-            and else along axis 1.
-        shapes: the shapes that each activation's input had, over all calls.
+        channels: the channels of each activation's input, along the axis that the map or the norm tells which it comes
+            from; where none does, along axis 1 of a value of four or five axes, and along the last of any other. One that
+            has four or five axes in some calls only has them along the last where these agree, and else along axis 1.
+        calls: the shapes that each activation's input had, over all calls, and the axes that were told.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.channels: dict[Spot, Channels] = {}
-        self.shapes: dict[Spot, dict[Shape, None]] = {}
+        self.calls: dict[Spot, dict[Call, None]] = {}
         self.failure = ""
         self._replayed: set[Hashable] = set()
+        self._axes = ChannelAxes()
         wanted: dict[Unit, list[Spot]] = {}
         for spot in spots:
             wanted.setdefault(spot.unit, []).append(spot)
@@ -55,12 +58,12 @@ class Run:
             ways.append(_on_values)
         for way in ways:
             self.failure = self._run(linked, wanted, way, args, kwargs)
-            told = self.shapes.keys() >= set(itertools.chain(*wanted.values()))
+            told = self.calls.keys() >= set(itertools.chain(*wanted.values()))
             if told:
                 self.failure = ""
             if not self.failure and (told or way is not _on_meta):
                 break
-        self.channels = {spot: found for spot, shapes in self.shapes.items() if (found := _agreed(list(shapes)))}
+        self.channels = {spot: found for spot, calls in self.calls.items() if (found := _agreed([*calls]))}
 
     def _run(
         self,
@@ -70,12 +73,13 @@ class Run:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> str:
-        """Note the shapes that a run tells; the answer is why it ended early."""
-        self.shapes, self._replayed = {}, set()
+        """Note the calls that a run shows; the answer is why it ended early."""
+        self.calls, self._replayed, self._axes = {}, set(), ChannelAxes()
         with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
             undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
-                way(linked.model.eval(), args, kwargs)
+                with self._axes:
+                    way(linked.model.eval(), args, kwargs)
             except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
                 return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             finally:
@@ -90,8 +94,8 @@ class Run:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if signature is None or not self._is_new(linked, unit, signature, args, kwargs):
                 return
-            for spot, shape in _replay(linked, module, spots, signature, args, kwargs).items():
-                self.shapes.setdefault(spot, {})[shape] = None
+            for spot, call in _replay(linked, module, spots, signature, args, kwargs, self._axes).items():
+                self.calls.setdefault(spot, {})[call] = None
 
         if unit.method == "forward":
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
@@ -101,7 +105,7 @@ class Run:
         self, linked: Linked, unit: Unit, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Whether a call of a unit may show other shapes than those before; it is noted, and counts as shown."""
-        met = (unit, *map(_in_short, tree_leaves((args, kwargs))))
+        met = (unit, *map(self._in_short, tree_leaves((args, kwargs))))
         if met in self._replayed:
             return False
         again = unit in self._replayed and unit.method == "forward"
@@ -110,12 +114,11 @@ class Run:
         self._replayed |= {unit, met}
         return True
 
-
-def _in_short(argument: Any) -> Hashable:
-    """What of an argument tells the shapes that follow."""
-    if isinstance(argument, Tensor):
-        return _shape(argument)
-    return argument if isinstance(argument, int | float | str) else type(argument).__name__
+    def _in_short(self, argument: Any) -> Hashable:
+        """What of an argument tells the shapes that follow, and their channels."""
+        if isinstance(argument, Tensor):
+            return _shape(argument), self._axes.of(argument)
+        return argument if isinstance(argument, int | float | str) else type(argument).__name__
 
 
 def _shape(value: Tensor) -> Shape:
@@ -123,12 +126,17 @@ def _shape(value: Tensor) -> Shape:
     return tuple(size if isinstance(size, int) else -1 for size in value.shape)
 
 
-def _agreed(shapes: Sequence[Shape]) -> Channels | None:
-    """The channels that values of all these shapes have; None where they differ."""
-    pictures = [len(shape) in (4, 5) for shape in shapes]
-    axes = (1,) if all(pictures) else (-1, 1) if any(pictures) and min(map(len, shapes)) > 1 else (-1,)
+def _agreed(calls: Sequence[Call]) -> Channels | None:
+    """The channels that the values of all these calls have; None where they differ."""
+    shapes, told = [shape for shape, _ in calls], {axis for _, axis in calls if axis is not None}
+    if told:
+        from_front = {len(shape) + axis for shape, axis in calls if axis is not None}
+        axes = [min(each) for each in (told, from_front) if len(each) == 1]
+    else:
+        pictures = [len(shape) in (4, 5) for shape in shapes]
+        axes = [1] if all(pictures) else [-1, 1] if any(pictures) else [-1]
     for axis in axes:
-        widths = {shape[axis] for shape in shapes}
+        widths = {shape[axis] if -len(shape) <= axis < len(shape) else -1 for shape in shapes}
         if len(widths) == 1 and -1 not in widths:
             return Channels(widths.pop(), axis)
     return None
@@ -158,7 +166,8 @@ def _replay(
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> dict[Spot, Shape]:
+    axes: ChannelAxes,
+) -> dict[Spot, Call]:
     """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
     graph = linked.graphs[spots[0].unit].graph
     given = bound_to_placeholders(signature, args, kwargs)
@@ -167,21 +176,23 @@ def _replay(
     for spot in spots:
         if z := activation_input(spot.node):
             wanted.setdefault(z, []).append(spot)
-    replay = _Replay(module, wanted, graph)
+    replay = _Replay(module, wanted, graph, axes)
     replay.run(*values)
     return replay.found
 
 
 class _Replay(fx.Interpreter):
-    def __init__(self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph) -> None:
+    def __init__(
+        self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph, axes: ChannelAxes
+    ) -> None:
         super().__init__(module, graph=graph)
-        self.wanted = wanted
-        self.found: dict[Spot, Shape] = {}
+        self.wanted, self.axes = wanted, axes
+        self.found: dict[Spot, Call] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted and isinstance(value, Tensor) and value.dim():
-            self.found |= dict.fromkeys(self.wanted[n], _shape(value))
+            self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
         return value
 
 

@@ -10,6 +10,7 @@ from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .activations import FUNCTIONS, MODULES, NAMES
@@ -48,7 +49,10 @@ def activations_named(function: Callable[..., Any], cls: type[nn.Module]) -> lis
             mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
             found |= dict.fromkeys(NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
             for name in code.co_names:
-                found |= dict.fromkeys(activations_in(each.__globals__.get(name)))
+                value = each.__globals__.get(name)
+                found |= dict.fromkeys(activations_in(value))
+                if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+                    found |= dict.fromkeys(activations_named(value.forward, cls))
     return list(found)
 
 
@@ -82,15 +86,17 @@ def _trap(code: CodeType) -> str | None:
     asks_type: set[int | None] = set()
     compares: set[int | None] = set()
     line: int | None = None
+    told = _about_own_class(code)
     for instruction in dis.get_instructions(code):
         line = instruction.positions.lineno if instruction.positions else line
         if instruction.opname == "MATCH_CLASS":
             return f"`{code.co_name}` matches a value by its type, which a traced value does not have"
         if instruction.opname == "STORE_GLOBAL":
             return f"`{code.co_name}` sets the global variable `{instruction.argval}`, which a graph can't hold"
-        if instruction.opname == "IS_OP" and not (before and before.opname == "LOAD_CONST"):
+        constant = (before and before.opname == "LOAD_CONST") or instruction.offset in told
+        if instruction.opname == "IS_OP" and not constant:
             return f"`{code.co_name}` asks whether two values are the same object, which a trace can't tell"
-        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type":
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "type" and instruction.offset not in told:
             asks_type.add(line)
         if instruction.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP"):
             compares.add(line)
@@ -98,6 +104,25 @@ def _trap(code: CodeType) -> str | None:
     if asks_type & compares:
         return f"`{code.co_name}` compares the exact type of a value, which a traced value does not have"
     return None
+
+
+def _about_own_class(code: CodeType) -> set[int]:
+    """Where in the bytecode a method asks for `type(self)`, and whether something of it (`type(self).forward`) is another
+    object: its own class is no traced value.
+    """
+    found: set[int] = set()
+    steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+    for place, (asks, own, calls) in enumerate(zip(steps, steps[1:], steps[2:], strict=False)):
+        type_of_self = asks.argval == "type" and own.argval == "self" and own.opname.startswith("LOAD")
+        if not (type_of_self and asks.opname == "LOAD_GLOBAL" and calls.opname == "CALL"):
+            continue
+        found.add(asks.offset)
+        rest = place + 3
+        while rest < len(steps) and steps[rest].opname == "LOAD_ATTR":
+            rest += 1
+        if [each.opname[:4] for each in steps[rest : rest + 2]] == ["LOAD", "IS_O"]:
+            found.add(steps[rest + 1].offset)
+    return found
 
 
 def unpacked_into(frame: FrameType) -> int | None:

@@ -39,7 +39,7 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
     if a.inputs % w.outputs or (a.inputs != w.outputs and not after.flat):
         return Reason(f"A ({a.affine}) reads {a.inputs} channels, W ({w.affine}) makes {w.outputs}")
     offset = w.affine.bias is not None or w.affine.norm is not None
-    carried = not after.cut and not a.pads and alone and bias_is_free(linked, a.affine)
+    carried = not after.cut and not a.pads and alone and bias_is_free(linked, a.affine, calls.planned)
     constraint: Constraint = "folded" if carried or not offset else "augmented"
     exact: Exact = "eval" if w.affine.norm is not None or after.noisy else "always"
     view = (w.outputs, -1) if before.flat else ()
@@ -162,13 +162,15 @@ def leads_back(linked: Linked, value: Spot, spot: Spot) -> bool:
     return False
 
 
-def bias_is_free(linked: Linked, affine: Affine) -> bool:
-    """Whether A has a bias of its own to carry the constant: a plain, trainable parameter that nothing else holds."""
+def bias_is_free(linked: Linked, affine: Affine, planned: bool = False) -> bool:
+    """Whether A has a bias of its own to carry the constant: a plain parameter that nothing else holds, and that is
+    trainable, or was when the model was planned.
+    """
     if affine.bias is None:
         return False
     path, _, name = affine.bias.rpartition(".")
     bias = linked.modules[path]._parameters.get(name)
-    return bias is not None and bias.requires_grad and linked.tracing.names.holders(bias) == 1
+    return bias is not None and (bias.requires_grad or planned) and linked.tracing.names.holders(bias) == 1
 
 
 def label(linked: Linked, spot: Spot) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 from torch.overrides import TorchFunctionMode
 
+from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Items, Value
 from .errors import UntraceableError
 from .foreign import calls_become
@@ -227,6 +228,10 @@ class OwnerTracer(fx.Tracer):
         path = self.names.module(self.path, module)
         if path is None:
             raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
+        if kwargs and not module._forward_pre_hooks:
+            signature = signature_of(function_of(module, "forward"))
+            if signature is not None:
+                signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
         return self.create_proxy("call_module", path, args, kwargs)
 
     def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -186,3 +186,20 @@ def test_callables_in_containers_are_refused_by_name(where: str) -> None:
 
 
 CHOICES = {"relu": torch.relu}
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z * torch.sigmoid(z)
+
+
+def test_an_autograd_function_is_refused_by_the_activation_in_it() -> None:
+    class Applies(Untraceable):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(Swish.apply(self.a(x)))  # type: ignore[no-any-return, no-untyped-call]
+
+    plan = bypass_fx.plan(Applies(), mode="all")
+    assert [refusal.activation for refusal in plan.refusals] == ["sigmoid"]
+    assert "autograd function Swish" in plan.refusals[0].reason

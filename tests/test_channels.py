@@ -124,3 +124,24 @@ def test_the_channels_are_those_that_all_calls_have(shapes: list[tuple[int, ...]
 def test_calls_without_channels_in_common_are_refused(shapes: list[tuple[int, ...]]) -> None:
     plan = bypass_fx.plan(Sharing(*shapes), mode="all", example_inputs=(torch.randn(300),))
     assert not plan.sites and f"none in common: {shapes[0]}, {shapes[1]}" in plan.refusals[0].reason
+
+
+def test_a_hook_that_a_forward_sets_is_gone_after_a_run_and_the_model_still_runs() -> None:
+    class Hooking(nn.Module):
+        """Sets hooks when it is first called, as some do that collect what their blocks return."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner, self.hooked = nn.Linear(4, 6), Inner(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.hooked:
+                self.fc.register_forward_hook(lambda module, args, result: None)
+                self.hooked = True
+            return self.inner(self.fc(x).exp())  # type: ignore[no-any-return]
+
+    net, x = Hooking(), torch.randn(2, 4)
+    assert len(bypass_fx.plan(net, mode="all", example_inputs=(x,))) == 1
+    assert not net.hooked and list(net.fc._forward_hooks.items()) == []
+    before = net(x)
+    assert torch.equal(net(x), before) and len(list(net.fc._forward_hooks.items())) == 1

@@ -111,6 +111,25 @@ def script(net: nn.Module) -> nn.Module:
         return torch.jit.trace(net, torch.randn(2, 4), check_trace=False)  # type: ignore[no-any-return]
 
 
+def test_what_is_frozen_after_extend_is_still_called_in_a_new_way() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+            y = self.fc2(torch.relu(self.fc1(x)))
+            return y if scale is None else y * scale  # type: ignore[no-any-return]
+
+    net, x = Scaled(), torch.randn(2, 4)
+    before = net(x, scale=2.0)
+    bypass_fx.extend(net)
+    assert [site.constraint for site in bypass_fx.sites(net)] == ["folded"]
+    net.fc1.requires_grad_(False)
+    net.fc2.requires_grad_(False)
+    assert torch.equal(net(x, scale=2.0), before)
+
+
 def test_a_scripted_module_is_refused() -> None:
     scripted = script(mlp())
     with pytest.raises(bypass_fx.BypassError, match="scripted"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bypass_fx
 from bypass_fx.passes.errors import UntraceableError
@@ -131,6 +133,61 @@ def test_texts_for_people_are_no_obstacle() -> None:
     assert bypass_fx.plan(net(forward), mode="strict").sites
 
 
+class Checkpointing(Net):
+    """Wraps the forwards of its subclasses, to run them under activation checkpointing where it is switched on."""
+
+    checkpointing = False
+
+    def __init_subclass__(cls) -> None:
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapped(self: Checkpointing, *args: Any) -> Any:
+            outermost = type(self).forward is wrapped
+            if self.checkpointing and self.training and outermost:
+                return checkpoint(functools.partial(forward, self), *args, use_reentrant=False)
+            return forward(self, *args)
+
+        cls.forward = wrapped  # type: ignore[method-assign]
+
+
+def test_a_forward_may_ask_whether_it_is_the_one_of_its_own_class() -> None:
+    class Block(Checkpointing):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(F.relu(self.a(x)))
+
+    class Upper(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    for model in (Block(), Upper()):
+        before = model(X)
+        assert torch.equal(bypass_fx.extend(model)(X), before)
+        assert [site.kind for site in bypass_fx.sites(model)] == ["strict"]
+        with pytest.raises(bypass_fx.SurgeryError, match="rewritten for the present value of `checkpointing`"):
+            model.checkpointing = True
+        bypass_fx.contract(model)
+        model.checkpointing = True
+        with pytest.raises(UntraceableError, match="activation checkpointing"):
+            Tracing(model).trace("")
+
+
+def test_a_call_that_a_child_does_not_take_fails_in_a_trace_too() -> None:
+    def forward(self: Any, x: Any) -> Any:
+        for layer in (self.a, self.act, self.b):
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+    model = net(forward)
+    model.act = nn.ReLU()
+    before = model(X)
+    assert torch.equal(bypass_fx.extend(model)(X), before)
+    assert [site.kind for site in bypass_fx.sites(model)] == ["strict"]
+
+
 def test_functions_of_einops_and_math_take_traced_values() -> None:
     def forward(self: Any, x: Any) -> Any:
         h = F.relu(self.a(einops.rearrange(x, "(b c) d -> b c d", c=3))) / math.sqrt(x.shape[-1])
@@ -160,10 +217,29 @@ def test_a_child_that_says_otherwise_after_extend_is_noticed() -> None:
     model(X)
 
 
+def best_alone(scores: Tensor) -> Tensor:
+    """The way in which a mixture of experts routes to the best of them."""
+    best, where = scores.topk(2, -1)
+    return torch.full_like(scores, -math.inf).scatter_(-1, where, best)
+
+
+def worst_out(scores: Tensor) -> Tensor:
+    scores.scatter_(-1, scores.argmin(-1, keepdim=True), -math.inf)
+    return scores
+
+
+def first_out(scores: Tensor) -> Tensor:
+    scores[:, 0] = -math.inf
+    return scores
+
+
 INFINITE = {
     "constant": lambda s, x: s.b(F.relu(s.a(x) + torch.tensor([0.0, float("-inf")] * 4))),
     "buffer": lambda s, x: s.b(torch.sigmoid((s.a(x) + s.mask) * 1.0)),
     "written": lambda s, x: s.b(torch.relu(s.a(x).masked_fill_(x.sum() > 0, -math.inf).clone())),
+    "scattered over": lambda s, x: s.b(torch.sigmoid(best_alone(s.a(x)).to(x.dtype))),
+    "scattered in": lambda s, x: s.b(torch.sigmoid(worst_out(s.a(x)))),
+    "set": lambda s, x: s.b(torch.sigmoid(first_out(s.a(x)))),
 }
 
 

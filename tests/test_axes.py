@@ -1,0 +1,67 @@
+"""The channel axis by a run on example inputs, where code without a graph calls the activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bypass_fx
+
+
+class Untraceable(nn.Module):
+    """Applies an activation to what a function of (module, x) makes, in a forward that branches on a value."""
+
+    def __init__(self, body: Callable[[Untraceable, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.act = body, nn.ReLU()
+        self.conv1, self.conv2, self.up = nn.Conv1d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.ConvTranspose1d(3, 8, 3)
+        self.fc, self.bn, self.gru = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GRU(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) > 1e9:
+            return x
+        return self.act(self.body(self, x))  # type: ignore[no-any-return]
+
+
+SEQUENCE, IMAGE, TOKENS, GRID = (2, 3, 20), (2, 3, 9, 10), (2, 5, 6), (2, 5, 5, 6)
+CASES: dict[str, tuple[Callable[[Untraceable, Tensor], Tensor], tuple[int, ...], int, int]] = {
+    "convolution of a sequence": (lambda m, x: m.conv1(x), SEQUENCE, 8, -2),
+    "transposed convolution": (lambda m, x: m.up(x), SEQUENCE, 8, -2),
+    "norm": (lambda m, x: m.bn(m.conv1(x)), SEQUENCE, 8, -2),
+    "scaled": (lambda m, x: torch.tanh(m.conv1(x)) * 2 + 1, SEQUENCE, 8, -2),
+    "resized": (lambda m, x: F.interpolate(m.conv1(x), scale_factor=2.0), SEQUENCE, 8, -2),
+    "transposed": (lambda m, x: m.conv1(x).transpose(1, 2), SEQUENCE, 8, -1),
+    "one position": (lambda m, x: m.conv1(x)[:, :, 0], SEQUENCE, 8, -1),
+    "concatenated": (lambda m, x: torch.cat([m.conv1(x), m.conv1(x)], 1), SEQUENCE, 16, -2),
+    "one chunk": (lambda m, x: m.conv1(x).chunk(2, 1)[1], SEQUENCE, 4, -2),
+    "flattened positions": (lambda m, x: m.conv2(x).flatten(2), IMAGE, 8, -2),
+    "positions in a row": (lambda m, x: m.conv2(x).view(len(x), 8, -1), IMAGE, 8, -2),
+    "tokens of a map": (lambda m, x: m.conv2(x).flatten(2).transpose(1, 2), IMAGE, 8, -1),
+    "averaged": (lambda m, x: m.conv2(x).mean((2, 3)), IMAGE, 8, -1),
+    "tokens": (lambda m, x: m.fc(x), TOKENS, 8, -1),
+    "states": (lambda m, x: m.gru(x)[0], TOKENS, 8, -1),
+    "channels last": (lambda m, x: m.fc(x), GRID, 8, -1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_tells_the_axis_by_the_map_that_the_value_comes_from(name: str) -> None:
+    body, shape, width, axis = CASES[name]
+    net, x = Untraceable(body), torch.randn(shape)
+    plan = bypass_fx.plan(net, mode="all", example_inputs=(x,))
+    assert [(site.width, site.channel_dim) for site in plan] == [(width, axis)]
+    larger = torch.randn(*shape[:-1], shape[-1] + (3 if name not in ("tokens", "states", "channels last") else 0))
+    before = net(x), net(larger)
+    bypass_fx.extend(net, plan)
+    assert all(map(torch.equal, (net(x), net(larger)), before))
+
+
+def test_without_a_map_in_front_of_it_the_shape_tells_the_axis() -> None:
+    for shape, axis in (((2, 5, 6), -1), ((2, 5, 6, 7), 1)):
+        net = Untraceable(lambda m, x: x.exp())
+        plan = bypass_fx.plan(net, mode="all", example_inputs=(torch.randn(shape),))
+        assert [(site.width, site.channel_dim) for site in plan] == [(shape[axis], axis)]
