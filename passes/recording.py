@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -74,7 +74,7 @@ class Recorder:
         with _ONE_THREAD:
             self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
             try:
-                with _on_modules(self), _on_switches(self), _on_factories(self):
+                with _uncompiled(), _on_modules(self), _on_switches(self), _on_factories(self):
                     yield
             finally:
                 self.depth = 0
@@ -116,6 +116,12 @@ def _numpys_dice(numpy: Any) -> Any:
 
 
 _MERSENNE_TWISTER = 4 * 624 + 4  # bytes: its words, and the position in them
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run what is compiled as the Python that it was made of: compiled now, it would keep the hooks for good."""
+    known = "torch._dynamo" in sys.modules  # nothing is compiled before it is imported, which takes long
+    return torch.compiler.set_stance("force_eager") if known else contextlib.nullcontext()
 
 
 _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}

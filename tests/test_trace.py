@@ -262,6 +262,23 @@ assert ask(torch.zeros(1)) == 1
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_plan_of_compiled_modules_compiles_nothing_and_leaves_the_compiler_as_it_was() -> None:
+    program = """
+import torch
+import bypass_fx
+
+net = torch.nn.Sequential(
+    torch.compile(torch.nn.Linear(4, 4), backend="eager"), torch.nn.ReLU(), torch.nn.Linear(4, 4)
+)
+assert len(bypass_fx.plan(net, mode="all")) == 1
+assert not torch._dynamo.utils.counters["stats"]
+ask = torch.compile(lambda x: x + 1 if torch.is_grad_enabled() else x, backend="eager", fullgraph=True)
+assert ask(torch.zeros(1)) == 1
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_forward_that_asks_for_the_class_of_its_argument_gets_the_callers() -> None:
     class Net(Owner):
         def forward(self, x: Tensor) -> Tensor:
