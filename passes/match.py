@@ -87,15 +87,17 @@ def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
 
 def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
     """Activations, and attention, called as functions in forwards that have no graph."""
+    remedy = "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
     for path, error in linked.failures.items():
-        traced = {name for unit in linked.methods(path) for name in linked.activations_in(unit)}
-        calls = (node for unit in linked.methods(path) for node in linked.graphs[unit].graph.nodes)
+        units = linked.methods(path)
+        traced = {name for unit in units for name in linked.activations_in(unit)}
+        calls = (node for unit in units for node in linked.graphs[unit].graph.nodes)
         traced |= {"attention" for node in calls if node.target is F.scaled_dot_product_attention}
-        for activation in [name for name in linked.tracing.mentions(path) if name not in traced]:
-            reason = Reason(
-                str(error), "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
-            )
-            yield Refusal(f"{path}.{activation}".lstrip("."), path, activation, reason.text, reason.remedy)
+        reasons = {activation: str(error) for activation in linked.tracing.mentions(path) if activation not in traced}
+        for activation, where in linked.tracing.held_mentions(path, {unit.method for unit in units}).items():
+            reasons[activation] = f"{error} (it stands in {where})"
+        for activation, reason in reasons.items():
+            yield Refusal(f"{path}.{activation}".lstrip("."), path, activation, reason, remedy)
 
 
 IN_EVAL_ONLY = Reason(

@@ -20,7 +20,7 @@ from .channels import Channels
 from .fakes import on_fakes
 from .link import Linked
 from .outside import Kept, inherited_values
-from .source import asks_device, reached
+from .source import asks_device
 from .units import ExampleInputs, Spot, Unit
 
 Shape = tuple[int, ...]
@@ -52,7 +52,7 @@ class Run:
             wanted.setdefault(spot.unit, []).append(spot)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         ways: list[Way] = [_on_fakes]
-        if not any(asks_device(function) for cls in _classes(linked.model) for function in reached(cls.forward, cls)):
+        if not any(map(asks_device, linked.tracing.functions())):
             ways.insert(0, _on_meta)
         if not _has_fakes(linked.model, (args, kwargs)):  # else a run on values is out of the question
             ways.append(_on_values)
@@ -75,7 +75,7 @@ class Run:
     ) -> str:
         """Note the calls that a run shows; the answer is why it ended early."""
         self.calls, self._replayed, self._axes = {}, set(), ChannelAxes()
-        with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _left_as_it_was(linked), torch.random.fork_rng(devices=[]), torch.no_grad():
             undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
                 with self._axes:
@@ -197,16 +197,16 @@ class _Replay(fx.Interpreter):
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _left_as_it_was(linked: Linked) -> Iterator[None]:
     """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced."""
     kept, dice = Kept(), random.getstate()
-    for module in model.modules():
+    for module in linked.model.modules():
         kept.keep(module)
-    for cls in _classes(model):
+    for cls in _classes(linked.model):
         for value in inherited_values(cls):
             kept.keep(value)
-        for function in reached(cls.forward, cls):
-            kept.keep_surroundings(function)
+    for function in linked.tracing.functions():
+        kept.keep_surroundings(function)
     try:
         yield
     finally:
