@@ -67,6 +67,8 @@ def _decide(calls: Calls, spot: Spot, rules: tuple[Rule, ...]) -> Match | Reason
     """The first match; where there is none, the last rule's reason (the most permissive rule comes last)."""
     if not calls.same_activations_in_both_modes(spot.unit):
         return Reason("its owner calls other activations in eval mode than in training", "make it a module of its own")
+    if calls.complex(spot):
+        return COMPLEX
     reasons: list[Reason] = []
     for rule in rules:
         outcome = rule(calls, spot)
@@ -105,6 +107,9 @@ IN_EVAL_ONLY = Reason(
     "mode='strict' takes it; mode='all' takes it relaxed",
 )
 NOT_RESIDUAL = Reason("it stands in no residual block", "mode='all' takes it")
+
+
+COMPLEX = Reason("its input is complex, and D is real", "apply it to the real and the imaginary part")
 
 
 def in_training(rule: Rule) -> Rule:

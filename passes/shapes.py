@@ -38,12 +38,14 @@ class Run:
             from; where none does, along axis 1 of a value of four or five axes, and along the last of any other. One that
             has four or five axes in some calls only has them along the last where these agree, and else along axis 1.
         calls: the shapes that each activation's input had, over all calls, and the axes that were told.
+        complex: the activations whose input was complex in some call.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.channels: dict[Spot, Channels] = {}
         self.calls: dict[Spot, dict[Call, None]] = {}
+        self.complex: set[Spot] = set()
         self.failure = ""
         self._replayed: set[Hashable] = set()
         self._axes = ChannelAxes()
@@ -94,7 +96,9 @@ class Run:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if signature is None or not self._is_new(linked, unit, signature, args, kwargs):
                 return
-            for spot, call in _replay(linked, module, spots, signature, args, kwargs, self._axes).items():
+            replay = _replay(linked, module, spots, signature, args, kwargs, self._axes)
+            self.complex |= replay.complex
+            for spot, call in replay.found.items():
                 self.calls.setdefault(spot, {})[call] = None
 
         if unit.method == "forward":
@@ -167,7 +171,7 @@ def _replay(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     axes: ChannelAxes,
-) -> dict[Spot, Call]:
+) -> _Replay:
     """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
     graph = linked.graphs[spots[0].unit].graph
     given = bound_to_placeholders(signature, args, kwargs)
@@ -178,7 +182,7 @@ def _replay(
             wanted.setdefault(z, []).append(spot)
     replay = _Replay(module, wanted, graph, axes)
     replay.run(*values)
-    return replay.found
+    return replay
 
 
 class _Replay(fx.Interpreter):
@@ -188,11 +192,13 @@ class _Replay(fx.Interpreter):
         super().__init__(module, graph=graph)
         self.wanted, self.axes = wanted, axes
         self.found: dict[Spot, Call] = {}
+        self.complex: set[Spot] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted and isinstance(value, Tensor) and value.dim():
             self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
+            self.complex |= set(self.wanted[n]) if value.is_complex() else set()
         return value
 
 

@@ -242,7 +242,8 @@ class Tracing:
     def functions(self) -> set[FunctionType]:
         """The Python functions that the forwards of the model's modules may run."""
         modules = [module for module in self.modules.values() if not isinstance(module, torch.jit.ScriptModule)]
-        return {each for module in modules for each in self._walk(self._function(module, "forward"), module).functions}
+        walks = [self._walk(self._function(module, "forward"), module) for module in modules]
+        return set().union(*(walk.functions for walk in {id(walk): walk for walk in walks}.values()))
 
     def methods(self, path: str) -> list[str]:
         """The methods that a module's forward calls, at any depth, of classes below torch.nn.Module."""
