@@ -47,7 +47,9 @@ def has_complex_weights(module: nn.Module) -> bool:
 def may_hold_complex(linked: Linked, inputs: ExampleInputs | None) -> bool:
     """Whether any value of a model may be complex: its tensors, the example inputs, and the names in its code tell."""
     given = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
-    tensors = itertools.chain(linked.model.parameters(), linked.model.buffers(), given)
+    modules = linked.modules.values()
+    own = ((*module._parameters.values(), *module._buffers.values()) for module in modules)
+    tensors = itertools.chain(given, *own)
     if any(isinstance(each, Tensor) and each.is_complex() for each in tensors):
         return True
     return any(not _NAMES.isdisjoint(names_in(function)) for function in linked.tracing.functions())

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 import bypass_fx
 from bypass_fx.activation import psi
+from bypass_fx.passes.affine import affine_at
+from bypass_fx.passes.link import Linked
+from bypass_fx.passes.units import Spot, Unit
 from bypass_fx.surgery import delta_of
 
 COMPLEX = torch.complex64
@@ -158,6 +161,37 @@ def test_a_complex_map_is_no_w_and_no_a_of_the_real_activations_around_it() -> N
         delta_of(model, bypass_fx.sites(model)[1]).fill_(0.5)
     z = model.mid(torch.relu(model.a(x)).to(COMPLEX)).abs()
     assert torch.allclose(model(x), model.b(torch.sigmoid(z) + 0.5 * z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, COMPLEX])
+def test_maps_with_complex_weights_are_no_affine_maps(dtype: torch.dtype) -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(randn(4, 4, dtype=dtype))
+            self.linear, self.conv = nn.Linear(4, 4, dtype=dtype), nn.Conv1d(4, 4, 1, dtype=dtype)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.conv(self.linear(x)), self.weight)
+
+    linked = Linked(Maps())
+    spots = [Spot(Unit(""), node) for node in linked.graphs[Unit("")].graph.nodes if node.op.startswith("call_")]
+    assert [affine_at(linked, spot) is None for spot in spots] == 3 * [dtype is COMPLEX]
+
+
+def test_attention_with_complex_weights_is_refused() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dtype=COMPLEX)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+    plan = bypass_fx.plan(Attends())
+    assert not plan.sites and [refusal.reason for refusal in plan.refusals] == [
+        "its weights are complex, and D is real"
+    ]
 
 
 class Opaque(nn.Module):
