@@ -31,7 +31,7 @@ def psi(
         *parameters: of the σ that is named.
 
     Raises:
-        BypassError: z has another number of channels than δ, or another shape than σ(z), or is sparse.
+        BypassError: z has another number of channels than δ, or another shape than σ(z), or is sparse or complex.
 
     Example:
         >>> z = torch.tensor([[-1.0, 2.0]])
@@ -150,6 +150,11 @@ def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[i
     if activated.layout != torch.strided:
         raise BypassError(
             f"a D-activation met a {activated.layout} tensor: contract the model, and leave this site out with select"
+        )
+    if activated.is_complex() or z.is_complex():
+        raise BypassError(
+            "a D-activation met complex values, and D is real: contract the model, and extend it with example_inputs, or "
+            "with select to leave this site out"
         )
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)

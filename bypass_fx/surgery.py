@@ -368,7 +368,7 @@ def _refuse_sharded_delta(root: nn.Module, taken: Iterable[Site]) -> None:
 
 
 def _ready_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model that is not extended; weights without a shape yet, or of no real numbers, are refused."""
+    """The parameters of a model that is not extended; weights without a shape yet are refused."""
     modules = list(model.named_modules())
     if any(is_marked(module) for _, module in modules):
         raise SurgeryError("this model is extended already: call bypass_fx.contract(model) before extending it again")
@@ -384,8 +384,6 @@ def _ready_parameters(model: nn.Module) -> list[nn.Parameter]:
 def _expect_ready(name: str, parameter: nn.Parameter) -> None:
     if is_lazy(parameter):
         raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
-    if parameter.is_complex():
-        raise PlanError(f"{name} is complex: D-activations are real, and so must the model's parameters be")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

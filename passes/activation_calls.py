@@ -12,6 +12,7 @@ from torch import fx
 
 from .activations import MIXES, activation_input
 from .channels import Channels, Provenance, channels_for
+from .complex_values import is_complex, may_hold_complex
 from .link import Linked
 from .mixing import is_attention
 from .outcome import Reason
@@ -121,11 +122,28 @@ class Calls:
 
     @cached_property
     def run(self) -> Run | None:
-        """A run of the model on the example inputs, for the activations that provenance does not settle."""
+        """A run of the model on the example inputs, for the activations that provenance does not settle; for all where
+        some values may be complex.
+        """
         if self.example_inputs is None:
             return None
-        unsettled = [spot for _, spot, kind in self.all() if kind != "attention" and self.provenance(spot) is None]
-        return Run(self.linked, unsettled, self.example_inputs)
+        wanted = [
+            spot
+            for _, spot, kind in self.all()
+            if self.some_complex or (kind != "attention" and self.provenance(spot) is None)
+        ]
+        return Run(self.linked, wanted, self.example_inputs)
+
+    @cached_property
+    def some_complex(self) -> bool:
+        return may_hold_complex(self.linked, self.example_inputs)
+
+    def complex(self, spot: Spot) -> bool:
+        """Whether the activation's input is known to be complex: by where it comes from, or by the run."""
+        z = activation_input(spot.node) if self.some_complex else None
+        if z is None:
+            return False
+        return is_complex(self.linked, Spot(spot.unit, z)) or (self.run is not None and spot in self.run.complex)
 
     def gates(self, spot: Spot) -> bool:
         """Whether the activation's result, through wires, multiplies a path that does not come from it."""

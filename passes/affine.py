@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from .activations import acts_as
+from .complex_values import has_complex_weights
 from .link import Linked
 from .matrices import tensor_named
 from .plan import Affine
@@ -65,7 +66,8 @@ def norm_at(linked: Linked, spot: Spot) -> str | None:
     elif spot.node.target is F.batch_norm and _normalises_by_its_own(linked, spot):
         path = spot.unit.path
     norm = linked.modules[path] if path is not None else None
-    return path if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
+    real = isinstance(norm, _BatchNorm) and norm.running_mean is not None and not has_complex_weights(norm)
+    return path if real else None
 
 
 def _normalises_by_its_own(linked: Linked, spot: Spot) -> bool:
@@ -85,6 +87,8 @@ def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
     value = _node(spot.node.args[0] if spot.node.args else spot.node.kwargs.get("input"))
     if not ("weight" in module._parameters or is_parametrized(module, "weight")):
         return None  # torch.nn.utils.weight_norm's old form makes the weight anew in every forward
+    if has_complex_weights(module):
+        return None  # D is real, and so are A D W and the fold
     path = linked.child(*spot)
     bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None
     if isinstance(module, nn.Linear) and acts_as(module, nn.Linear):
@@ -147,7 +151,10 @@ def _applied(linked: Linked, spot: Spot, given: dict[str, Any], dims: int, store
     biases = _joined(linked, spot, given.get("bias"))
     if weight is None or (bias is None and not biases and given.get("bias") is not None):
         return None
-    shape = tensor_named(linked.model, weight).shape
+    matrix = tensor_named(linked.model, weight)
+    if matrix.is_complex():
+        return None
+    shape = matrix.shape
     name, value = weight.rpartition(".")[0] or weight, _node(given.get("input"))
     if dims == 0:
         outputs, inputs = (shape[1], shape[0]) if stored_in_out else shape

@@ -31,7 +31,7 @@ _NAMES = (
     "sort max min amax amin sum mean cumsum"
 )
 _STEPS = _NAMES.split()
-_PASSES_ON = {
+PASSES_ON = {
     *(getattr(torch, name) for name in _STEPS if hasattr(torch, name)),
     *_STEPS,
     *(f"{name}_" for name in _STEPS),
@@ -50,7 +50,7 @@ def may_be_infinite(linked: Linked, spot: Spot) -> bool:
         if node.op == "get_attr" and _holds_infinity(linked, here):
             return True
         written = [user for user in node.users if _writes(user)]  # into the value, whatever made it
-        wire = through(Layout(-3), node, linked.module(here)) or node.target in _PASSES_ON or call_activation(node)
+        wire = through(Layout(-3), node, linked.module(here)) or node.target in PASSES_ON or call_activation(node)
         bounded = node.target in _BOUNDS  # an infinite bound binds nothing
         given = leaves((node.args, dict(node.kwargs)))
         if wire and not bounded and any(isinstance(leaf, float) and math.isinf(leaf) for leaf in given):

@@ -67,6 +67,8 @@ def _decide(calls: Calls, spot: Spot, rules: tuple[Rule, ...]) -> Match | Reason
     """The first match; where there is none, the last rule's reason (the most permissive rule comes last)."""
     if not calls.same_activations_in_both_modes(spot.unit):
         return Reason("its owner calls other activations in eval mode than in training", "make it a module of its own")
+    if calls.complex(spot):
+        return COMPLEX
     reasons: list[Reason] = []
     for rule in rules:
         outcome = rule(calls, spot)
@@ -87,15 +89,17 @@ def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
 
 def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
     """Activations, and attention, called as functions in forwards that have no graph."""
+    remedy = "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
     for path, error in linked.failures.items():
-        traced = {name for unit in linked.methods(path) for name in linked.activations_in(unit)}
-        calls = (node for unit in linked.methods(path) for node in linked.graphs[unit].graph.nodes)
+        units = linked.methods(path)
+        traced = {name for unit in units for name in linked.activations_in(unit)}
+        calls = (node for unit in units for node in linked.graphs[unit].graph.nodes)
         traced |= {"attention" for node in calls if node.target is F.scaled_dot_product_attention}
-        for activation in [name for name in linked.tracing.mentions(path) if name not in traced]:
-            reason = Reason(
-                str(error), "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
-            )
-            yield Refusal(f"{path}.{activation}".lstrip("."), path, activation, reason.text, reason.remedy)
+        reasons = {activation: str(error) for activation in linked.tracing.mentions(path) if activation not in traced}
+        for activation, where in linked.tracing.held_mentions(path, {unit.method for unit in units}).items():
+            reasons[activation] = f"{error} (it stands in {where})"
+        for activation, reason in reasons.items():
+            yield Refusal(f"{path}.{activation}".lstrip("."), path, activation, reason, remedy)
 
 
 IN_EVAL_ONLY = Reason(
@@ -103,6 +107,9 @@ IN_EVAL_ONLY = Reason(
     "mode='strict' takes it; mode='all' takes it relaxed",
 )
 NOT_RESIDUAL = Reason("it stands in no residual block", "mode='all' takes it")
+
+
+COMPLEX = Reason("its input is complex, and D is real", "apply it to the real and the imaginary part")
 
 
 def in_training(rule: Rule) -> Rule:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .channels import Channels
+from .complex_values import has_complex_weights
 from .link import Linked
 from .outcome import Match, Reason
 from .plan import Affine, Constraint, Site
@@ -40,6 +41,8 @@ def value_path_inside(linked: Linked, path: str) -> Match | Reason:
     assert isinstance(module, nn.MultiheadAttention)
     if module.bias_v is not None or module.add_zero_attn:
         return Reason("it has more values than queries (bias_v or add_zero_attn)")
+    if has_complex_weights(module) or has_complex_weights(module.out_proj):
+        return Reason("its weights are complex, and D is real")
     if not linked.callers.get(path):
         return Reason("its calls are not seen, nor whether it has as many queries as values")
     if not all(_self_attention(linked, caller) for caller in linked.callers[path]):

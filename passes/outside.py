@@ -99,7 +99,7 @@ def inherited_values(cls: type) -> Iterator[Any]:
 
 def _is_plain_object(thing: Any) -> bool:
     library = type(thing).__module__.split(".")[0]
-    own = not isinstance(thing, type) and not callable(thing) and library not in ("torch", "builtins", "numpy")
+    own = not isinstance(thing, type) and library not in ("torch", "builtins", "numpy", "functools")
     return own and isinstance(getattr(thing, "__dict__", None), dict)
 
 

@@ -20,7 +20,7 @@ from .channels import Channels
 from .fakes import on_fakes
 from .link import Linked
 from .outside import Kept, inherited_values
-from .source import asks_device, reached
+from .source import asks_device
 from .units import ExampleInputs, Spot, Unit
 
 Shape = tuple[int, ...]
@@ -38,12 +38,14 @@ class Run:
             from; where none does, along axis 1 of a value of four or five axes, and along the last of any other. One that
             has four or five axes in some calls only has them along the last where these agree, and else along axis 1.
         calls: the shapes that each activation's input had, over all calls, and the axes that were told.
+        complex: the activations whose input was complex in some call.
         failure: why the run ended early, if it did; "" otherwise.
     """
 
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
         self.channels: dict[Spot, Channels] = {}
         self.calls: dict[Spot, dict[Call, None]] = {}
+        self.complex: set[Spot] = set()
         self.failure = ""
         self._replayed: set[Hashable] = set()
         self._axes = ChannelAxes()
@@ -52,7 +54,7 @@ class Run:
             wanted.setdefault(spot.unit, []).append(spot)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         ways: list[Way] = [_on_fakes]
-        if not any(asks_device(function) for cls in _classes(linked.model) for function in reached(cls.forward, cls)):
+        if not any(map(asks_device, linked.tracing.functions())):
             ways.insert(0, _on_meta)
         if not _has_fakes(linked.model, (args, kwargs)):  # else a run on values is out of the question
             ways.append(_on_values)
@@ -75,7 +77,7 @@ class Run:
     ) -> str:
         """Note the calls that a run shows; the answer is why it ended early."""
         self.calls, self._replayed, self._axes = {}, set(), ChannelAxes()
-        with _left_as_it_was(linked.model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _left_as_it_was(linked), torch.random.fork_rng(devices=[]), torch.no_grad():
             undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
             try:
                 with self._axes:
@@ -94,7 +96,9 @@ class Run:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if signature is None or not self._is_new(linked, unit, signature, args, kwargs):
                 return
-            for spot, call in _replay(linked, module, spots, signature, args, kwargs, self._axes).items():
+            replay = _replay(linked, module, spots, signature, args, kwargs, self._axes)
+            self.complex |= replay.complex
+            for spot, call in replay.found.items():
                 self.calls.setdefault(spot, {})[call] = None
 
         if unit.method == "forward":
@@ -167,7 +171,7 @@ def _replay(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     axes: ChannelAxes,
-) -> dict[Spot, Call]:
+) -> _Replay:
     """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
     graph = linked.graphs[spots[0].unit].graph
     given = bound_to_placeholders(signature, args, kwargs)
@@ -178,7 +182,7 @@ def _replay(
             wanted.setdefault(z, []).append(spot)
     replay = _Replay(module, wanted, graph, axes)
     replay.run(*values)
-    return replay.found
+    return replay
 
 
 class _Replay(fx.Interpreter):
@@ -188,25 +192,27 @@ class _Replay(fx.Interpreter):
         super().__init__(module, graph=graph)
         self.wanted, self.axes = wanted, axes
         self.found: dict[Spot, Call] = {}
+        self.complex: set[Spot] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted and isinstance(value, Tensor) and value.dim():
             self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
+            self.complex |= set(self.wanted[n]) if value.is_complex() else set()
         return value
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _left_as_it_was(linked: Linked) -> Iterator[None]:
     """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced."""
     kept, dice = Kept(), random.getstate()
-    for module in model.modules():
+    for module in linked.model.modules():
         kept.keep(module)
-    for cls in _classes(model):
+    for cls in _classes(linked.model):
         for value in inherited_values(cls):
             kept.keep(value)
-        for function in reached(cls.forward, cls):
-            kept.keep_surroundings(function)
+    for function in linked.tracing.functions():
+        kept.keep_surroundings(function)
     try:
         yield
     finally:

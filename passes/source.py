@@ -21,7 +21,7 @@ _LONGEST = 64  # items of a container that are looked at
 
 def codes(function: Callable[..., Any]) -> list[CodeType]:
     """The code of a function, of what it wraps, and of the functions that it defines inside."""
-    return [code for each in _layers(function) for code in _nested(each.__code__)]
+    return [code for each in functions_of(function) for code in nested(each.__code__)]
 
 
 def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[FunctionType]:
@@ -31,29 +31,34 @@ def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[Function
     the standard library but for what passes values on: a forward that warns reaches half of it.
     """
     found: dict[FunctionType, None] = {}
-    todo = _layers(function)
+    todo = functions_of(function)
     while todo and len(found) < _FARTHEST:
         here = todo.pop()
-        if here in found or _takes_no_values(here):
+        if here in found or is_left_out(here):
             continue
         found[here] = None
-        todo += [layer for named in _named(here, cls) for layer in _layers(named)]
+        todo += [layer for named in _named(here, cls) for layer in functions_of(named)]
     return list(found)
 
 
-def activations_named(function: Callable[..., Any], cls: type[nn.Module]) -> list[str]:
-    """The activations that a method, or a function that it may run, names as functions, tensor methods or classes."""
-    found: dict[str, None] = dict.fromkeys(activations_in(inspect.unwrap(function)))
-    for each in reached(function, cls):
-        for code in _nested(each.__code__):
-            mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
-            found |= dict.fromkeys(NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
-            for name in code.co_names:
-                value = each.__globals__.get(name)
-                found |= dict.fromkeys(activations_in(value))
-                if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-                    found |= dict.fromkeys(activations_named(value.forward, cls))
-    return list(found)
+def activations_named(functions: Iterable[FunctionType], cls: type[nn.Module]) -> dict[str, FunctionType]:
+    """The activations that functions name as functions, tensor methods or classes, each with the first that does."""
+    found: dict[str, FunctionType] = {}
+    for each in functions:
+        for activation in _named_by(each, cls):
+            found.setdefault(activation, each)
+    return found
+
+
+def _named_by(function: FunctionType, cls: type[nn.Module]) -> Iterator[str]:
+    for code in nested(function.__code__):
+        mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
+        yield from (NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            yield from activations_in(value)
+            if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+                yield from activations_named(reached(value.forward, cls), cls)
 
 
 def activations_in(value: Any) -> list[str]:
@@ -76,7 +81,7 @@ def trap(function: Callable[..., Any], functions: Iterable[FunctionType]) -> str
     """Why running a method, and the functions it reaches, on traced values would not show what it does; None if it would."""
     if any(map(_enters_a_context, codes(function))):
         return "its forward enters a `with` block, which a graph can't hold"
-    return next((why for each in functions for code in _nested(each.__code__) if (why := _trap(code))), None)
+    return next((why for each in functions for code in nested(each.__code__) if (why := _trap(code))), None)
 
 
 @cache
@@ -151,7 +156,7 @@ def _class_reads(code: CodeType) -> frozenset[int]:
 
 def asks_device(function: FunctionType) -> bool:
     """Whether a function looks at what a device is; to make a tensor on the device of another is no question."""
-    return any(map(_asks_device, _nested(function.__code__)))
+    return any(map(_asks_device, nested(function.__code__)))
 
 
 _DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_meta", "is_mps", "is_xla", "get_device", "is_available"}
@@ -206,32 +211,36 @@ def _enters_a_context(code: CodeType) -> bool:
 
 
 @cache
-def _nested(code: CodeType) -> tuple[CodeType, ...]:
-    inner = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in _nested(constant)]
+def nested(code: CodeType) -> tuple[CodeType, ...]:
+    """A code, and those of the functions that it defines inside."""
+    inner = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in nested(constant)]
     return (code, *inner)
 
 
-def _layers(value: Any) -> list[FunctionType]:
-    """The Python functions of a callable: itself, and what it wraps."""
+def functions_of(value: Any) -> list[FunctionType]:
+    """The Python functions of a callable: itself, and what it wraps; of an object, its class's `__call__`."""
     if isinstance(value, FunctionType) and not value.__dict__:
         return [value]
     if value is None or isinstance(value, type | BuiltinFunctionType):
         return []
     if isinstance(value, partial):
-        return _layers(value.func)
+        return functions_of(value.func)
     if isinstance(value, staticmethod | classmethod | MethodType):
-        return _layers(value.__func__)
+        return functions_of(value.__func__)
     if isinstance(value, property):
-        return _layers(value.fget)
+        return functions_of(value.fget)
     if isinstance(value, cached_property):
-        return _layers(value.func)
-    both = (value, inspect.unwrap(value)) if callable(value) and not isinstance(value, type) else ()
-    return [function for function in dict.fromkeys(both) if isinstance(function, FunctionType)]
+        return functions_of(value.func)
+    if not callable(value):
+        return []
+    layers = [function for function in (value, inspect.unwrap(value)) if isinstance(function, FunctionType)]
+    call = None if layers or isinstance(value, nn.Module) else inspect.getattr_static(type(value), "__call__", None)
+    return list(dict.fromkeys(layers)) or (functions_of(call) if isinstance(call, FunctionType) else [])
 
 
-def _takes_no_values(function: FunctionType) -> bool:
+def is_left_out(thing: FunctionType | type) -> bool:
     """Whether a graph holds calls of the function (torch's), or it takes names, text and code, and not values."""
-    return str(function.__module__).split(".")[0] in _TAKING_NO_VALUES
+    return str(thing.__module__).split(".")[0] in _TAKING_NO_VALUES
 
 
 _PASSING_VALUES_ON = {"collections", "contextlib", "copy", "dataclasses", "functools", "itertools", "operator", "types"}
@@ -240,7 +249,7 @@ _TAKING_NO_VALUES = (sys.stdlib_module_names - _PASSING_VALUES_ON) | {"torch", "
 
 def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
     """What the function's names stand for: methods of the class, globals, functions of modules, and closed-over values."""
-    for code in _nested(function.__code__):
+    for code in nested(function.__code__):
         spaces: list[ModuleType] = []
         for name in code.co_names:
             value = function.__globals__.get(name)

@@ -8,8 +8,8 @@ recorded: a second module of the class shares the graph where it reads the same.
 from __future__ import annotations
 
 import inspect
-import itertools
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from .callables import Function, function_of, is_callable_attribute, signature_of
 from .calls import Call, default_call
 from .errors import UntraceableError
+from .held import Held, held_code, names_in, reached_through
 from .recording import Recorder, read_plainly
 from .source import activations_in, activations_named, codes, reached, trap
 from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
@@ -149,6 +150,17 @@ def _below(owner: str, paths: list[str]) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What a method may run: its functions, those `through` what its module holds among them, and why it can't be traced
+    (None where it can).
+    """
+
+    functions: list[FunctionType]
+    through: Held
+    why: str | None
+
+
 class Tracing:
     """Traces the forwards of one model's modules, each distinct one once."""
 
@@ -162,7 +174,7 @@ class Tracing:
         self._graphs: dict[tuple[Any, ...], list[OwnerGraph]] = {}
         self._failures: dict[tuple[Any, ...], list[tuple[tuple[Read, ...], str]]] = {}
         self._of_classes: dict[tuple[type[nn.Module], str], Function] = {}
-        self._walked: dict[tuple[Function, type[nn.Module]], tuple[list[FunctionType], str | None]] = {}
+        self._walked: dict[tuple[Any, ...], Walk] = {}
 
     def session(self) -> AbstractContextManager[None]:
         """Keep the hooks that tracing needs in place: many traces in one session are faster."""
@@ -210,13 +222,28 @@ class Tracing:
         self._graphs.setdefault(key, []).append(traced)
         return traced
 
-    def _walk(self, function: Function, cls: type[nn.Module]) -> tuple[list[FunctionType], str | None]:
-        """The functions that a method may run, and why it can't be traced (None where it can): looked up once."""
-        key = function, cls
+    def _walk(self, function: Function, module: nn.Module) -> Walk:
+        """What a method of a module may run, and why it can't be traced: looked up once for all that hold the same."""
+        cls = type(module)
+        key: tuple[Any, ...] = (function, cls)
         if key not in self._walked:
             functions = reached(function, cls)
-            self._walked[key] = functions, trap(function, functions)
+            self._walked[key] = Walk(functions, Held(), trap(function, functions))
+        plain, held = self._walked[key], held_code(module)
+        if not held or not any(held.keys() & names_in(each) for each in plain.functions):
+            return plain
+        key += tuple((name, id(value)) for name, value in held.items())
+        if key not in self._walked:
+            through = reached_through(held, plain.functions, cls)
+            functions = [*plain.functions, *through.functions]
+            self._walked[key] = Walk(functions, through, plain.why or trap(function, functions))
         return self._walked[key]
+
+    def functions(self) -> set[FunctionType]:
+        """The Python functions that the forwards of the model's modules may run."""
+        modules = [module for module in self.modules.values() if not isinstance(module, torch.jit.ScriptModule)]
+        walks = [self._walk(self._function(module, "forward"), module) for module in modules]
+        return set().union(*(walk.functions for walk in {id(walk): walk for walk in walks}.values()))
 
     def methods(self, path: str) -> list[str]:
         """The methods that a module's forward calls, at any depth, of classes below torch.nn.Module."""
@@ -249,17 +276,38 @@ class Tracing:
     def mentions(self, path: str) -> list[str]:
         """The activations that an untraceable forward names, or a function that it may run."""
         module = self.modules[path]
-        names = ("forward", *self.callable_attributes(path, set()))
-        named = [activations_named(function_of(module, name), type(module)) for name in names]
+        found: dict[str, None] = {}
+        for name in ("forward", *self.callable_attributes(path, set())):
+            function = function_of(module, name)
+            found |= dict.fromkeys(activations_in(inspect.unwrap(function)))
+            found |= dict.fromkeys(activations_named(reached(function, type(module)), type(module)))
         held = [module.__dict__.get(name) for name in self.attribute_names(path, set())]
-        named += [activations_in(value) for value in held if isinstance(value, dict | list | tuple)]
-        return list(dict.fromkeys(itertools.chain.from_iterable(named)))
+        for value in held:
+            found |= dict.fromkeys(activations_in(value) if isinstance(value, dict | list | tuple) else ())
+        return list(found)
+
+    def held_mentions(self, path: str, traced: set[str]) -> dict[str, str]:
+        """The activations in what an untraceable forward calls of the callables and objects that its module holds, but for
+        the attributes that are `traced`: each with where it stands.
+        """
+        module = self.modules[path]
+        through = self._walk(self._function(module, "forward"), module).through
+        found: dict[str, str] = {}
+        for function, attribute in through.functions.items():
+            for activation in activations_named([function], type(module)) if attribute not in traced else ():
+                found.setdefault(activation, f"`{function.__qualname__}`, reached through `{attribute}`")
+        for value, attribute in through.values.values():
+            foreign = isinstance(value, nn.Module) and self.names.module("", value) is None
+            for activation in activations_in(type(value) if foreign else value) if attribute not in traced else ():
+                found.setdefault(activation, f"what `{attribute}` holds")
+        return found
 
     def _trace(self, tracer: OwnerTracer, forward: Function, signature: inspect.Signature, call: Call) -> OwnerGraph:
         module = tracer.root
-        functions, why = self._walk(forward, type(module))
-        if why is not None:
-            raise UntraceableError(why)
+        walk = self._walk(forward, module)
+        functions = walk.functions
+        if walk.why is not None:
+            raise UntraceableError(walk.why)
         graph = tracer.run(forward, functions, signature, call)
         asked = {where for where, name, _ in tracer.reads if name == "training"}
         if not asked:

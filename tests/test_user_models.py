@@ -170,10 +170,14 @@ def test_a_lazy_module_is_refused_until_it_has_run() -> None:
     works(net, torch.randn(2, 4))
 
 
-def test_complex_weights_are_refused() -> None:
-    net = nn.Sequential(nn.Linear(4, 8, dtype=torch.complex64), nn.Tanh(), nn.Linear(8, 2, dtype=torch.complex64))
-    with pytest.raises(bypass_fx.PlanError, match="complex"):
-        bypass_fx.extend(net)
+def test_activations_of_complex_values_are_refused_and_the_real_ones_beside_them_work() -> None:
+    spectral = nn.Sequential(nn.Linear(4, 8, dtype=torch.complex64), nn.Tanh(), nn.Linear(8, 2, dtype=torch.complex64))
+    net = nn.ModuleDict({"real": mlp(), "complex": spectral})
+    plan = bypass_fx.plan(net, mode="all")
+    assert [site.name for site in plan] == ["real.1"]
+    assert [(r.name, r.reason) for r in plan.refusals] == [("complex.1", "its input is complex, and D is real")]
+    bypass_fx.extend(net)
+    bypass_fx.contract(net)
 
 
 def test_integer_weights_of_a_quantised_model_are_no_affine_maps() -> None:
