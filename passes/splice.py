@@ -58,13 +58,13 @@ class Sizes:
         return _length(part, self.axes[place] if place < len(self.axes) else _FIRST)
 
 
-def spliced(container: type, parts: tuple[Any, ...], at: tuple[tuple[int, int, int], ...]) -> Any:
-    """A tuple or list of the parts, those `at` (place, fewest items, most items) spliced in.
+def spliced(parts: tuple[Any, ...] | list[Any], at: tuple[tuple[int, int, int], ...]) -> tuple[Any, ...] | list[Any]:
+    """The tuple or list of the parts, those `at` (place, fewest items, most items) spliced in.
 
     Raises:
         SurgeryError: a size has another number of items.
 
-    >>> spliced(tuple, (torch.Size([2, 7]), -1, 8), ((0, 1, 4),))
+    >>> spliced((torch.Size([2, 7]), -1, 8), ((0, 1, 4),))
     (2, 7, -1, 8)
     """
     lengths = {place: (fewest, most) for place, fewest, most in at}
@@ -80,7 +80,7 @@ def spliced(container: type, parts: tuple[Any, ...], at: tuple[tuple[int, int, i
                 f"{part}: contract the model, or give it values with fewer or more axes"
             )
         whole += part
-    return container(whole)
+    return whole if isinstance(parts, list) else tuple(whole)
 
 
 def joined(first: Sizes, traced: Callable[[tuple[int, ...]], tuple[fx.Graph, Sizes]]) -> fx.Graph:
@@ -150,7 +150,7 @@ class _Written:
             if not at:
                 return container(own)
             limits = tuple((place, *self.limits(parts[place])) for place in at)
-            return new_node(self.graph, "call_function", spliced, (container, own, limits), {})
+            return new_node(self.graph, "call_function", spliced, (container(own), limits), {})
         if isinstance(value, dict):
             return {key: self.written(item) for key, item in value.items()}
         if isinstance(value, slice):
