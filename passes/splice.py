@@ -134,7 +134,7 @@ class _Written:
         before = 1 if node.op == "call_method" else 0
         takes_tuple = node.op == "call_method" and node.target in _METHODS
         if not takes_tuple and not (node.op == "call_function" and node.target in _FUNCTIONS):
-            raise UntraceableError(f"its forward passes the items of a traced value one by one to {node.target}")
+            raise UntraceableError(f"its forward passes the items of a traced value one by one to {_name(node)}")
         return (*map(self.written, args[:before]), self.written(tuple(args[before:]))), kwargs
 
     def written(self, value: Any) -> Any:
@@ -198,6 +198,10 @@ def _size(node: fx.Node) -> tuple[fx.Node, Part] | None:
     reads = node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",)
     asks = node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
     return (node, part) if reads or asks else None
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _length(part: Part, axes: int) -> int:
