@@ -136,10 +136,15 @@ def counts_beside_a_splice(s: Any, x: Any) -> Any:
     return s.a(x).view(first) if n > 9 else s.a(x).reshape(first)
 
 
+def counts_what_it_splices(s: Any, x: Any) -> Any:
+    shape = (*x.shape[:-1], 8)
+    return s.a(x).view(shape) * len(shape)
+
+
 def two_sizes(s: Any, x: Any) -> Any:
-    y = s.a(x).flatten(1)
-    same = len(x.shape[:-1]) == len(y.shape[:-1])
-    return y * (2 if same else 3)
+    y = s.a(x)
+    one, two = x.shape[:-1], y.shape[:-1]  # both checked, each by itself
+    return y.view(*one, -1) * (2 if len(one) == len(two) else 3) + y.view(*two, -1)
 
 
 DEPENDS = "by the number of axes"
@@ -168,6 +173,7 @@ DEPENDS = "by the number of axes"
         (loops, "one by one to mul"),
         (counts_in_vain, DEPENDS),
         (counts_beside_a_splice, DEPENDS),
+        (counts_what_it_splices, DEPENDS),
         (two_sizes, DEPENDS),
         (lambda s, x: [s.a(x).view(*s.a(x).shape[:-1], 8) for _ in range(4)], "items of 4 sizes"),
         (lambda s, x: s.a(x) * len((*x.sizes, 1)), "runs over the items|no attribute"),
