@@ -30,7 +30,7 @@ _METHODS = {"view", "reshape", "expand", "repeat", "new_empty", "new_zeros", "ne
 _FUNCTIONS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
 
 
-Part = tuple[tuple[int | None, int | None, int | None], ...]  # slices of slices of a size
+Part = tuple[tuple[int | None, int | None], ...]  # slices of slices of a size
 
 
 @dataclass(slots=True)
@@ -190,14 +190,20 @@ def _size(node: fx.Node) -> tuple[fx.Node, Part] | None:
     part: Part = ()
     while node.target is operator.getitem and isinstance(node.args[1], slice) and isinstance(node.args[0], fx.Node):
         taken = node.args[1]
-        bounds = (taken.start, taken.stop, taken.step)
-        if not all(each is None or type(each) is int for each in bounds):
+        if not _grows(taken):
             return None
-        part = (bounds, *part)
+        part = ((taken.start, taken.stop), *part)
         node = node.args[0]
     reads = node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",)
     asks = node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
     return (node, part) if reads or asks else None
+
+
+def _grows(taken: slice) -> bool:
+    """Whether a slice of a longer size is never shorter, as `[-2:2]` is."""
+    start, stop, step = taken.start, taken.stop, taken.step
+    plain = step in (None, 1) and all(each is None or type(each) is int for each in (start, stop, step))
+    return plain and (start is None or start >= 0 or stop is None or stop < 0)
 
 
 def _name(node: fx.Node) -> str:
@@ -205,7 +211,9 @@ def _name(node: fx.Node) -> str:
 
 
 def _length(part: Part, axes: int) -> int:
-    """How many items a part of a size has: never fewer with more axes, so that its bounds bound the axes."""
+    """How many items a part of a size has: never fewer with more axes, so a part that a run finds between those of the fewest
+    and the most axes that were tried is as long as in one of the traces, and so are all parts together.
+    """
     left = range(axes)
     for taken in part:
         left = left[slice(*taken)]
