@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -52,6 +53,25 @@ class OwnShapes(Spliced):
         return self.o_proj(out.reshape((*out.shape[:-2], 8)))  # type: ignore[no-any-return]
 
 
+class Grouped(Spliced):
+    """Half as many heads of keys and values as of queries, each repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj, self.v_proj = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        batch, heads, length, channels = x.shape
+        return x[:, :, None].expand(batch, heads, 2, length, channels).reshape(batch, heads * 2, length, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        input_shape = x.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        q, k, v = (each(x).view(hidden_shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+        out = mixed(q, self.repeated(k), self.repeated(v)).reshape(*input_shape, -1).contiguous()
+        return self.o_proj(out)  # type: ignore[no-any-return]
+
+
 class Own(nn.Module):
     """W and A, for forwards that are tried."""
 
@@ -65,8 +85,10 @@ def net(body: Any) -> Own:
     return type("Tried", (Own,), {"forward": body})()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [Spliced, OwnShapes])
-@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (2, 3, 5, 8)])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*itertools.product([Spliced, OwnShapes], [(5, 8), (2, 5, 8), (2, 3, 5, 8)]), (Grouped, (2, 5, 8))],
+)
 def test_attention_with_spliced_shapes_is_a_site_and_exact(kind: type[Spliced], shape: tuple[int, ...]) -> None:
     net, x = kind(), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     plain = copy.deepcopy(net)
@@ -85,8 +107,9 @@ def test_attention_with_spliced_shapes_is_a_site_and_exact(kind: type[Spliced], 
         assert one is not None and two is not None and torch.equal(one, two), name
 
 
-def test_it_comes_back_with_d_not_zero() -> None:
-    net, x = Spliced().double(), torch.randn(2, 5, 8, dtype=torch.float64)
+@pytest.mark.parametrize("kind", [Spliced, OwnShapes, Grouped])
+def test_it_comes_back_with_d_not_zero(kind: type[Spliced]) -> None:
+    net, x = kind().double(), torch.randn(2, 5, 8, dtype=torch.float64)
     (site,) = bypass_fx.plan(net, mode="strict")
     bypass_fx.extend(net, mode="strict")
     before = net(x)
@@ -96,7 +119,7 @@ def test_it_comes_back_with_d_not_zero() -> None:
         net.v_proj.weight.zero_()  # A D W_V = 0
     extended = net(x)
     bypass_fx.contract(net)
-    assert type(net) is Spliced and torch.allclose(net(x), extended)
+    assert type(net) is kind and torch.allclose(net(x), extended)
 
 
 def test_a_run_on_more_axes_than_were_tried_is_refused() -> None:
