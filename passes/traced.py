@@ -39,7 +39,10 @@ class Traced(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __getattr__(self, k: str) -> Any:
-        return TracedAttribute(self, k)
+        attribute = TracedAttribute(self, k)
+        if k == "shape":
+            _ = attribute.node  # read now: the value may have other axes where the shape is used (`unsqueeze_`)
+        return attribute
 
     def __iter__(self) -> Iterator[Any]:
         value: Any = self
