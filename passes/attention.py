@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at
-from .calls import Constant
+from .calls import Constant, leaves
 from .channels import Channels
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .link import Linked
@@ -27,7 +27,7 @@ from .mixing import FAR, is_product, weights_of
 from .outcome import Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
-from .units import Spot
+from .units import Spot, Unit
 from .wires import modes_agree
 
 # The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.
@@ -63,8 +63,7 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     linked, owned = calls.linked, calls.linked.graphs[spot.unit]
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
-    at_default = any(isinstance(argument, Constant) for _, argument in owned.call.arguments)
-    if spot.unit.path and not linked.callers.get(spot.unit.path) and at_default:
+    if _may_be_called_otherwise(linked, spot.unit):
         return Reason("its calls are not seen, nor whether they leave its other arguments (a cache?) at their defaults")
     replacing = linked.replaces_weights(spot.unit.path)
     if replacing is not None:
@@ -74,6 +73,26 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
         return found
     again = _in_one_mode(calls, Spot(spot.unit, owned.in_eval.names[owned.name_of[spot.node]]))
     return found if found == again else Reason("its values go another way in eval mode than in training")
+
+
+def _may_be_called_otherwise(linked: Linked, unit: Unit) -> bool:
+    """Whether calls that are not seen, of the owner or of a caller that hands it on, may pass what is left at its default."""
+    call = linked.graphs[unit].call
+    own = [argument.value for _, argument in call.arguments if isinstance(argument, Constant)]
+    if not unit.path or not (own or call.stars):
+        return False
+    callers = linked.callers.get(unit.path, [])
+    return not callers or any(
+        _hands_on(linked, caller) and _may_be_called_otherwise(linked, caller.unit) for caller in callers
+    )
+
+
+def _hands_on(linked: Linked, spot: Spot) -> bool:
+    """Whether a call may pass on what its own forward was called with, and that was left at its default."""
+    call = linked.graphs[spot.unit].call
+    own = [argument.value for _, argument in call.arguments if isinstance(argument, Constant)]
+    passed = leaves((spot.node.args, spot.node.kwargs))
+    return call.stars is not None or any(value is each for value in passed for each in own)
 
 
 def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:

@@ -40,3 +40,16 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         copies[node] = new_node(copy, node.op, node.target, args, kwargs, name, node.type)
         copies[node].meta.update(node.meta)
     return copy, copies
+
+
+def same_code(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs have one text; most are told apart, or found alike, by their calls."""
+    calls, others = ([(node.op, str(node.args), str(node.kwargs)) for node in graph.nodes] for graph in (one, other))
+    if calls != others:
+        return False
+    named, those = ([(node.name, node.target) for node in graph.nodes] for graph in (one, other))
+    return named == those or _text(one) == _text(other)
+
+
+def _text(graph: fx.Graph) -> str:
+    return str(graph.python_code("self").src)

@@ -21,8 +21,10 @@ from .callables import Function, function_of, is_callable_attribute, signature_o
 from .calls import Call, default_call
 from .errors import UntraceableError
 from .held import Held, held_code, names_in, reached_through
+from .nodes import same_code
 from .recording import Recorder, read_plainly
 from .source import activations_in, activations_named, codes, reached, trap
+from .splice import Sizes, joined
 from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
 
 
@@ -308,7 +310,7 @@ class Tracing:
         functions = walk.functions
         if walk.why is not None:
             raise UntraceableError(walk.why)
-        graph = tracer.run(forward, functions, signature, call)
+        graph = self._over_axes(tracer, forward, functions, signature, call)
         asked = {where for where, name, _ in tracer.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
@@ -320,16 +322,37 @@ class Tracing:
         for each in modules:
             each.__dict__["training"] = not now
         try:
-            other = again.run(forward, functions, signature, call)
+            other = self._over_axes(again, forward, functions, signature, call)
         finally:
             for each in modules:
                 each.__dict__["training"] = now
         reads = tuple(read for read in {**tracer.reads, **again.reads} if read[1] != "training")
         typed = frozenset(tracer.typed | again.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
-        if _same_code(in_training, in_eval):
+        if same_code(in_training, in_eval):
             return OwnerGraph(in_training, call, reads, typed)
         return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
+
+    def _over_axes(
+        self,
+        tracer: OwnerTracer,
+        forward: Function,
+        functions: list[FunctionType],
+        signature: inspect.Signature,
+        call: Call,
+    ) -> fx.Graph:
+        """The graph of a run, and where it runs over the items of sizes that of several, for several numbers of axes."""
+        graph = tracer.run(forward, functions, signature, call)
+
+        def traced(axes: tuple[int, ...]) -> tuple[fx.Graph, Sizes]:
+            other = OwnerTracer(self.names, self._recorder, tracer.path, tracer.root, axes)
+            try:
+                return other.run(forward, functions, signature, call), other.sizes
+            finally:
+                tracer.reads |= other.reads
+                tracer.typed |= other.typed
+
+        return joined(tracer.sizes, traced) if tracer.sizes.met else graph
 
     def _read_same(self, path: str, reads: tuple[Read, ...]) -> bool:
         module = self.modules[path]
@@ -374,16 +397,3 @@ def module_at(module: nn.Module, path: str) -> nn.Module:
             raise AttributeError(f"{type(module).__name__} has no module {step!r}")
         module = child
     return module
-
-
-def _same_code(one: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs have one text; most are told apart, or found alike, by their calls."""
-    calls, others = ([(node.op, str(node.args), str(node.kwargs)) for node in graph.nodes] for graph in (one, other))
-    if calls != others:
-        return False
-    named, those = ([(node.name, node.target) for node in graph.nodes] for graph in (one, other))
-    return named == those or _text(one) == _text(other)
-
-
-def _text(graph: fx.Graph) -> str:
-    return str(graph.python_code("self").src)

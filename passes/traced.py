@@ -39,12 +39,20 @@ class Traced(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __getattr__(self, k: str) -> Any:
-        return TracedAttribute(self, k)
+        attribute = TracedAttribute(self, k)
+        if k == "shape":
+            _ = attribute.node  # read now: the value may have other axes where the shape is used (`unsqueeze_`)
+        return attribute
 
     def __iter__(self) -> Iterator[Any]:
         value: Any = self
         names = unpacked_into(sys._getframe(1))
         return self.tracer.iter(self) if names is None else (value[index] for index in range(names))
+
+    def __len__(self) -> int:
+        """The number of axes that this trace is made for; Python asks for it too, before it runs over the items."""
+        count = cast("OwnerTracer", self.tracer).sizes.length(self.node) if asked_by_a_forward() else None
+        return self.refuse("needs the number that a value holds") if count is None else count
 
     def refuse(self, reason: str) -> NoReturn:
         """End the trace."""
@@ -64,7 +72,7 @@ def _refusing(name: str, what: str) -> Callable[..., Any]:
 
 for _names, _what in {
     ("__hash__",): "uses a traced value as a key",
-    ("__int__", "__float__", "__complex__", "__index__", "__array__", "__len__"): "needs the number that a value holds",
+    ("__int__", "__float__", "__complex__", "__index__", "__array__"): "needs the number that a value holds",
     ("__copy__", "__deepcopy__"): "copies a traced value as an object",
 }.items():
     for _name in _names:

@@ -20,6 +20,7 @@ from .foreign import calls_become
 from .nodes import new_node
 from .outside import Kept
 from .recording import FACTORIES, Recorder
+from .splice import Sizes
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
 Read = tuple[str, str, Any]
@@ -44,7 +45,9 @@ class OwnerTracer(fx.Tracer):
     arguments whose Python type it asked for.
     """
 
-    def __init__(self, names: Names, recorder: Recorder, path: str, module: nn.Module) -> None:
+    def __init__(
+        self, names: Names, recorder: Recorder, path: str, module: nn.Module, axes: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
         self.names, self.recorder, self.path, self.root = names, recorder, path, module
         self.reads: dict[Read, None] = {}
@@ -52,6 +55,7 @@ class OwnerTracer(fx.Tracer):
         self.stored: dict[str, StoredTensor] = {}
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
+        self.sizes = Sizes(axes)
         self.refused = ""
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
@@ -277,10 +281,16 @@ class OwnerTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value: Any = obj
-        parts = _parts(obj.node)
-        if parts is None:
+        node = obj.node
+        parts = _parts(node)
+        if parts is not None:
+            return (value[index] for index in range(parts))
+        count = self.sizes.length(node)
+        if count is None:
             self.refuse("its forward runs over the items of a traced value")
-        return (value[index] for index in range(parts))
+        items = [value[index] for index in range(count)]
+        self.sizes.items |= {item.node: (node, index, count) for index, item in enumerate(items)}
+        return iter(items)
 
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""

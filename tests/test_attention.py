@@ -300,7 +300,26 @@ def test_an_owner_whose_callers_are_not_seen_may_be_passed_a_cache() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x, x) if x.sum() > 0 else self.inner(x)  # type: ignore[no-any-return]
 
+    class HandsOn(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+            return self.inner(x, past=past)  # type: ignore[no-any-return]
+
+    class HandsAllOn(HandsOn):
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+            return self.inner(x, **kwargs)  # type: ignore[no-any-return]
+
+    class HandsNothingOn(HandsOn):
+        def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
     assert "its calls are not seen" in refusal(Untraceable(Cached()))
+    assert "its calls are not seen" in refusal(Untraceable(HandsOn(Cached())))
+    assert "its calls are not seen" in refusal(Untraceable(HandsAllOn(Cached())))
+    attention_site(Untraceable(HandsNothingOn(Cached())))
     attention_site(Untraceable(Attention()))
 
 

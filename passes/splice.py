@@ -1,0 +1,228 @@
+"""Sizes whose items a forward runs over: `x.view(*x.shape[:-1], -1, 8)`, whatever the number of axes.
+
+Python runs over the items of a size before any call sees them, so a trace must say how many there are. A forward is
+traced for several numbers of axes, in all combinations where it runs over several sizes. In each trace all that it does
+with the items (`len`, indexing, a loop) is what it does in a run on values of so many axes. Where the graphs are one and
+the same once each complete row of the items of a size is written as that size spliced in, that is the graph for these
+numbers of axes, and each run checks that it has one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import SurgeryError, UntraceableError
+from .nodes import new_node, same_code
+
+_FIRST = 6  # axes in the trace that tells which sizes are run over: as many as any part of a size needs
+_NUMBERS = 4  # of axes that are tried, from the fewest that leave an item in each part of the size
+_MOST = 64  # traces of one forward
+
+# What takes the sizes one by one, or as one tuple.
+_METHODS = {"view", "reshape", "expand", "repeat", "new_empty", "new_zeros", "new_ones"}
+_FUNCTIONS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
+
+
+Part = tuple[tuple[int | None, int | None], ...]  # slices of slices of a size
+
+
+@dataclass(slots=True)
+class Sizes:
+    """The sizes that a forward runs over in one trace.
+
+    Attributes:
+        axes: how many axes the values have whose sizes they are, by the order in which the sizes are met.
+        met: the nodes that read a size, in that order, and the parts of it (slices of slices) that are run over or counted.
+        items: the nodes that are items: of what, the how manieth, and of how many.
+    """
+
+    axes: tuple[int, ...] = ()
+    met: dict[fx.Node, set[Part]] = field(default_factory=dict)
+    items: dict[fx.Node, tuple[fx.Node, int, int]] = field(default_factory=dict)
+
+    def length(self, node: fx.Node) -> int | None:
+        """How many items a size has in this trace; None where the node is no size, nor a slice of one."""
+        found = _size(node)
+        if found is None:
+            return None
+        read, part = found
+        self.met.setdefault(read, set()).add(part)
+        place = list(self.met).index(read)
+        return _length(part, self.axes[place] if place < len(self.axes) else _FIRST)
+
+
+def spliced(parts: tuple[Any, ...] | list[Any], at: tuple[tuple[int, int, int], ...]) -> tuple[Any, ...] | list[Any]:
+    """The tuple or list of the parts, those `at` (place, fewest items, most items) spliced in.
+
+    Raises:
+        SurgeryError: a size has another number of items.
+
+    >>> spliced((torch.Size([2, 7]), -1, 8), ((0, 1, 4),))
+    (2, 7, -1, 8)
+    """
+    lengths = {place: (fewest, most) for place, fewest, most in at}
+    whole: list[Any] = []
+    for place, part in enumerate(parts):
+        if place not in lengths:
+            whole.append(part)
+            continue
+        fewest, most = lengths[place]
+        if not isinstance(part, tuple) or not fewest <= len(part) <= most:
+            raise SurgeryError(
+                f"a rewritten forward takes {fewest} to {most} of the axes of a value one by one, and got the size "
+                f"{part}: contract the model, or give it values with fewer or more axes"
+            )
+        whole += part
+    return whole if isinstance(parts, list) else tuple(whole)
+
+
+def joined(first: Sizes, traced: Callable[[tuple[int, ...]], tuple[fx.Graph, Sizes]]) -> fx.Graph:
+    """The one graph of a forward for several numbers of axes.
+
+    `first` is what its first trace met; `traced` traces it for these numbers of axes.
+
+    Raises:
+        UntraceableError: what it does depends on the number of axes, or no graph holds it.
+    """
+    fewest = [_fewest(parts) for parts in first.met.values()]
+    if _NUMBERS ** len(fewest) > _MOST:
+        raise UntraceableError(f"its forward runs over the items of {len(fewest)} sizes, each of its own length")
+    graph: fx.Graph | None = None
+    for axes in itertools.product(*(range(few, few + _NUMBERS) for few in fewest)):
+        found, sizes = traced(axes)
+        if len(sizes.met) != len(fewest):
+            raise UntraceableError(_DEPENDS)
+        written = _Written(found, sizes, fewest).graph
+        if graph is not None and not same_code(graph, written):
+            raise UntraceableError(_DEPENDS)
+        graph = graph or written
+    assert graph is not None
+    return graph
+
+
+_DEPENDS = "its forward goes by the number of axes of a traced value"
+
+
+class _Written:
+    """A trace with each complete run of the items of a size written as that size spliced in."""
+
+    def __init__(self, traced: fx.Graph, sizes: Sizes, fewest: list[int]) -> None:
+        self.sizes, self.graph = sizes, fx.Graph()
+        self.checked: dict[fx.Node, set[Part]] = {}  # what a run checks the length of
+        self.fewest = dict(zip(sizes.met, fewest, strict=True))
+        self.copies: dict[fx.Node, fx.Node] = {}
+        for node in traced.nodes:
+            if node not in sizes.items:
+                args, kwargs = self.arguments(node)
+                copy = self.copies[node] = new_node(self.graph, node.op, node.target, args, kwargs, None, node.type)
+                if node.op == "call_module" and any(value.target is spliced for value in copy.all_input_nodes):
+                    raise UntraceableError("its forward passes a tuple with the items of a traced value to a module")
+        if self.checked != sizes.met:  # nothing would notice a run on values with more axes
+            raise UntraceableError(_DEPENDS)
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = node.args, {key: self.written(value) for key, value in node.kwargs.items()}
+        if not self.runs(args)[1]:
+            return tuple(map(self.written, args)), kwargs
+        before = 1 if node.op == "call_method" else 0
+        takes_tuple = node.op == "call_method" and node.target in _METHODS
+        if not takes_tuple and not (node.op == "call_function" and node.target in _FUNCTIONS):
+            raise UntraceableError(f"its forward passes the items of a traced value one by one to {_name(node)}")
+        return (*map(self.written, args[:before]), self.written(tuple(args[before:]))), kwargs
+
+    def written(self, value: Any) -> Any:
+        """An argument in the new graph."""
+        if isinstance(value, fx.Node):
+            if value in self.sizes.items:
+                raise UntraceableError("its forward takes an item of a traced value out of a tuple of its items")
+            return self.copies[value]
+        if isinstance(value, list | tuple):
+            container = list if isinstance(value, list) else tuple
+            parts, at = self.runs(value)
+            own = tuple(self.copies[part] if i in at else self.written(part) for i, part in enumerate(parts))
+            if not at:
+                return container(own)
+            limits = tuple((place, *self.limits(parts[place])) for place in at)
+            return new_node(self.graph, "call_function", spliced, (container(own), limits), {})
+        if isinstance(value, dict):
+            return {key: self.written(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*map(self.written, (value.start, value.stop, value.step)))
+        return value
+
+    def runs(self, values: Any) -> tuple[list[Any], list[int]]:
+        """The values with each complete run of items replaced by their size, and where that is."""
+        parts: list[Any] = []
+        at: list[int] = []
+        rest = list(values)
+        while rest:
+            item = self.sizes.items.get(rest[0]) if isinstance(rest[0], fx.Node) else None
+            if item is not None:
+                size, _, count = item
+                found = [self.sizes.items.get(each) for each in rest[:count] if isinstance(each, fx.Node)]
+                if found == [(size, index, count) for index in range(count)]:
+                    at.append(len(parts))
+                    parts.append(size)
+                    del rest[:count]
+                    continue
+            parts.append(rest.pop(0))
+        return parts, at
+
+    def limits(self, size: fx.Node) -> tuple[int, int]:
+        """How few and how many items it had in the traces."""
+        found = _size(size)
+        assert found is not None, "it was run over as a size"
+        read, part = found
+        self.checked.setdefault(read, set()).add(part)
+        few = self.fewest[read]
+        return _length(part, few), _length(part, few + _NUMBERS - 1)
+
+
+def _size(node: fx.Node) -> tuple[fx.Node, Part] | None:
+    """Where a size is read, and the slices taken of it, for a node that is one or a slice of one."""
+    part: Part = ()
+    while node.target is operator.getitem and isinstance(node.args[1], slice) and isinstance(node.args[0], fx.Node):
+        taken = node.args[1]
+        if not _grows(taken):
+            return None
+        part = ((taken.start, taken.stop), *part)
+        node = node.args[0]
+    reads = node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",)
+    asks = node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return (node, part) if reads or asks else None
+
+
+def _grows(taken: slice) -> bool:
+    """Whether a slice of a longer size is never shorter, as `[-2:2]` is."""
+    start, stop, step = taken.start, taken.stop, taken.step
+    plain = step in (None, 1) and all(each is None or type(each) is int for each in (start, stop, step))
+    return plain and (start is None or start >= 0 or stop is None or stop < 0)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _length(part: Part, axes: int) -> int:
+    """How many items a part of a size has: never fewer with more axes, so a part that a run finds between those of the fewest
+    and the most axes that were tried is as long as in one of the traces, and so are all parts together.
+    """
+    left = range(axes)
+    for taken in part:
+        left = left[slice(*taken)]
+    return len(left)
+
+
+def _fewest(parts: set[Part]) -> int:
+    """The fewest axes that leave an item in every part."""
+    for axes in range(1, _FIRST + 1):
+        if all(_length(part, axes) for part in parts):
+            return axes
+    raise UntraceableError("its forward runs over a part of a size that has no items")
