@@ -293,7 +293,9 @@ def test_every_rule_steps_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in RULES:
         replicas = together(seeds(), lambda parameters, kind=kind: kind(parameters, lr=0.01))  # type: ignore[misc, call-arg]
         replicas.lead(lambda model, optimizer: BypassSchedule(model, optimizer, opt1=1, opt2=2))
-        with monkeypatch.context() as patched:  # until the next is made: a subclass's step would be wrapped as it is now
+        with (
+            monkeypatch.context() as patched
+        ):  # until the next is made: a subclass's step would be wrapped as it is now
             patched.setattr(kind, "step", lambda *_: pytest.fail("stepped one by one"))
             while replicas.walking:
                 replicas.step(replicas.backward(loss_fn, batches_at(0)))
