@@ -189,7 +189,7 @@ def models() -> list[str]:
     rows = [json.loads(line) for line in covered.read_text().splitlines()[1:]] if covered.exists() else []
     size = {row["model"]: row["parameters"] for row in rows if "parameters" in row}
     smallest = [
-        min((f"timm:{name}" for name in names if f"timm:{name}" in size), key=size.__getitem__, default="")
+        min((f"timm:{name}" for name in sorted(names) if f"timm:{name}" in size), key=size.__getitem__, default="")
         for _, names in sorted(_module_to_models.items())
     ]
     return [name for name in smallest if name] + [f"torchvision:{name}" for name in TORCHVISION]
