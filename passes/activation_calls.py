@@ -12,6 +12,7 @@ from torch import fx
 
 from .activations import MIXES, activation_input
 from .channels import Channels, Provenance, channels_for
+from .choices import pick, step_of
 from .complex_values import is_complex, may_hold_complex
 from .link import Linked
 from .mixing import is_attention
@@ -154,15 +155,16 @@ class Calls:
                 if use is None or use in carriers:
                     continue
                 carriers.add(use)
-                if use.node.target in _PRODUCTS and _another_path(self.linked, use, carriers):
+                if step_of(use.node).target in _PRODUCTS and _another_path(self.linked, use, carriers):
                     return True
-                if through(Layout(-3), use.node, self.linked.module(use)) or use.node.target in _SPREADS:
+                if through(Layout(-3), use.node, self.linked.module(use)) or step_of(use.node).target in _SPREADS:
                     todo.append(use)
         return False
 
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _SPREADS = {
+    pick,
     "expand",
     "expand_as",
     "view",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .choices import Step
+
 # name: (module classes, functions, tensor methods). A trailing underscore marks the in-place form, as in torch.
 _TABLE: dict[str, tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
     "relu": ((nn.ReLU,), (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_")),
@@ -77,7 +79,7 @@ def module_activation(module: nn.Module) -> str | None:
     return None
 
 
-def call_activation(node: fx.Node) -> str | None:
+def call_activation(node: fx.Node | Step) -> str | None:
     """The activation's name where the node calls one as a function or a tensor method."""
     if node.op == "call_function":
         return FUNCTIONS.get(node.target) if callable(node.target) else None

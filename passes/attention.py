@@ -19,6 +19,7 @@ from .activations import activation_input
 from .affine import Found, affine_at
 from .calls import Constant, leaves
 from .channels import Channels
+from .choices import step_of, value_inputs
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .link import Linked
 from .look_alike import likeness
@@ -140,7 +141,7 @@ def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
         found = affine_at(linked, here)
         if found is not None:
             return here, found
-        inputs = here.node.all_input_nodes
+        inputs = value_inputs(here.node)
         if not inputs:
             break
         here = Spot(here.unit, inputs[0])
@@ -173,20 +174,35 @@ def _agreed(linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Foun
     """The path as two runs on inputs of different sizes show it; further axes are tried where it does not run on them."""
     reason = ""
     for sizes in _POSITIONS.get(w.axis, ()):
+        flows = [Flow(linked, origin, at, w, positions, spot.unit) for positions in sizes]
         try:
-            one, two = (_run(linked, origin, spot, at, w, positions) for positions in sizes)
+            one, two = (_run(flow, spot, at, w) for flow in flows)
         except UnknownError as error:
             reason = reason or str(error)
             continue
-        if isinstance(one, Reason) or one == two:
+        if isinstance(one, Reason):
             return one
+        if one == two:
+            asked = dict.fromkeys(question for flow in flows for question in flow.asked)
+            others = [Flow(linked, origin, at, w, sizes[0], spot.unit, question) for question in asked]
+            return one if all(_same_way(one, flow, spot, at, w) for flow in others) else OTHER_WAY
     return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
-def _run(
-    linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Found, positions: tuple[int, ...]
-) -> Path | Reason:
-    flow = Flow(linked, origin, at, w, positions, spot.unit)
+OTHER_WAY = Reason("its forward branches on a size, and its values go another way in one branch")
+
+
+def _same_way(path: Path, flow: Flow, spot: Spot, at: Spot, w: Found) -> bool:
+    """Whether a run in which the forward takes the other branch shows the same path."""
+    try:
+        other = _run(flow, spot, at, w)
+    except UnknownError:
+        return False
+    return isinstance(other, Path) and replace(other, within=path.within) == path
+
+
+def _run(flow: Flow, spot: Spot, at: Spot, w: Found) -> Path | Reason:
+    linked = flow.linked
     value = activation_input(spot.node)
     assert value is not None, "W was found behind it"
     v = flow.tensor(Spot(spot.unit, value))
@@ -274,6 +290,8 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if any(not tensor.is_meta for tensor in tensors):
                 todo.append(use)
+            elif leaves == [None] and step_of(use.node).conditions:
+                continue  # the other branch runs here; this one does in a run with the other answer
             elif (tensors and not takes_shape(use.node)) or any(leaf is None for leaf in leaves):
                 return Reason(taken)
     if len({made.affine.weight for made, _ in found}) != 1:
@@ -311,7 +329,7 @@ def _weights_shape(flow: Flow, spot: Spot) -> torch.Size:
     here = spot
     for _ in range(FAR):
         here = flow.linked.source(here)
-        inputs = here.node.all_input_nodes
+        inputs = value_inputs(here.node)
         if is_product(here.node) or not inputs:
             break
         here = Spot(here.unit, inputs[0])

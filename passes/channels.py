@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .activations import call_activation, module_activation
 from .affine import affine_at
+from .choices import pick, value_inputs
 from .link import Linked
 from .units import Spot
 from .wires import Layout, through
@@ -126,6 +127,9 @@ class Provenance:
             return self.concatenated(spot)
         if node.target is operator.getitem:
             return self.chunk(spot)
+        if node.target is pick:
+            found = {self.value(Spot(spot.unit, option)) for option in value_inputs(node)}
+            return found.pop() if len(found) == 1 else None
         if _keeps_shape(node, None):
             return self.first(spot)
         return self.moved(spot, None)

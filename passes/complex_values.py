@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .activations import call_activation
 from .calls import leaves
+from .choices import step_of, value_inputs
 from .held import names_in
 from .infinities import PASSES_ON
 from .link import Linked
@@ -65,8 +66,8 @@ def is_complex(linked: Linked, spot: Spot) -> bool:
         node, module = here.node, linked.module(here)
         casts = any(isinstance(given, torch.dtype) for given in leaves((node.args, dict(node.kwargs))))
         wire = through(Layout(-3), node, module) or (module is not None and _is_leaf(module) and not module._parameters)
-        known = wire or node.target in _PASSES_ON or call_activation(node)
-        new = {Spot(here.unit, value) for value in (node.all_input_nodes if known and not casts else ())} - seen
+        known = wire or step_of(node).target in _PASSES_ON or call_activation(node)
+        new = {Spot(here.unit, value) for value in (value_inputs(node) if known and not casts else ())} - seen
         seen |= new
         todo += new
     return False
@@ -79,7 +80,7 @@ def _becomes_complex(linked: Linked, spot: Spot) -> bool:
     if node.op == "get_attr":
         return _is_complex_tensor(linked, spot)
     dtypes = (given for given in leaves((node.args, dict(node.kwargs))) if isinstance(given, torch.dtype))
-    return node.target in _MAKES or any(dtype.is_complex for dtype in dtypes)
+    return step_of(node).target in _MAKES or any(dtype.is_complex for dtype in dtypes)
 
 
 def _is_leaf(module: nn.Module) -> bool:

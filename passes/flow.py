@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_map_only
 
 from .activations import call_activation, module_activation
 from .affine import Found, affine_at
+from .branches import is_size
 from .channels import Channels, Provenance
+from .choices import Step, pick, step_of, truth, value_inputs
 from .link import Linked
 from .matrices import tensor_named
 from .units import Spot, Unit
@@ -97,12 +99,21 @@ class Flow:
         made: the shape of W's output.
         noisy: whether a dropout that is active in training mode stood on the way.
         within: whether all that was asked for is computed in the home unit, from what W's input enters it by.
+        asked: the questions whose answers the sizes of the run gave; that at `flipped` gets the other answer.
     """
 
     def __init__(
-        self, linked: Linked, origin: Origin | None, first: Spot, found: Found, positions: tuple[int, ...], home: Unit
+        self,
+        linked: Linked,
+        origin: Origin | None,
+        first: Spot,
+        found: Found,
+        positions: tuple[int, ...],
+        home: Unit,
+        flipped: Spot | None = None,
     ) -> None:
         self.linked, self.noisy, self.home, self.within = linked, False, home, True
+        self.asked, self.flipped = dict[Spot, None](), flipped
         self.entry = origin.entry if origin is not None else None
         self.known: dict[Spot, Any] = {}
         self.budget = CALLS
@@ -166,11 +177,46 @@ class Flow:
             shape = list(before.shape)
             shape[made.axis] = made.outputs
             return torch.empty(shape, device="meta")
-        if _keeps_shape(node, module):
+        step = step_of(node)
+        if not all(self._holds(Spot(spot.unit, condition), answer) for condition, answer in step.conditions):
+            return None
+        if step.target is truth:
+            return self._answer(spot, step.args[0])
+        if step.target is pick:
+            return self._picked(spot.unit, *step.args)
+        if _keeps_shape(step, module):
             return self._passed(spot, module)
-        if node.op not in ("call_function", "call_method"):
+        if step.op not in ("call_function", "call_method"):
             raise UnknownError
-        return self._broadcast(spot) if node.target in _BROADCASTS else self._called(spot)
+        return self._broadcast(spot, step) if step.target in _BROADCASTS else self._called(spot, step)
+
+    def _answer(self, spot: Spot, asked: Any) -> bool:
+        """The answer to a question about sizes, in this run."""
+        if not is_size(asked):
+            raise UnknownError
+        self.asked[spot] = None
+        return bool(self.value(Spot(spot.unit, asked))) != (spot == self.flipped)
+
+    def _holds(self, condition: Spot, answer: bool) -> bool:
+        """Whether a question has the answer; what is not known is taken to have it: where it matters, a pick follows."""
+        try:
+            return bool(self.value(condition)) == answer
+        except UnknownError:
+            return True
+
+    def _picked(self, unit: Unit, condition: fx.Node, yes: Any, no: Any) -> Any:
+        """The value that is picked: where the question has no answer here, both must be one."""
+        try:
+            answer = self.value(Spot(unit, condition))
+        except UnknownError:
+            one, other = self._given(unit, yes), self._given(unit, no)
+            if not _alike(one, other):
+                raise
+            return one
+        return self._given(unit, yes if answer else no)
+
+    def _given(self, unit: Unit, argument: Any) -> Any:
+        return fx.map_arg(argument, lambda inner: self.value(Spot(unit, inner)))
 
     def _stored(self, spot: Spot) -> Tensor:
         try:
@@ -180,24 +226,24 @@ class Flow:
         return torch.empty_like(stored, device="meta")
 
     def _passed(self, spot: Spot, module: nn.Module | None) -> Tensor:
-        before = self.tensor(Spot(spot.unit, spot.node.all_input_nodes[0]))
+        before = self.tensor(Spot(spot.unit, value_inputs(spot.node)[0]))
         wire = still(Layout(axis=-1), spot.node, module)
         if wire is None or not self._alike_in_eval(spot):
             return _emptied(before)
         self.noisy = self.noisy or (wire.noisy and not before.is_meta)
         return before
 
-    def _broadcast(self, spot: Spot) -> Any:
+    def _broadcast(self, spot: Spot, step: Step) -> Any:
         """An element-wise sum or product; an operand of unknown shape is taken to be no larger than the other."""
         shapes: list[torch.Size] = []
-        for operand in spot.node.args:
+        for operand in step.args:
             if isinstance(operand, fx.Node):
                 try:
                     known = self.value(Spot(spot.unit, operand))
                 except UnknownError:
                     continue
                 if not isinstance(known, Tensor):
-                    return self._called(spot)  # arithmetic of sizes
+                    return self._called(spot, step)  # arithmetic of sizes
                 shapes.append(known.shape)
         if not shapes:
             raise UnknownError
@@ -207,21 +253,20 @@ class Flow:
             together = shapes[0]
         return torch.empty(together, device="meta")
 
-    def _called(self, spot: Spot) -> Any:
+    def _called(self, spot: Spot, step: Step) -> Any:
         node = spot.node
 
         def given(inner: fx.Node) -> Any:
             value = self.value(Spot(spot.unit, inner))
             return value if moves else tree_map_only(Tensor, _emptied, value)
 
-        moves = _moves(node) and self._alike_in_eval(spot)
+        moves = _moves(step) and self._alike_in_eval(spot)
         moves = moves and not any(self.overwritten(Spot(spot.unit, value), node) for value in node.all_input_nodes)
-        args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
+        args, kwargs = fx.map_arg(step.args, given), fx.map_arg(step.kwargs, given)
         try:
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            call: Callable[..., Any] = node.target  # type: ignore[assignment]
-            return call(*args, **kwargs)
+            if step.op == "call_method":
+                return getattr(args[0], str(step.target))(*args[1:], **kwargs)
+            return step.target(*args, **kwargs)
         except Exception as error:  # a user's call on tensors of the wrong size may raise anything
             raise UnknownError from error
 
@@ -239,10 +284,11 @@ class Flow:
 
 def takes_shape(node: fx.Node) -> bool:
     """Whether the call that makes a tensor without numbers takes no more than the shape of a numbered one."""
-    return node.target in _LIKE or _moves(node)
+    step = step_of(node)
+    return step.target in _LIKE or _moves(step)
 
 
-def _moves(node: fx.Node) -> bool:
+def _moves(node: fx.Node | Step) -> bool:
     """Whether the call moves the elements of a tensor, or repeats them, and does nothing else to them."""
     if node.target in ("squeeze", torch.squeeze) and len(node.args) + len(node.kwargs) == 1:
         return False  # which axes go depends on the sizes
@@ -250,6 +296,13 @@ def _moves(node: fx.Node) -> bool:
     return node.target in _MOVES or (
         library == "einops" and getattr(node.target, "__name__", "") in ("rearrange", "repeat")
     )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are one, as far as a run can tell."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.is_meta == other.is_meta and (one.is_meta or torch.equal(one, other))
+    return type(one) is type(other) and not isinstance(one, tuple | list | dict) and bool(one == other)
 
 
 def _emptied(value: Tensor) -> Tensor:
@@ -275,7 +328,7 @@ def numbered(shape: tuple[int, ...], axis: int = -1) -> Tensor:
     return numbers.movedim(-1, axis)
 
 
-def _keeps_shape(node: fx.Node, module: nn.Module | None) -> bool:
+def _keeps_shape(node: fx.Node | Step, module: nn.Module | None) -> bool:
     if module is not None:
         return isinstance(module, _SAME_SHAPE_MODULES) or module_activation(module) is not None
     return node.target in _SAME_SHAPE or call_activation(node) is not None

@@ -17,6 +17,7 @@ from torch import fx
 
 from .activations import call_activation
 from .calls import leaves
+from .choices import pick, step_of, value_inputs
 from .link import Linked
 from .matrices import tensor_named
 from .units import Spot
@@ -36,7 +37,7 @@ PASSES_ON = {
     *_STEPS,
     *(f"{name}_" for name in _STEPS),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem, operator.setitem),
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, F.pad),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, F.pad, pick),
 }
 _LARGEST = 2**22  # elements of a buffer that are looked at
 
@@ -50,12 +51,13 @@ def may_be_infinite(linked: Linked, spot: Spot) -> bool:
         if node.op == "get_attr" and _holds_infinity(linked, here):
             return True
         written = [user for user in node.users if _writes(user)]  # into the value, whatever made it
-        wire = through(Layout(-3), node, linked.module(here)) or node.target in PASSES_ON or call_activation(node)
-        bounded = node.target in _BOUNDS  # an infinite bound binds nothing
+        target = step_of(node).target
+        wire = through(Layout(-3), node, linked.module(here)) or target in PASSES_ON or call_activation(node)
+        bounded = target in _BOUNDS  # an infinite bound binds nothing
         given = leaves((node.args, dict(node.kwargs)))
         if wire and not bounded and any(isinstance(leaf, float) and math.isinf(leaf) for leaf in given):
             return True
-        inputs = node.all_input_nodes[: 1 if bounded else None] if wire else []
+        inputs = value_inputs(node)[: 1 if bounded else None] if wire else []
         new = {Spot(here.unit, value) for value in (*inputs, *written)} - seen
         seen |= new
         todo += new

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .choices import value_inputs
 from .link import Linked
 from .units import Spot
 
@@ -28,7 +29,7 @@ def is_attention(linked: Linked, spot: Spot) -> bool:
         here = linked.source(here)
         if here.node.target in _SOFTMAXES or isinstance(linked.module(here), nn.Softmax):
             return True
-        inputs = here.node.all_input_nodes
+        inputs = value_inputs(here.node)
         if not inputs or here.node.target in _PRODUCTS:
             return False
         here = Spot(here.unit, inputs[0])

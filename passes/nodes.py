@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -53,3 +54,16 @@ def same_code(one: fx.Graph, other: fx.Graph) -> bool:
 
 def _text(graph: fx.Graph) -> str:
     return str(graph.python_code("self").src)
+
+
+_WRITING_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.setitem,
+}  # fmt: skip
+
+
+def names_a_write(node: fx.Node) -> bool:
+    """Whether what a node calls writes in place, by its name or by a flag: `add_`, `x += y`, `relu(x, inplace=True)`."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    trailing = name.endswith("_") and not name.endswith("__")
+    return trailing or node.target in _WRITING_OPERATORS or bool(node.kwargs.get("inplace"))

@@ -245,6 +245,14 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
             listener.refuse(f"its forward applies the autograd function {cls.__name__}, which a graph can't hold")
         return original_apply.__get__(None, cls)(*args, **kwargs)
 
+    original_question = torch.overrides.has_torch_function
+
+    def asking(values: Any) -> bool:
+        listener, asker = recorder.active(), str(sys._getframe(1).f_globals.get("__name__"))
+        if listener is not None and asker.startswith("torch.nn.modules."):
+            listener.refuse("its forward may run a fused path of torch's, which takes no traced values")
+        return original_question(values)
+
     with _new_patcher() as patcher:
         for cls, reason in _CONTEXTS.items():
             always = cls.__module__.startswith("torch")
@@ -260,6 +268,7 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
             patcher.patch_method(
                 _as_class(torch), name, refused(getattr(torch, name), reason, False), deduplicate=False
             )
+        patcher.patch_method(_as_class(torch.overrides), "has_torch_function", asking, deduplicate=False)
         torch.autograd.Function.apply = classmethod(applying)
         try:
             yield
@@ -278,6 +287,7 @@ _FACTORY_NAMES = (
     "arange empty eye full linspace logspace ones rand randint randn randperm tensor zeros as_tensor tril_indices"
 )
 FACTORIES = {getattr(torch, name): name for name in _FACTORY_NAMES.split()}
+_OF_DTYPES = {torch.finfo: "finfo", torch.iinfo: "iinfo"}  # they take no traced dtype either
 
 
 @contextmanager
@@ -288,12 +298,14 @@ def _on_factories(recorder: Recorder) -> Iterator[None]:
         def making(*args: Any, **kwargs: Any) -> Any:
             listener = recorder.active()
             by_forward = listener is not None and asked_by_a_forward()
+            if factory in _OF_DTYPES and not any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values())):
+                by_forward = False
             return listener.made(factory, args, kwargs) if listener and by_forward else factory(*args, **kwargs)
 
         return making
 
     with _new_patcher() as patcher:
-        for factory, name in FACTORIES.items():
+        for factory, name in {**FACTORIES, **_OF_DTYPES}.items():
             patcher.patch_method(_as_class(torch), name, made_of(factory), deduplicate=False)
         yield
 

@@ -130,6 +130,23 @@ def _about_own_class(code: CodeType) -> set[int]:
     return found
 
 
+def raised_by(error: Exception, functions: Iterable[FunctionType]) -> bool:
+    """Whether a `raise` or an `assert` of one of the functions raised the error."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    if step is None:
+        return False
+    code, own = step.tb_frame.f_code, (inner for function in functions for inner in nested(function.__code__))
+    return code in own and step.tb_lasti in _raises(code)
+
+
+@cache
+def _raises(code: CodeType) -> frozenset[int]:
+    """Where in the bytecode something is raised."""
+    return frozenset(each.offset for each in dis.get_instructions(code) if each.opname == "RAISE_VARARGS")
+
+
 def unpacked_into(frame: FrameType) -> int | None:
     """Into how many names the frame unpacks a value now (`a, b = x`); None where it does something else with it."""
     return _unpackings(frame.f_code).get(frame.f_lasti)
@@ -176,7 +193,7 @@ def _asks_device(code: CodeType) -> bool:
 
 
 def says_something(frame: FrameType) -> bool:
-    """Whether a text that a frame makes now is for people: what an assertion, a warning or a log is called with."""
+    """Whether a text that a frame makes now is for people: what an error, a warning or a log is called with."""
     line, told = frame.f_lineno, _messages(frame.f_code)
     return any(first <= line <= last for first, last in told)
 
@@ -192,7 +209,8 @@ def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
             continue
         if instruction.argval in _TELLING and instruction.opname.startswith("LOAD"):
             talking.add(where.lineno)
-        if instruction.opname.startswith(("CALL", "RAISE")) and where.lineno in talking:
+        calls = instruction.opname.startswith("CALL") and where.lineno in talking
+        if calls or instruction.opname == "RAISE_VARARGS":
             told.add((where.lineno, where.end_lineno))
     return frozenset(told)
 

@@ -122,6 +122,7 @@ class _Written:
             if node not in sizes.items:
                 args, kwargs = self.arguments(node)
                 copy = self.copies[node] = new_node(self.graph, node.op, node.target, args, kwargs, None, node.type)
+                copy.meta.update(node.meta)
                 if node.op == "call_module" and any(value.target is spliced for value in copy.all_input_nodes):
                     raise UntraceableError("its forward passes a tuple with the items of a traced value to a module")
         if self.checked != sizes.met:  # nothing would notice a run on values with more axes

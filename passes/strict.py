@@ -10,6 +10,7 @@ from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at, norm_at
 from .channels import Channels
+from .choices import value_inputs
 from .link import Linked
 from .outcome import Match, Reason
 from .plan import Affine, Constraint, Exact
@@ -155,7 +156,7 @@ def leads_back(linked: Linked, value: Spot, spot: Spot) -> bool:
         value = linked.source(value)
         if value == spot:
             return True
-        inputs = value.node.all_input_nodes
+        inputs = value_inputs(value.node)
         if not inputs or value.node.op == "placeholder":
             return False
         value = Spot(value.unit, inputs[0])

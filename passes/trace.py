@@ -15,12 +15,14 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from .branches import Answers, RaisesError, over_answers
 from .callables import Function, function_of, is_callable_attribute, signature_of
 from .calls import Call, default_call
 from .errors import UntraceableError
 from .held import Held, held_code, names_in, reached_through
+from .names import ModelNames
 from .nodes import same_code
 from .recording import Recorder, read_plainly
 from .source import activations_in, activations_named, codes, reached, trap
@@ -87,69 +89,6 @@ class OwnerGraph:
     def children(self) -> tuple[str, ...]:
         """The child modules that the graph calls."""
         return tuple({str(node.target) for node in self.graph.nodes if node.op == "call_module"})
-
-
-class ModelNames:
-    """The paths of a model's modules and tensors, by identity; one that stands in several places has several.
-
-    `first` holds each module by the first of its paths.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules: dict[int, list[str]] = {}
-        self.tensors: dict[int, list[str]] = {}
-        self.first: dict[str, nn.Module] = {}
-        places: list[tuple[str, nn.Module]] = []
-        _list_modules("", model, places)
-        for path, module in places:
-            self.modules.setdefault(id(module), []).append(path)
-            if len(self.modules[id(module)]) == 1:
-                self.first[path] = module
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    self.tensors.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
-        self._shared = [paths for paths in (*self.modules.values(), *self.tensors.values()) if len(paths) > 1]
-        self._aliased = {path: paths[0] for paths in self._shared for path in paths}
-
-    def aliases(self, owner: str) -> frozenset[tuple[str, ...]]:
-        """What stands below the owner under several names: graphs call it by the first."""
-        below = (tuple(name for path in paths if (name := _below(owner, [path])) is not None) for paths in self._shared)
-        return frozenset(names for names in below if len(names) > 1)
-
-    def module(self, owner: str, module: nn.Module) -> str | None:
-        """The first path of a module below the owner ("" for the owner itself); None where it stands elsewhere."""
-        return _below(owner, self.modules.get(id(module), []))
-
-    def tensor(self, owner: str, tensor: Tensor) -> str | None:
-        """The first path of a parameter or buffer below the owner; None where it stands elsewhere."""
-        return _below(owner, self.tensors.get(id(tensor), []))
-
-    def first_name(self, name: str) -> str:
-        """The first of a module's or a tensor's names."""
-        return self._aliased.get(name, name)
-
-    def holders(self, tensor: Tensor) -> int:
-        """Under how many names the model holds the tensor."""
-        return len(self.tensors.get(id(tensor), []))
-
-
-def _list_modules(path: str, module: nn.Module, places: list[tuple[str, nn.Module]]) -> None:
-    """Note a module and all below it with their paths, as often as they stand somewhere."""
-    places.append((path, module))
-    for name, child in module._modules.items():
-        if child is not None:
-            _list_modules(f"{path}.{name}" if path else name, child, places)
-
-
-def _below(owner: str, paths: list[str]) -> str | None:
-    if not owner:
-        return paths[0] if paths else None
-    for path in paths:
-        if path == owner:
-            return ""
-        if path.startswith(owner) and path[len(owner)] == ".":
-            return path[len(owner) + 1 :]
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +249,7 @@ class Tracing:
         functions = walk.functions
         if walk.why is not None:
             raise UntraceableError(walk.why)
-        graph = self._over_axes(tracer, forward, functions, signature, call)
+        graph = self._graph(tracer, forward, functions, signature, call)
         asked = {where for where, name, _ in tracer.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
@@ -322,7 +261,7 @@ class Tracing:
         for each in modules:
             each.__dict__["training"] = not now
         try:
-            other = self._over_axes(again, forward, functions, signature, call)
+            other = self._graph(again, forward, functions, signature, call)
         finally:
             for each in modules:
                 each.__dict__["training"] = now
@@ -333,7 +272,7 @@ class Tracing:
             return OwnerGraph(in_training, call, reads, typed)
         return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
 
-    def _over_axes(
+    def _graph(
         self,
         tracer: OwnerTracer,
         forward: Function,
@@ -341,18 +280,37 @@ class Tracing:
         signature: inspect.Signature,
         call: Call,
     ) -> fx.Graph:
-        """The graph of a run, and where it runs over the items of sizes that of several, for several numbers of axes."""
-        graph = tracer.run(forward, functions, signature, call)
+        """The graph of a run; where it asks for traced values that of several, for all answers, and where it runs over the
+        items of sizes for several numbers of axes.
+        """
 
-        def traced(axes: tuple[int, ...]) -> tuple[fx.Graph, Sizes]:
-            other = OwnerTracer(self.names, self._recorder, tracer.path, tracer.root, axes)
+        def run(axes: tuple[int, ...], answers: Answers) -> OwnerTracer:
+            other = OwnerTracer(self.names, self._recorder, tracer.path, tracer.root, axes, answers)
             try:
-                return other.run(forward, functions, signature, call), other.sizes
+                other.run(forward, functions, signature, call)
+            except RaisesError as error:
+                other.raised = error
             finally:
                 tracer.reads |= other.reads
                 tracer.typed |= other.typed
+            return other
 
-        return joined(tracer.sizes, traced) if tracer.sizes.met else graph
+        def answered(answers: Answers) -> tuple[fx.Graph | RaisesError, int]:
+            first = run((), answers)
+            asked = len(first.questions.asked)
+
+            def over(axes: tuple[int, ...]) -> tuple[fx.Graph, Sizes]:
+                other = run(axes, answers)
+                if other.raised is not None:
+                    raise other.raised
+                if len(other.questions.asked) != asked:
+                    raise UntraceableError("its forward branches on the number of axes of a traced value")
+                return other.graph, other.sizes
+
+            graph = joined(first.sizes, over) if first.sizes.met and first.raised is None else first.graph
+            return first.raised or graph, asked
+
+        return over_answers(answered)
 
     def _read_same(self, path: str, reads: tuple[Read, ...]) -> bool:
         module = self.modules[path]

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 from torch.overrides import TorchFunctionMode
 
+from .branches import Answers, Questions, RaisesError
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Items, Value
+from .choices import truth
 from .errors import UntraceableError
 from .foreign import calls_become
 from .nodes import new_node
 from .outside import Kept
 from .recording import FACTORIES, Recorder
+from .source import raised_by
 from .splice import Sizes
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
@@ -46,7 +49,13 @@ class OwnerTracer(fx.Tracer):
     """
 
     def __init__(
-        self, names: Names, recorder: Recorder, path: str, module: nn.Module, axes: tuple[int, ...] = ()
+        self,
+        names: Names,
+        recorder: Recorder,
+        path: str,
+        module: nn.Module,
+        axes: tuple[int, ...] = (),
+        answers: Answers = (),
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
         self.names, self.recorder, self.path, self.root = names, recorder, path, module
@@ -55,8 +64,9 @@ class OwnerTracer(fx.Tracer):
         self.stored: dict[str, StoredTensor] = {}
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
-        self.sizes = Sizes(axes)
+        self.sizes, self.questions = Sizes(axes), Questions(answers)
         self.refused = ""
+        self.raised: RaisesError | None = None
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.graph = fx.Graph()
@@ -86,7 +96,8 @@ class OwnerTracer(fx.Tracer):
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
             text = str(error).strip().split("\n")[0]
-            raise UntraceableError(f"its forward does not trace ({type(error).__name__}: {text})") from error
+            why = f"its forward does not trace ({type(error).__name__}: {text})"
+            raise (RaisesError(why, error) if raised_by(error, functions) else UntraceableError(why)) from error
         finally:
             changed = self.kept.put_back()
             drew = self.recorder.dice_rolled()
@@ -277,7 +288,9 @@ class OwnerTracer(fx.Tracer):
             self.reads[where, name, MISSING] = None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.refuse("its forward branches on a traced value: control flow, which a graph can't hold")
+        value = obj.node
+        answer = self.questions.answer(value, lambda: self.create_node("call_function", truth, (value,), {}))
+        return self.refuse("its forward branches on traced values again and again") if answer is None else answer
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value: Any = obj

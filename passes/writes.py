@@ -9,17 +9,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from .choices import pick, step_of
 from .link import Linked
+from .nodes import names_a_write
 from .units import Spot, Unit
 
-_OPERATORS = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.setitem,
-}  # fmt: skip
 _VIEWS: set[Any] = {
     "view", "view_as", "reshape", "flatten", "transpose", "permute", "t", "squeeze", "unsqueeze", "expand", "expand_as",
     "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "unflatten", "movedim", "swapaxes",
-    operator.getitem, torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
+    operator.getitem, pick, torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
     torch.chunk, torch.split, torch.unbind, getattr,
 }  # fmt: skip
 
@@ -36,7 +34,7 @@ def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
                 continue
             if _writes(linked, Spot(value.unit, user), here):
                 return True
-            if user.target in _VIEWS:
+            if step_of(user).target in _VIEWS:
                 seen.add(user)
                 todo.append(user)
     return False
@@ -69,6 +67,4 @@ def _writes(linked: Linked, spot: Spot, value: fx.Node) -> bool:
     module = linked.module(spot)
     if module is not None:
         return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    trailing = name.endswith("_") and not name.endswith("__")
-    return trailing or node.target in _OPERATORS or bool(node.kwargs.get("inplace"))
+    return names_a_write(node)

@@ -198,7 +198,8 @@ class Opaque(nn.Module):
     """No graph shows that its result is complex."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.complex(x, x) if x.sum() < 1e9 else x
+        with torch.enable_grad():
+            return torch.complex(x, x)
 
 
 class Unseen(nn.Module):

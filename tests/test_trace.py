@@ -157,7 +157,7 @@ class Foreign(Owner):
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (Branches, "control flow"),
+        (Branches, "branches on a traced value"),
         (Writes, "sets the attribute `last`"),
         (Dice, "draws random numbers"),
         (NoGrad, "`with` block"),

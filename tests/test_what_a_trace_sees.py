@@ -88,7 +88,7 @@ def tags(self: Any, x: Any) -> Any:
         (lambda s, x: s.a(x * 2) if type(x) == Tensor else x, "exact type"),  # noqa: E721 - what is tested
         (matches, "by its type"),
         (lambda s, x: s.a(x) if x.dtype is torch.float32 else x, "same object"),
-        (lambda s, x: s.a(x) if x.dtype in (torch.float16, torch.bfloat16) else x, "control flow"),
+        (lambda s, x: s.a(x) if x.dtype in (torch.float16, torch.bfloat16) else x, "other modules in one branch"),
         (lambda s, x: s.a(x) if torch.float32 in {x.dtype} else x, "as a key"),
         (lambda s, x: s.a(x) * {3: 2.0}.get(x.shape[0], 1.0), "as a key"),
         (lambda s, x: s.a(x) * {"3": 2.0}.get(f"{x.shape[0]}", 1.0), "makes a text"),

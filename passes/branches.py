@@ -1,0 +1,163 @@
+"""Branches: `if x.shape[1] > 1`, `if x.dtype != w.dtype`, `if mask.any()`. A forward is traced for both answers.
+
+The two graphs become one (`merge`): what both do stands in it once, what one of them does runs where its answer holds, and a
+value that differs is picked. An answer for which the forward raises an error of its own raises it in a run too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from .choices import raising, step_of, value_inputs
+from .errors import UntraceableError
+from .merge import ASKED, merged
+from .nodes import copied
+
+_QUESTIONS = 8  # in one trace
+_TRACES = 32  # of one forward, for all its answers
+
+Answers = tuple[bool, ...]
+
+
+class RaisesError(UntraceableError):
+    """The forward itself raises an error, for the answers of this trace."""
+
+    def __init__(self, text: str, error: Exception) -> None:
+        super().__init__(text)
+        self.error = error
+
+
+@dataclass(slots=True)
+class Questions:
+    """What a trace was asked: whether a traced value is true. What no answer was given for is answered with yes."""
+
+    answers: Answers = ()
+    asked: dict[fx.Node, bool] = field(default_factory=dict)
+
+    def answer(self, value: fx.Node, ask: Callable[[], fx.Node]) -> bool | None:
+        """The answer; `ask` makes the node that holds it in a run. None where the forward asks too much."""
+        known = next((answer for other, answer in self.asked.items() if _same_fact(value, other.args[0])), None)
+        if known is not None:
+            return known
+        index = len(self.asked)
+        if index == _QUESTIONS:
+            return None
+        node = ask()
+        node.meta[ASKED] = index
+        self.asked[node] = index >= len(self.answers) or self.answers[index]
+        return self.asked[node]
+
+
+def over_answers(traced: Callable[[Answers], tuple[fx.Graph | RaisesError, int]]) -> fx.Graph:
+    """The one graph of a forward for all answers to its questions.
+
+    `traced` traces it for the first answers, and yes from there on; it says how many questions there were.
+
+    Raises:
+        UntraceableError: some answer leads to what no graph holds, or the graphs do not become one.
+    """
+    count = 0
+
+    def below(answers: Answers) -> fx.Graph | RaisesError:
+        nonlocal count
+        count += 1
+        if count > _TRACES:
+            raise UntraceableError("its forward branches on traced values in too many ways")
+        found, asked = traced(answers)
+        for index in reversed(range(len(answers), asked)):
+            yes = (True,) * (index - len(answers))
+            found = _joined(found, below((*answers, *yes, False)), index)
+        return found
+
+    graph = below(())
+    if isinstance(graph, RaisesError):
+        raise graph
+    return graph
+
+
+def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int) -> fx.Graph | RaisesError:
+    if not isinstance(yes, RaisesError) and not isinstance(no, RaisesError):
+        return merged(yes, no, index)
+    if isinstance(yes, RaisesError) and isinstance(no, RaisesError):
+        return yes
+    raises, graph = (yes, no) if isinstance(yes, RaisesError) else (no, yes)
+    assert isinstance(raises, RaisesError) and isinstance(graph, fx.Graph)
+    graph, _ = copied(graph)
+    question = next(node for node in graph.nodes if node.meta.get(ASKED) == index)
+    del question.meta[ASKED]
+    with graph.inserting_after(question):
+        graph.call_function(raising(cast(type, type(raises.error)), str(raises.error)), (question, raises is yes))
+    return graph
+
+
+_OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "requires_grad"}
+_OF_A_FACT = {"type", "index", "itemsize", "is_floating_point", "is_complex"}  # of a dtype or a device
+_SIZES: set[Any] = {"size", "dim", "ndimension", "numel", "nelement", torch.numel}
+_OF_DTYPE = {"is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex}
+_OPERATORS = {
+    *(operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne, operator.getitem),
+    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg),
+}
+_RESHAPE_IN_PLACE = {
+    "unsqueeze_",
+    "squeeze_",
+    "t_",
+    "transpose_",
+    "swapaxes_",
+    "swapdims_",
+    "resize_",
+    "resize_as_",
+    "set_",
+}
+
+
+def is_fact(value: Any) -> bool:
+    """Whether the node is known of a value without its numbers: a size, a dtype, or what is made of these alone."""
+    return _made_of(value, _OF_A_TENSOR, _SIZES | _OF_DTYPE)
+
+
+def is_size(value: Any) -> bool:
+    """Whether the node is made of sizes alone."""
+    return _made_of(value, {"shape", "ndim"}, _SIZES)
+
+
+def _made_of(value: Any, attributes: set[str], questions: set[Any]) -> bool:
+    """Whether a node is made of these attributes of values and of the answers to these questions alone."""
+    if not isinstance(value, fx.Node):
+        return False
+    step, inputs = step_of(value), value_inputs(value)
+
+    def known(nodes: list[fx.Node]) -> bool:
+        return all(_made_of(node, attributes, questions) for node in nodes)
+
+    if step.op not in ("call_function", "call_method"):
+        return False
+    if step.target is getattr:
+        return step.args[1] in attributes or (step.args[1] in _OF_A_FACT and known(inputs))
+    if step.target in questions:
+        return known(inputs[1:])
+    return (step.target in _OPERATORS or getattr(step.target, "__module__", "") == "math") and known(inputs)
+
+
+def _same_fact(one: Any, other: Any) -> bool:
+    """Whether two nodes are one fact, asked for twice."""
+    if not isinstance(one, fx.Node) or not is_fact(one):
+        return False
+    reshaped = any(node.op == "call_method" and node.target in _RESHAPE_IN_PLACE for node in one.graph.nodes)
+    return one is other or (not reshaped and _same(one, other))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return type(one) is type(other) and not isinstance(one, tuple | list | dict) and bool(one == other)
+    if not is_fact(one) or (one.op, one.target, len(one.args)) != (other.op, other.target, len(other.args)):
+        return False
+    return not one.kwargs and not other.kwargs and all(map(_same, one.args, other.args))

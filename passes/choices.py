@@ -1,0 +1,94 @@
+"""What merged graphs (`passes/merge.py`) call in a run: questions, picks, calls under a condition; and how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import fx
+
+
+def truth(value: Any) -> bool:
+    """The answer to a question.
+
+    >>> truth(3)
+    True
+    """
+    return True if value else False  # noqa: SIM210 - torch's compiler keeps bool(value) open, and can't compare it
+
+
+def pick(condition: bool, yes: Any, no: Any) -> Any:
+    """One of two values.
+
+    >>> pick(2 > 1, "more", "less")
+    'more'
+    """
+    return yes if condition else no
+
+
+@cache
+def conditional(call: Callable[..., Any] | str) -> Callable[..., Any]:
+    """The function, or method of that name, of what follows a condition and the answer with which it is called; else None.
+
+    >>> conditional("upper")(True, True, "a"), conditional("upper")(False, True, "a")
+    ('A', None)
+    """
+
+    def run(condition: bool, answer: bool, /, *args: Any, **kwargs: Any) -> Any:
+        if condition != answer:
+            return None
+        return getattr(args[0], call)(*args[1:], **kwargs) if isinstance(call, str) else call(*args, **kwargs)
+
+    run.__name__ = run.__qualname__ = f"{call if isinstance(call, str) else getattr(call, '__name__', 'call')}_if"
+    run.__dict__["within"] = call
+    return run
+
+
+@cache
+def raising(kind: type, text: str) -> Callable[[bool, bool], None]:
+    """A function that raises the forward's own error where a condition has an answer."""
+
+    def raise_if(condition: bool, answer: bool) -> None:
+        if condition == answer:
+            raise _error(kind, text)
+
+    return raise_if
+
+
+def _error(kind: type, text: str) -> Exception:
+    try:
+        error: Exception = kind(text)
+        return error
+    except TypeError:  # it is made of other things than a text
+        return RuntimeError(f"{kind.__name__}: {text}")
+
+
+class Step(NamedTuple):
+    """What a node calls, without the conditions under which it does."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    conditions: tuple[tuple[fx.Node, bool], ...] = ()
+
+
+def step_of(node: fx.Node) -> Step:
+    """What a node calls: of a call in one branch alone (`passes/merge.py`), the call itself, and where it is made."""
+    target: Any = node.target
+    args, conditions = node.args, list[tuple[fx.Node, bool]]()
+    while hasattr(target, "within"):
+        condition, answer, *rest = args
+        conditions.append((condition, answer))  # type: ignore[arg-type]  # as the graph was merged
+        target, args = target.within, tuple(rest)
+    op = "call_method" if conditions and isinstance(target, str) else node.op
+    return Step(op, target, args, dict(node.kwargs), tuple(conditions))
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a call takes, but for the conditions under which it is made, or by which it picks."""
+    step, found = step_of(node), dict[fx.Node, fx.Node]()
+    args = step.args[1:] if step.target is pick else step.args
+    fx.map_arg((args, step.kwargs), lambda inner: found.setdefault(inner, inner))
+    return list(found)
