@@ -27,6 +27,13 @@ class Arguments(NamedTuple):
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 
 
+def arguments_of(inputs: ExampleInputs) -> Arguments:
+    """The call that example inputs make of a model's forward."""
+    if isinstance(inputs, Arguments):
+        return inputs
+    return Arguments((), dict(inputs)) if isinstance(inputs, Mapping) else Arguments(tuple(inputs), {})
+
+
 class Unit(NamedTuple):
     """One traced method: the module's path, the number of the variant (a module may be called in several ways), and the
     method: `forward`, or a helper of a forward that does not trace itself.
@@ -301,8 +308,4 @@ def _root_call(tracing: Tracing, example_inputs: ExampleInputs | None) -> Call |
     signature = tracing.signature("")
     if example_inputs is None or signature is None:
         return None
-    if isinstance(example_inputs, Arguments):
-        return call_of(signature, example_inputs.args, example_inputs.kwargs)
-    if isinstance(example_inputs, Mapping):
-        return call_of(signature, (), example_inputs)
-    return call_of(signature, tuple(example_inputs), {})
+    return call_of(signature, *arguments_of(example_inputs))
