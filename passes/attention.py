@@ -79,7 +79,7 @@ def _may_be_called_otherwise(linked: Linked, unit: Unit) -> bool:
     """Whether calls that are not seen, of the owner or of a caller that hands it on, may pass what is left at its default."""
     call = linked.graphs[unit].call
     own = [argument.value for _, argument in call.arguments if isinstance(argument, Constant)]
-    if not unit.path or not (own or call.stars):
+    if not unit.path or not (own or call.stars) or linked.is_observed(unit.path):
         return False
     callers = linked.callers.get(unit.path, [])
     return not callers or any(
