@@ -38,8 +38,7 @@ def observed(tracing: Tracing, paths: Iterable[str], args: tuple[Any, ...], kwar
     failures: list[str] = []
     for way in reversed(ways(tracing, args, kwargs)):
         found: dict[str, dict[str, Call]] = {}
-        with _watched(tracing, signatures, found):
-            failure = attempt(tracing, way, args, kwargs)
+        failure = attempt(tracing, way, args, kwargs, _watched(tracing, signatures, found))
         if not failure:
             return Observed({path: [*calls.values()][:MOST] for path, calls in found.items()})
         failures.append(failure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .fakes import on_fakes
+from .matrices import is_sharded
 from .outside import Kept, inherited_values
 from .source import asks_device
 from .trace import Tracing
@@ -24,8 +25,11 @@ def ways(tracing: Tracing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     """The ways to run a model on copies of the inputs, to be tried in this order.
 
     It is the meta device first, where nothing is computed, and no memory used; then, since a model may mix in tensors of
-    its own, fakes; and where the model asks for values, which neither have, the inputs themselves.
+    its own, fakes; and where the model asks for values, which neither have, the inputs themselves. What shards a model
+    would take the first two's tensors for its own, so that one is run on values alone.
     """
+    if any(map(is_sharded, tracing.model.parameters())):
+        return [on_values]
     found: list[Way] = [on_fakes_of]
     if not any(map(asks_device, tracing.functions())):
         found.insert(0, on_meta)
@@ -34,11 +38,18 @@ def ways(tracing: Tracing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return found
 
 
-def attempt(tracing: Tracing, way: Way, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Run the model in eval mode in one way, and leave all as it was; the answer is why it ended early, "" if it did not."""
+def attempt(
+    tracing: Tracing, way: Way, args: tuple[Any, ...], kwargs: dict[str, Any], watched: AbstractContextManager[None]
+) -> str:
+    """Run the model in eval mode in one way, `watched` meanwhile, and leave all as it was.
+
+    Returns:
+        Why the run ended early; "" if it did not.
+    """
     with _left_as_it_was(tracing, (args, kwargs)), torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            way(tracing.model.eval(), args, kwargs)
+            with watched:
+                way(tracing.model.eval(), args, kwargs)
         except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return ""
@@ -71,6 +82,7 @@ def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
     in what it was given.
     """
     kept, dice = Kept(), random.getstate()
+    _reshard(tracing.model)
     for module in tracing.model.modules():
         kept.keep(module)
     for cls in _classes(tracing.model):
@@ -83,6 +95,7 @@ def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        _reshard(tracing.model)
         kept.put_back()
         random.setstate(dice)
 
@@ -96,6 +109,13 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in before:
             buffer.copy_(value)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let a model that FSDP2 sharded hold its shards again, where a forward has left whole parameters in their places."""
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # its import would take 0.3 s
+            module.reshard()  # type: ignore[operator]
 
 
 def _classes(model: nn.Module) -> set[type[nn.Module]]:

@@ -65,8 +65,7 @@ class Run:
     ) -> str:
         """Note the calls that a run shows; the answer is why it ended early."""
         self.calls, self._replayed, self._axes = {}, set(), ChannelAxes()
-        with self._watched(linked, wanted):
-            return attempt(linked.tracing, way, args, kwargs)
+        return attempt(linked.tracing, way, args, kwargs, self._watched(linked, wanted))
 
     @contextmanager
     def _watched(self, linked: Linked, wanted: Mapping[Unit, list[Spot]]) -> Iterator[None]:
