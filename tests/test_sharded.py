@@ -142,6 +142,7 @@ def test_a_model_that_was_extended_before_it_was_sharded_is_refused_as_it_is(gro
     net(torch.randn(2, 3, 4, 4)).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
 def test_calls_are_observed_in_a_sharded_model_which_goes_on_as_before(group: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
