@@ -27,16 +27,15 @@ class Turned(Attention):
 
     def forward(self, x: Tensor, pair: Pair, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         mixed = super().forward(x, pair, mask, cache)
-        return mixed if mask is None else mixed.flip(-1)
+        return mixed if mask is None else mixed.unflatten(-1, (2, 4)).transpose(-2, -1).flatten(-2)
 
 
 class Crossed(Attention):
-    """With a mask it takes its values from elsewhere."""
+    """With a mask it takes its values from another map."""
 
     def forward(self, x: Tensor, pair: Pair, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         weights = (self.q(x) * pair[0]) @ (self.k(x) * pair[1]).transpose(-2, -1)
-        v = self.v(x)
-        return weights.softmax(-1) @ (v if mask is None else v.roll(1, -1))
+        return weights.softmax(-1) @ (self.v(x) if mask is None else self.k(x))
 
 
 @pytest.mark.parametrize("kind", [Turned, Crossed])

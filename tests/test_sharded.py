@@ -15,6 +15,8 @@ from torch import nn
 import bypass_fx
 from bypass_fx import fsdp, sharded, surgery
 from bypass_fx.passes.matrices import is_sharded, placed_like, whole
+from bypass_fx.passes.runs import on_values, ways
+from bypass_fx.passes.trace import Tracing
 from tests.untraced import BOTH, Model, X, attentions
 
 
@@ -150,6 +152,7 @@ def test_calls_are_observed_in_a_sharded_model_which_goes_on_as_before(group: An
     for layer in net.layers:
         fully_shard(layer, mesh=group)
     fully_shard(net, mesh=group)
+    assert ways(Tracing(net), (X,), {}) == [on_values]
     before = net(X)
     plan = bypass_fx.plan(net, example_inputs=(X,))
     assert plan == bypass_fx.plan(plain, example_inputs=(X,)) and attentions(plan) == BOTH
