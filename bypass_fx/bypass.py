@@ -73,8 +73,10 @@ class Bypass:
     def _embed(self, plan: Plan | None, as_plan: Mapping[str, Any]) -> tuple[Plan, dict[str, nn.Parameter]]:
         course, extended = self._course, surgery.is_extended(self._model)
         expect(
-            not extended or (plan is None and not as_plan),
-            "the model is extended already, so it can't be planned again; leave out plan= and its arguments",
+            not extended
+            or (plan is None and as_plan.keys() <= {"example_inputs"}),  # further cycles extend it with these
+            "the model is extended already, so it can't be planned again; leave out plan= and its arguments (example_inputs "
+            "may stay)",
         )
         if not extended:
             surgery.extend(self._model, plan, **as_plan)

@@ -115,7 +115,7 @@ def probe(
         surgery.extend(model, plan)  # raises, with the reasons
     own = optimizer or torch.optim.Adam(model.parameters(), 1e-3)
     param_group.expect_optimizer(own, model.parameters())
-    trial = _Trial(model, own, loss_fn, kept, steps)
+    trial = _Trial(model, own, loss_fn, kept, steps, example_inputs)
     with trial.undone():
         loss = trial.evaluate()
     sites, gradient = trial.gradients(plan)
@@ -134,9 +134,17 @@ def probe(
 class _Trial:
     """Steps from θ* that are undone."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, batches: list[Any], steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: LossFn,
+        batches: list[Any],
+        steps: int,
+        example_inputs: ExampleInputs | None,
+    ) -> None:
         self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
-        self._batches, self._steps = batches, steps
+        self._batches, self._steps, self._example_inputs = batches, steps, example_inputs
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -162,7 +170,7 @@ class _Trial:
             if plan is None:
                 yield []
                 return
-            surgery.extend(self._model, plan)
+            surgery.extend(self._model, plan, example_inputs=self._example_inputs)
             deltas = [surgery.delta_of(self._model, site) for site in plan]
             try:
                 param_group.add(self._optimizer, deltas, self._model.parameters())

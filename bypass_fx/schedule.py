@@ -73,7 +73,8 @@ class BypassSchedule:
         penalty_every: k; in opt2 the constraint is evaluated in every k-th step only: the penalty counts k times there, and
             norms are taken and sites arrive only then. For the returns that ask for no more: "homotopy", "proximal",
             "penalty" and "published". None is 8 for "homotopy", whose way goes by no norm, and 1 for the others.
-        plan: the sites to extend; None plans them.
+        plan: the sites to extend; None plans them. One that was made with `example_inputs` needs them here too, and so do
+            further cycles of a model that was extended with them.
         **as_plan: arguments of `bypass_fx.plan`, such as `mode`. With `select="stuck"` each further cycle looks anew for
             channels that are stuck, and the schedule ends where there are none.
 

@@ -85,7 +85,8 @@ def plan(
             takes the sites with channels that have stopped learning, and lets D move in these only (`bypass_fx.stuck`);
             "probe" the sites that gained the most in a `bypass_fx.probe`. Both need `loss_fn` and `batches`.
         example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward, where its optional
-            arguments matter.
+            arguments matter, or where it calls modules from code that no graph holds (`with` blocks, caches): the model is
+            run on them once, in eval mode, to see how these are called. So give them as in training, without a cache.
         **measuring: `loss_fn`, `batches` and further arguments of `bypass_fx.stuck` or `bypass_fx.probe`, for these two.
 
     Raises:
@@ -179,7 +180,8 @@ def extend(
 
     Args:
         model: any module; for a compiled one the module inside is extended.
-        plan: the sites; made here from `mode`, `select` and `example_inputs`, if None.
+        plan: the sites; made here from `mode`, `select` and `example_inputs`, if None. One that was made with
+            `example_inputs` needs them here too.
         mode, select, example_inputs, **measuring: as for `plan`.
 
     Raises:

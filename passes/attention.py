@@ -25,7 +25,7 @@ from .link import Linked
 from .look_alike import likeness
 from .matrices import tensor_named
 from .mixing import FAR, is_product, weights_of
-from .outcome import Match, Reason
+from .outcome import LEAVES, Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
 from .units import Spot, Unit
@@ -64,8 +64,8 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     linked, owned = calls.linked, calls.linked.graphs[spot.unit]
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
-    if _may_be_called_otherwise(linked, spot.unit):
-        return Reason("its calls are not seen, nor whether they leave its other arguments (a cache?) at their defaults")
+    if may_be_called_otherwise(linked, spot.unit):
+        return _unknown_calls(linked)
     replacing = linked.replaces_weights(spot.unit.path)
     if replacing is not None:
         return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
@@ -76,15 +76,24 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     return found if found == again else Reason("its values go another way in eval mode than in training")
 
 
-def _may_be_called_otherwise(linked: Linked, unit: Unit) -> bool:
+def _unknown_calls(linked: Linked) -> Reason:
+    text = "its calls are not seen, nor whether they leave its other arguments (a cache?) at their defaults"
+    if linked.observed is None:
+        return Reason(text, "pass example_inputs")
+    failure = linked.observed.failure
+    why = f"the model does not run on them ({failure})" if failure else "they do not reach it"
+    return Reason(f"{text}, nor do the example inputs tell: {why}", "pass other example_inputs")
+
+
+def may_be_called_otherwise(linked: Linked, unit: Unit) -> bool:
     """Whether calls that are not seen, of the owner or of a caller that hands it on, may pass what is left at its default."""
     call = linked.graphs[unit].call
     own = [argument.value for _, argument in call.arguments if isinstance(argument, Constant)]
-    if not unit.path or not (own or call.stars):
+    if not unit.path or not (own or call.stars) or linked.is_observed(unit.path):
         return False
     callers = linked.callers.get(unit.path, [])
     return not callers or any(
-        _hands_on(linked, caller) and _may_be_called_otherwise(linked, caller.unit) for caller in callers
+        _hands_on(linked, caller) and may_be_called_otherwise(linked, caller.unit) for caller in callers
     )
 
 
@@ -273,7 +282,7 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
             flow.within = False  # who calls the owner has a say
         for use in linked.uses(here):
             if use is None:
-                return Reason("its result leaves the code that can be seen")
+                return LEAVES
             if use.unit != spot.unit:
                 flow.within = False
                 if not modes_agree(linked.graphs[use.unit]):

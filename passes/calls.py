@@ -56,6 +56,12 @@ class Call:
     def _text(self) -> str:
         return repr(self)
 
+    def covers(self, other: Call) -> bool:
+        """Whether another call of the same forward differs only in plain data where this one takes any value."""
+        pairs = zip(self.arguments, other.arguments, strict=True)
+        fit = all(mine == given or (mine == Value() and _is_data(given)) for (_, mine), (_, given) in pairs)
+        return fit and (self.star, self.stars) == (other.star, other.stars)
+
 
 def default_call(signature: inspect.Signature) -> Call:
     """The call that passes values for the required parameters and leaves the others at their defaults."""
@@ -123,6 +129,10 @@ def _call(
             argument = given.get(parameter.name)
             arguments.append((parameter.name, argument or argument_of(parameter.default)))
     return Call(tuple(arguments), gathered, keywords)
+
+
+def _is_data(argument: Argument) -> bool:
+    return isinstance(argument, Constant) and isinstance(argument.value, bool | int | float | str)
 
 
 def argument_of(value: Any) -> Argument:

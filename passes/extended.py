@@ -13,11 +13,13 @@ from torch import nn
 from .activation_calls import Calls
 from .attention import value_path
 from .callables import is_held
+from .calls import call_of
 from .errors import SurgeryError, UntraceableError
 from .generate import Method, Variant, Watched, generated_class
 from .link import Linked
 from .multihead_source import multihead_source
-from .outcome import Match
+from .otherwise import differences, stands_alike
+from .outcome import LEAVES, Match
 from .plan import Site
 from .rewrite import Psi, runnable
 from .strict import strict
@@ -116,7 +118,10 @@ def _rewrite_for_call(
         SurgeryError: the method does not trace when it is called so, or a strict site would be no strict one in it.
     """
     original, extended = original_class(module), type(module)
-    advice = "contract the model, and pass example_inputs that call it this way to extend"
+    known = made.methods[method]
+    call = call_of(known.signature, args, kwargs)
+    how = differences(known.variants[0].call, call) if call else ""
+    advice = "call it as it was planned, or contract the model, and pass example_inputs that call it this way to extend"
     # modules below that are extended too hold the W and A of its sites: they are seen as they were
     below = {each: type(each) for each in module.modules() if is_extended_owner(each)}
     for each in below:
@@ -126,14 +131,21 @@ def _rewrite_for_call(
         try:
             unit = linked.unit_for_call(method, Arguments(args, kwargs))
         except UntraceableError as error:
-            raise SurgeryError(f"called with these arguments, {error}: {advice}") from error
-        for site in (site for site in made.sites if site.method == method):
-            node = linked.graphs[unit].names.get(site.call)
-            calls = Calls(linked, planned=True)
-            if site.kind == "strict" and (node is None or not _as_strict(calls, Spot(unit, node), site)):
-                raise SurgeryError(f"{original.__name__}.{site.call} is no strict site when called like this: {advice}")
-        known = made.methods[method]
-        variants = (*known.variants, _variant(linked, unit, made.sites, made.psi))
+            raise SurgeryError(f"called with these arguments{how}, {error}: {advice}") from error
+        calls, names = Calls(linked, planned=True), linked.graphs[unit].names
+        here = [site for site in made.sites if site.method == method and site.kind == "strict"]
+        lost = [site for site in here if site.call not in names]
+        if not lost:
+            variant = _variant(linked, unit, made.sites, made.psi)
+            planned = known.variants[0]
+            lost = [
+                site for site in here if not _as_strict(calls, Spot(unit, names[site.call]), site, planned, variant)
+            ]
+        if lost:
+            raise SurgeryError(
+                f"{original.__name__}.{lost[0].call} is no strict site when called like this{how}: {advice}"
+            )
+        variants = (*known.variants, variant)
         methods = {**made.methods, method: replace(known, variants=variants)}
         flags = {**made.flags, **_flags([linked.graphs[unit]])}
         watched = {**made.watched, **_watched(module, [linked.graphs[unit]])}
@@ -144,9 +156,15 @@ def _rewrite_for_call(
         module.__class__ = extended
 
 
-def _as_strict(calls: Calls, spot: Spot, site: Site) -> bool:
-    """Whether the call still stands between the same W and A, with a constraint that implies the one it has."""
+def _as_strict(calls: Calls, spot: Spot, site: Site, planned: Variant, variant: Variant) -> bool:
+    """Whether the call still stands between the same W and A, with a constraint that implies the one it has.
+
+    Where A is another owner's, what stands here must be as it was planned: the result leaves as it did.
+    """
     found = (value_path if site.activation == "attention" else strict)(calls, spot)
+    if found == LEAVES:
+        modes = ((each.graph, each.in_eval or each.graph) for each in (planned, variant))
+        return all(stands_alike(one, other, site.delta) for one, other in zip(*modes, strict=True))
     if not isinstance(found, Match) or found.first is None or found.second is None:
         return False
     assert site.first is not None and site.second is not None

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .activations import activation_input, works_in_place
+from .attention import may_be_called_otherwise
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
 from .link import Linked
 from .matrices import tensor_named
 from .multihead import is_multihead_site
 from .plan import Plan, Site
-from .rewrite import Psi
+from .rewrite import Psi, remedy
 from .subclass import is_extended_owner, original_class
 from .units import Spot, Unit
 from .within import runs_within
@@ -52,6 +53,7 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
             continue
         units = [unit for site in sites for unit in _units(linked, site)]
         units = list(dict.fromkeys(units))
+        _expect_calls_known(linked, units, sites)
         module = linked.modules[path]
         key = _same_code(linked, module, units, sites)
         if key not in shared:
@@ -78,8 +80,15 @@ def _units(linked: Linked, site: Site) -> list[Unit]:
         if units:
             return units
     raise PlanError(
-        f"{site.name}: the model has no module {site.owner!r} with a {site.method} that traces; plan this model anew"
+        f"{site.name}: the model has no module {site.owner!r} with a {site.method} that traces; {remedy(linked)}"
     )
+
+
+def _expect_calls_known(linked: Linked, units: list[Unit], sites: list[Site]) -> None:
+    """An attention with calls that are not seen is no site: the plan was made where they were."""
+    attention = next((site for site in sites if site.activation == "attention"), None)
+    if attention is not None and any(may_be_called_otherwise(linked, unit) for unit in units):
+        raise PlanError(f"{attention.name}: how the model calls {attention.owner} is not seen; {remedy(linked)}")
 
 
 def apply(edits: Iterable[Edit]) -> None:

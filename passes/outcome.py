@@ -27,3 +27,6 @@ class Reason:
 
     text: str
     remedy: str = ""
+
+
+LEAVES = Reason("its result leaves the code that can be seen")

@@ -54,7 +54,7 @@ def _rewritten(
         node = owned.names.get(site.call)
         if node is None or (linked.activation(Spot(unit, node)) is None and node.target not in MIXES):
             raise PlanError(
-                f"{site.name}: {site.owner or 'the model'} calls no activation {site.call!r}; plan this model anew"
+                f"{site.name}: {site.owner or 'the model'} calls no activation {site.call!r}; {remedy(linked)}"
             )
         sigma = copies[node]
         kept = activation_input(sigma)
@@ -74,3 +74,13 @@ def _rewritten(
     sigmas = {node: copies[node] for node in nodes}
     check_rewritten(owned.graph, graph, set(sigmas.values()), psi)
     return graph, sigmas
+
+
+def remedy(linked: Linked) -> str:
+    """What to do about a plan that does not fit the model."""
+    if linked.observed is not None:
+        why = f" (the model does not run on these: {linked.observed.failure})" if linked.observed.failure else ""
+        return f"plan this model anew, or pass the example_inputs that the plan was made with{why}"
+    if linked.unseen:
+        return "pass the example_inputs that the plan was made with, or plan this model anew"
+    return "plan this model anew"

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .activations import activation_input
 from .axes import ChannelAxes
 from .calls import bound_to_placeholders, call_of
 from .channels import Channels
-from .fakes import on_fakes
 from .link import Linked
-from .outside import Kept, inherited_values
-from .source import asks_device
-from .units import ExampleInputs, Spot, Unit
+from .runs import Way, attempt, on_meta, ways
+from .units import ExampleInputs, Spot, Unit, arguments_of
 
 Shape = tuple[int, ...]
 Call = tuple[Shape, int | None]  # the shape of a value, and the axis of its channels where that was told, from the end
 
 
 class Run:
-    """What a run of the model on copies of the inputs without values told; nothing is computed, and no memory is used.
-
-    It is tried on the meta device, then, since a model may mix in tensors of its own, on fakes, and where the model asks
-    for values, which neither have, on the inputs themselves.
+    """What a run of the model on the example inputs told, in the first of the `ways` to run it that tells enough.
 
     Attributes:
         channels: the channels of each activation's input, along the axis that the map or the norm tells which it comes
@@ -52,18 +45,13 @@ class Run:
         wanted: dict[Unit, list[Spot]] = {}
         for spot in spots:
             wanted.setdefault(spot.unit, []).append(spot)
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        ways: list[Way] = [_on_fakes]
-        if not any(map(asks_device, linked.tracing.functions())):
-            ways.insert(0, _on_meta)
-        if not _has_fakes(linked.model, (args, kwargs)):  # else a run on values is out of the question
-            ways.append(_on_values)
-        for way in ways:
-            self.failure = self._run(linked, wanted, way, args, kwargs)
+        arguments = arguments_of(inputs)
+        for way in ways(linked.tracing, *arguments):
+            self.failure = self._run(linked, wanted, way, *arguments)
             told = self.calls.keys() >= set(itertools.chain(*wanted.values()))
             if told:
                 self.failure = ""
-            if not self.failure and (told or way is not _on_meta):
+            if not self.failure and (told or way is not on_meta):
                 break
         self.channels = {spot: found for spot, calls in self.calls.items() if (found := _agreed([*calls]))}
 
@@ -77,17 +65,18 @@ class Run:
     ) -> str:
         """Note the calls that a run shows; the answer is why it ended early."""
         self.calls, self._replayed, self._axes = {}, set(), ChannelAxes()
-        with _left_as_it_was(linked), torch.random.fork_rng(devices=[]), torch.no_grad():
-            undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
-            try:
-                with self._axes:
-                    way(linked.model.eval(), args, kwargs)
-            except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
-                return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            finally:
-                for put_back in reversed(undo):
-                    put_back()
-        return ""
+        return attempt(linked.tracing, way, args, kwargs, self._watched(linked, wanted))
+
+    @contextmanager
+    def _watched(self, linked: Linked, wanted: Mapping[Unit, list[Spot]]) -> Iterator[None]:
+        """See the arguments of every call of the units."""
+        undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
+        try:
+            with self._axes:
+                yield
+        finally:
+            for put_back in reversed(undo):
+                put_back()
 
     def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> Callable[[], None]:
         """See the arguments of every call of a unit; the answer ends that."""
@@ -200,67 +189,3 @@ class _Replay(fx.Interpreter):
             self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
             self.complex |= set(self.wanted[n]) if value.is_complex() else set()
         return value
-
-
-@contextmanager
-def _left_as_it_was(linked: Linked) -> Iterator[None]:
-    """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced."""
-    kept, dice = Kept(), random.getstate()
-    for module in linked.model.modules():
-        kept.keep(module)
-    for cls in _classes(linked.model):
-        for value in inherited_values(cls):
-            kept.keep(value)
-    for function in linked.tracing.functions():
-        kept.keep_surroundings(function)
-    try:
-        yield
-    finally:
-        kept.put_back()
-        random.setstate(dice)
-
-
-Way = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object]
-
-
-def _on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call the model on the meta device."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (own, args, kwargs))
-    torch.func.functional_call(model, tensors, args, kwargs)
-
-
-def _on_fakes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call the model on fake inputs, which take the tensors of a model as they are."""
-    with _buffers_kept(model), on_fakes() as fake:
-        args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
-        model(*args, **kwargs)
-
-
-def _on_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call the model on copies of the inputs."""
-    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-    with _buffers_kept(model):
-        model(*args, **kwargs)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of the buffers back that a run changes: one on fakes may change them too."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
-
-
-def _classes(model: nn.Module) -> set[type[nn.Module]]:
-    """The classes of a model's modules whose code is Python."""
-    return {type(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)}
-
-
-def _has_fakes(model: nn.Module, inputs: Any) -> bool:
-    """Whether a real run is out of the question: something is on the meta device."""
-    tensors = itertools.chain(model.parameters(), model.buffers(), tree_leaves(inputs))
-    return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)

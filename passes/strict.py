@@ -12,7 +12,7 @@ from .affine import Found, affine_at, norm_at
 from .channels import Channels
 from .choices import value_inputs
 from .link import Linked
-from .outcome import Match, Reason
+from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
 from .units import Spot
 from .wires import Layout, is_wire, modes_agree, through
@@ -109,7 +109,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
             return Reason("its forward differs between training and eval mode in more than dropout and normalisation")
         for use in linked.uses(here):
             if use is None:
-                return Reason("its result leaves the code that can be seen")
+                return LEAVES
             found = affine_at(linked, use)
             if found is not None:
                 if found.axis != layout.axis or not reads_only_value(use, found):

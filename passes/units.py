@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
 from .callables import is_held
-from .calls import Call, call_of
+from .calls import Call, call_of, default_call
 from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
+from .observed import Observed, observed
 from .trace import OwnerGraph, Tracing
 
 
@@ -25,6 +27,13 @@ class Arguments(NamedTuple):
 
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+def arguments_of(inputs: ExampleInputs) -> Arguments:
+    """The call that example inputs make of a model's forward."""
+    if isinstance(inputs, Arguments):
+        return inputs
+    return Arguments((), dict(inputs)) if isinstance(inputs, Mapping) else Arguments(tuple(inputs), {})
 
 
 class Unit(NamedTuple):
@@ -51,6 +60,7 @@ class Units:
         graphs: the graph of every unit.
         callers: for every module path, the spots that call it.
         unseen: paths that may (also) be called from code without a graph.
+        observed: the calls of modules that no graph calls, as a run on the example inputs showed them; None without one.
         failures: why a module has no graph.
     """
 
@@ -73,13 +83,68 @@ class Units:
         self._convolutions: dict[tuple[type, str], bool] = {}
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
+        self._as_observed: set[str] = set()
         with self.tracing.session():
             self._enter("", _root_call(self.tracing, example_inputs))
+        self.observed = self._observed(example_inputs)
+        with self.tracing.session():
             for path, module in self.modules.items():  # what no graph calls may be called from anywhere
                 if path and path not in self.callers and not _is_container(module):
                     self.unseen.add(path)
-                    self._enter(path, None)
+                    self._enter_unseen(path)
             self.unseen |= self._mentioned_in_untraced_code()
+
+    def _observed(self, example_inputs: ExampleInputs | None) -> Observed | None:
+        """What a run on the example inputs shows of the calls of modules that no graph calls; None without a run.
+
+        There is none for a module that is analysed in the middle of a call (its `Arguments` are the inputs then).
+        """
+        if example_inputs is None or isinstance(example_inputs, Arguments):
+            return None
+        paths = [path for path in self.modules if path and path not in self.callers and not self._is_leaf(path)]
+        paths = [path for path in paths if not _is_container(self.modules[path])]
+        return observed(self.tracing, paths, *arguments_of(example_inputs)) if paths else None
+
+    def is_observed(self, path: str) -> bool:
+        """Whether no graph calls a module, and its units are the calls that a run on the example inputs showed."""
+        return path in self._as_observed
+
+    def _enter_unseen(self, path: str) -> None:
+        """Enter a module that no graph calls, for every call that was observed; as its defaults say where none was.
+
+        Where one of them does not trace the module has no graph: one for other calls would not run in the model.
+        """
+        if self._is_leaf(path):
+            return
+        calls: dict[str, Call] = {}
+        try:
+            for call in self.observed.calls.get(path, ()) if self.observed else ():
+                general = self._in_general(path, call)
+                calls[general.key()] = general
+        except UntraceableError as error:
+            self.failures[path] = error
+            self._enter_methods(path)
+            return
+        if calls:
+            self._as_observed.add(path)
+        for entered in calls.values() or (None,):
+            self._enter(path, entered)
+
+    def _in_general(self, path: str, call: Call) -> Call:
+        """The call that a module is traced for where it is called so: the one by its defaults, where that serves it too.
+
+        Raises:
+            UntraceableError: the module does not trace when it is called so.
+        """
+        signature = self.tracing.signature(path)
+        assert signature is not None, "only calls with a signature are noted"
+        default = default_call(signature)
+        if default.covers(call):
+            with suppress(UntraceableError):
+                self.tracing.trace(path, default)
+                return default
+        self.tracing.trace(path, call)
+        return call
 
     def _enter(self, path: str, call: Call | None) -> Unit | None:
         if self._is_leaf(path) or path in self.failures:
@@ -301,8 +366,4 @@ def _root_call(tracing: Tracing, example_inputs: ExampleInputs | None) -> Call |
     signature = tracing.signature("")
     if example_inputs is None or signature is None:
         return None
-    if isinstance(example_inputs, Arguments):
-        return call_of(signature, example_inputs.args, example_inputs.kwargs)
-    if isinstance(example_inputs, Mapping):
-        return call_of(signature, (), example_inputs)
-    return call_of(signature, tuple(example_inputs), {})
+    return call_of(signature, *arguments_of(example_inputs))

@@ -15,6 +15,9 @@ from torch import nn
 import bypass_fx
 from bypass_fx import fsdp, sharded, surgery
 from bypass_fx.passes.matrices import is_sharded, placed_like, whole
+from bypass_fx.passes.runs import on_values, ways
+from bypass_fx.passes.trace import Tracing
+from tests.untraced import BOTH, Model, X, attentions
 
 
 @pytest.fixture
@@ -139,3 +142,21 @@ def test_a_model_that_was_extended_before_it_was_sharded_is_refused_as_it_is(gro
         bypass_fx.contract(net)
     assert surgery.is_extended(net)
     net(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+def test_calls_are_observed_in_a_sharded_model_which_goes_on_as_before(group: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    net, plain = Model(), Model()
+    for layer in net.layers:
+        fully_shard(layer, mesh=group)
+    fully_shard(net, mesh=group)
+    assert ways(Tracing(net), (X,), {}) == [on_values]
+    before = net(X)
+    plan = bypass_fx.plan(net, example_inputs=(X,))
+    assert plan == bypass_fx.plan(plain, example_inputs=(X,)) and attentions(plan) == BOTH
+    assert all(map(is_sharded, net.parameters()))
+    assert torch.equal(net(X), before)
+    bypass_fx.extend(net, plan, example_inputs=(X,))
+    assert torch.equal(net(X), before)

@@ -1,0 +1,129 @@
+"""Runs of a model on example inputs that leave it as it was: without values where the model allows that."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .fakes import on_fakes
+from .matrices import is_sharded
+from .outside import Kept, inherited_values
+from .source import asks_device
+from .trace import Tracing
+
+Way = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object]
+
+
+def ways(tracing: Tracing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Way]:
+    """The ways to run a model on copies of the inputs, to be tried in this order.
+
+    It is the meta device first, where nothing is computed, and no memory used; then, since a model may mix in tensors of
+    its own, fakes; and where the model asks for values, which neither have, the inputs themselves. What shards a model
+    would take the first two's tensors for its own, so that one is run on values alone.
+    """
+    if any(map(is_sharded, tracing.model.parameters())):
+        return [on_values]
+    found: list[Way] = [on_fakes_of]
+    if not any(map(asks_device, tracing.functions())):
+        found.insert(0, on_meta)
+    if not _has_fakes(tracing.model, (args, kwargs)):  # else a run on values is out of the question
+        found.append(on_values)
+    return found
+
+
+def attempt(
+    tracing: Tracing, way: Way, args: tuple[Any, ...], kwargs: dict[str, Any], watched: AbstractContextManager[None]
+) -> str:
+    """Run the model in eval mode in one way, `watched` meanwhile, and leave all as it was.
+
+    Returns:
+        Why the run ended early; "" if it did not.
+    """
+    with _left_as_it_was(tracing, (args, kwargs)), torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            with watched:
+                way(tracing.model.eval(), args, kwargs)
+        except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the model on the meta device."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (own, args, kwargs))
+    torch.func.functional_call(model, tensors, args, kwargs)
+
+
+def on_fakes_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the model on fake inputs, which take the tensors of a model as they are."""
+    with _buffers_kept(model), on_fakes() as fake:
+        args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
+        model(*args, **kwargs)
+
+
+def on_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the model on copies of the inputs."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    with _buffers_kept(model):
+        model(*args, **kwargs)
+
+
+@contextmanager
+def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
+    """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced; and
+    in what it was given.
+    """
+    kept, dice = Kept(), random.getstate()
+    _reshard(tracing.model)
+    for module in tracing.model.modules():
+        kept.keep(module)
+    for cls in _classes(tracing.model):
+        for value in inherited_values(cls):
+            kept.keep(value)
+    for function in tracing.functions():
+        kept.keep_surroundings(function)
+    for given in tree_leaves(inputs):
+        kept.keep(given)
+    try:
+        yield
+    finally:
+        _reshard(tracing.model)
+        kept.put_back()
+        random.setstate(dice)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the values of the buffers back that a run changes: one on fakes may change them too."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let a model that FSDP2 sharded hold its shards again, where a forward has left whole parameters in their places."""
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # its import would take 0.3 s
+            module.reshard()  # type: ignore[operator]
+
+
+def _classes(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a model's modules whose code is Python."""
+    return {type(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)}
+
+
+def _has_fakes(model: nn.Module, inputs: Any) -> bool:
+    """Whether a real run is out of the question: something is on the meta device."""
+    tensors = itertools.chain(model.parameters(), model.buffers(), tree_leaves(inputs))
+    return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)

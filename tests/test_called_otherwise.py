@@ -1,0 +1,58 @@
+"""Extended owners in calls that their plan did not see: rewritten where the site stands as it did, else refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bypass_fx
+from tests.untraced import BOTH, MASK, Attention, Cache, Layer, Model, Pair, X, attentions, fill
+
+
+@pytest.mark.parametrize("projects", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mask_that_the_example_inputs_did_not_have_is_taken(projects: bool, train: bool) -> None:
+    model = Model(Layer(projects), Layer(projects)).train(train)
+    before, masked = model(X), model(X, MASK)
+    bypass_fx.extend(model, example_inputs=(X,))
+    assert attentions(bypass_fx.Plan(tuple(bypass_fx.sites(model)))) == BOTH
+    assert torch.equal(model(X, MASK), masked) and torch.equal(model(X), before)
+    fill(model, 0.1)
+    assert not torch.allclose(model(X, MASK), masked)
+
+
+class Turned(Attention):
+    """With a mask it gives its values another way out."""
+
+    def forward(self, x: Tensor, pair: Pair, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        mixed = super().forward(x, pair, mask, cache)
+        return mixed if mask is None else mixed.unflatten(-1, (2, 4)).transpose(-2, -1).flatten(-2)
+
+
+class Crossed(Attention):
+    """With a mask it takes its values from another map."""
+
+    def forward(self, x: Tensor, pair: Pair, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        weights = (self.q(x) * pair[0]) @ (self.k(x) * pair[1]).transpose(-2, -1)
+        return weights.softmax(-1) @ (self.v(x) if mask is None else self.k(x))
+
+
+@pytest.mark.parametrize("kind", [Turned, Crossed])
+def test_a_call_in_which_the_result_leaves_or_the_values_come_in_another_way_is_refused(kind: type[Attention]) -> None:
+    model = Model(Layer(projects=False))
+    model.layers[0].attention = kind(projects=False)
+    bypass_fx.extend(model, example_inputs=(X,))
+    assert attentions(bypass_fx.Plan(tuple(bypass_fx.sites(model)))) == BOTH[:1]
+    with pytest.raises(
+        bypass_fx.SurgeryError, match=r"no strict site when called like this \(mask is a Tensor and was None\)"
+    ):
+        model(X, MASK)
+
+
+def test_a_cache_is_refused_in_words_that_help() -> None:
+    model = bypass_fx.extend(Model(), example_inputs=(X,))
+    with pytest.raises(
+        bypass_fx.SurgeryError, match=r"cache is a Cache and was None; .* without one, e.g. with use_cache=F"
+    ):
+        model(X, cache=Cache())
