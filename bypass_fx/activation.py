@@ -158,6 +158,8 @@ def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[i
         )
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)
+    if isinstance(channels, tuple):
+        z = _spread(z, activated)
     d = _along(d, z, channels) if isinstance(channels, int) else _shaped(d, activated, z, channels)
     return torch.addcmul(activated, z.to(activated.dtype), d)
 
@@ -170,6 +172,13 @@ def _along(delta: Tensor, z: Tensor, axis: int) -> Tensor:
         )
     behind = z.dim() - 1 - axis if axis >= 0 else -1 - axis
     return delta.view(-1, *[1] * behind) if behind else delta
+
+
+def _spread(z: Tensor, activated: Tensor) -> Tensor:
+    """The values of attention, each head repeated for the queries that share it (`enable_gqa`)."""
+    if z.dim() < 3 or z.shape == activated.shape or activated.shape[-3] % z.shape[-3]:
+        return z
+    return z.repeat_interleave(activated.shape[-3] // z.shape[-3], -3)
 
 
 def _shaped(delta: Tensor, activated: Tensor, z: Tensor, view: tuple[int, ...]) -> Tensor:

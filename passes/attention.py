@@ -192,22 +192,34 @@ def _agreed(linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Foun
         if isinstance(one, Reason):
             return one
         if one == two:
-            asked = dict.fromkeys(question for flow in flows for question in flow.asked)
-            others = [Flow(linked, origin, at, w, sizes[0], spot.unit, question) for question in asked]
-            return one if all(_same_way(one, flow, spot, at, w) for flow in others) else OTHER_WAY
+            single = (*sizes[0][:1], *(1 for _ in sizes[0][1:]))
+            for question, answer in {**flows[1].asked, **flows[0].asked}.items():
+                others = [
+                    Flow(linked, origin, at, w, *how) for how in ((single, spot.unit), (sizes[0], spot.unit, question))
+                ]
+                if not any(_goes_same_way(one, flow, spot, at, w, (question, answer)) for flow in others):
+                    return OTHER_WAY
+            return one
     return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
 OTHER_WAY = Reason("its forward branches on a size, and its values go another way in one branch")
 
 
-def _same_way(path: Path, flow: Flow, spot: Spot, at: Spot, w: Found) -> bool:
-    """Whether a run in which the forward takes the other branch shows the same path."""
+class OtherQueries(Reason):
+    """Queries and values differ in number: ψ raises an error in such a call."""
+
+
+def _goes_same_way(path: Path, flow: Flow, spot: Spot, at: Spot, w: Found, asked: tuple[Spot, bool]) -> bool:
+    """Whether a question has the other answer in this run, and its values go the same path, or ψ takes none of them."""
     try:
         other = _run(flow, spot, at, w)
     except UnknownError:
         return False
-    return isinstance(other, Path) and replace(other, within=path.within) == path
+    question, answer = asked
+    if flow.asked.get(question, answer) == answer:
+        return False
+    return isinstance(other, OtherQueries) or (isinstance(other, Path) and replace(other, within=path.within) == path)
 
 
 def _run(flow: Flow, spot: Spot, at: Spot, w: Found) -> Path | Reason:
@@ -221,8 +233,11 @@ def _run(flow: Flow, spot: Spot, at: Spot, w: Found) -> Path | Reason:
         result = _result_shape(flow, spot, v)
     except UnknownError as error:
         raise UnknownError("how many queries it has is not known") from error
+    v = _spread(flow, spot, v, result)
     if result != v.shape:
-        return Reason(f"it has other queries than values (shapes {tuple(result)} and {tuple(v.shape)} in a trial)")
+        return OtherQueries(
+            f"it has other queries than values (shapes {tuple(result)} and {tuple(v.shape)} in a trial)"
+        )
     flow.known[spot] = numbered(tuple(v.shape))
     ends = _ends(linked, flow, spot)
     if isinstance(ends, Reason):
@@ -306,6 +321,14 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
     if len({made.affine.weight for made, _ in found}) != 1:
         return Reason("its result goes into several maps" if found else "its result is not used")
     return found
+
+
+def _spread(flow: Flow, spot: Spot, v: Tensor, result: torch.Size) -> Tensor:
+    """The values with their heads repeated for the queries', where the attention does that (enable_gqa)."""
+    grouped = spot.node.kwargs.get("enable_gqa", False)
+    if not (flow.value(Spot(spot.unit, grouped)) if isinstance(grouped, fx.Node) else grouped):
+        return v
+    return v.repeat_interleave(result[-3] // v.shape[-3], -3) if v.dim() > 2 and result[-3] % v.shape[-3] == 0 else v
 
 
 def _result_shape(flow: Flow, spot: Spot, v: Tensor) -> torch.Size:

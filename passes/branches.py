@@ -6,16 +6,15 @@ value that differs is picked. An answer for which the forward raises an error of
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import fx
 
-from .choices import raising, step_of, value_inputs
+from .choices import raising
 from .errors import UntraceableError
+from .facts import is_fact
 from .merge import ASKED, merged
 from .nodes import copied
 
@@ -96,14 +95,6 @@ def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int)
     return graph
 
 
-_OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "requires_grad"}
-_OF_A_FACT = {"type", "index", "itemsize", "is_floating_point", "is_complex"}  # of a dtype or a device
-_SIZES: set[Any] = {"size", "dim", "ndimension", "numel", "nelement", torch.numel}
-_OF_DTYPE = {"is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex}
-_OPERATORS = {
-    *(operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne, operator.getitem),
-    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg),
-}
 _RESHAPE_IN_PLACE = {
     "unsqueeze_",
     "squeeze_",
@@ -115,34 +106,6 @@ _RESHAPE_IN_PLACE = {
     "resize_as_",
     "set_",
 }
-
-
-def is_fact(value: Any) -> bool:
-    """Whether the node is known of a value without its numbers: a size, a dtype, or what is made of these alone."""
-    return _made_of(value, _OF_A_TENSOR, _SIZES | _OF_DTYPE)
-
-
-def is_size(value: Any) -> bool:
-    """Whether the node is made of sizes alone."""
-    return _made_of(value, {"shape", "ndim"}, _SIZES)
-
-
-def _made_of(value: Any, attributes: set[str], questions: set[Any]) -> bool:
-    """Whether a node is made of these attributes of values and of the answers to these questions alone."""
-    if not isinstance(value, fx.Node):
-        return False
-    step, inputs = step_of(value), value_inputs(value)
-
-    def known(nodes: list[fx.Node]) -> bool:
-        return all(_made_of(node, attributes, questions) for node in nodes)
-
-    if step.op not in ("call_function", "call_method"):
-        return False
-    if step.target is getattr:
-        return step.args[1] in attributes or (step.args[1] in _OF_A_FACT and known(inputs))
-    if step.target in questions:
-        return known(inputs[1:])
-    return (step.target in _OPERATORS or getattr(step.target, "__module__", "") == "math") and known(inputs)
 
 
 def _same_fact(one: Any, other: Any) -> bool:

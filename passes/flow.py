@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_map_only
 
 from .activations import call_activation, module_activation
 from .affine import Found, affine_at
-from .branches import is_size
 from .channels import Channels, Provenance
 from .choices import Step, pick, step_of, truth, value_inputs
+from .facts import is_size
 from .link import Linked
 from .matrices import tensor_named
 from .units import Spot, Unit
@@ -99,7 +99,7 @@ class Flow:
         made: the shape of W's output.
         noisy: whether a dropout that is active in training mode stood on the way.
         within: whether all that was asked for is computed in the home unit, from what W's input enters it by.
-        asked: the questions whose answers the sizes of the run gave; that at `flipped` gets the other answer.
+        asked: the answers that the sizes of the run gave to questions; that at `flipped` gets the other one.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Flow:
         flipped: Spot | None = None,
     ) -> None:
         self.linked, self.noisy, self.home, self.within = linked, False, home, True
-        self.asked, self.flipped = dict[Spot, None](), flipped
+        self.asked, self.flipped = dict[Spot, bool](), flipped
         self.entry = origin.entry if origin is not None else None
         self.known: dict[Spot, Any] = {}
         self.budget = CALLS
@@ -194,8 +194,8 @@ class Flow:
         """The answer to a question about sizes, in this run."""
         if not is_size(asked):
             raise UnknownError
-        self.asked[spot] = None
-        return bool(self.value(Spot(spot.unit, asked))) != (spot == self.flipped)
+        self.asked[spot] = bool(self.value(Spot(spot.unit, asked))) != (spot == self.flipped)
+        return self.asked[spot]
 
     def _holds(self, condition: Spot, answer: bool) -> bool:
         """Whether a question has the answer; what is not known is taken to have it: where it matters, a pick follows."""

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import bypass_fx
-from bypass_fx.passes.branches import is_fact, is_size
 from bypass_fx.passes.choices import raising, step_of
 from bypass_fx.passes.errors import UntraceableError
+from bypass_fx.passes.facts import is_fact, is_size
 from bypass_fx.passes.trace import Tracing
 from bypass_fx.surgery import delta_of
 
@@ -351,6 +351,53 @@ def test_attention_behind_branches_on_sizes_is_a_site(variety: str) -> None:
 def test_attention_whose_values_go_another_way_in_one_branch_is_refused() -> None:
     (refusal,) = bypass_fx.plan(ByLength("swaps")).refusals
     assert "another way in one branch" in refusal.reason
+
+
+class Grouped(ByLength):
+    """Two queries to a head of keys and values; one query alone is mixed in another layout, as sdpa wrappers do."""
+
+    def __init__(self, variety: str = "") -> None:
+        super().__init__(variety)
+        self.k, self.v = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (-1, 2)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        length, options = q.shape[2], dict[str, Any]()
+        if mask is None and k.shape[-1] == v.shape[-1] <= 256:
+            options["enable_gqa"] = True
+        elif length == 1:
+            q = q.reshape(len(x) if self.variety else q.shape[0], 2, 2, 2)
+        else:
+            k, v = (each.repeat_interleave(2, 1) for each in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        out = out.reshape(out.shape[0], -1, length, v.shape[-1])
+        return self.o(out.transpose(1, 2).reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
+
+
+def test_heads_of_values_that_several_queries_share() -> None:
+    model, x = Grouped().double(), torch.randn(2, 5, 8).double()
+    mask = torch.zeros(5, 5).double()
+    expected = model(x)
+    torch.testing.assert_close(model(x, mask), expected)
+    bypass_fx.extend(model)
+    (site,) = bypass_fx.sites(model)
+    assert site.view == (4, 1, 2) and site.first is not None
+    assert site.first.part == ((0, 2), (0, 4), (2, 4))
+    assert equal(model(x), expected)
+    assert equal(model(x[:, :1]), Grouped().double()(x[:, :1]))
+    delta = delta_of(model, site)
+    with torch.no_grad():
+        delta.normal_()
+        v = model.v(x).unflatten(-1, (2, 2)).transpose(1, 2).repeat_interleave(2, 1) * delta.view(4, 1, 2)
+    torch.testing.assert_close(model(x), expected + F.linear(v.transpose(1, 2).flatten(2), model.o.weight))
+    torch.testing.assert_close(model(x, mask), model(x))
+    with pytest.raises(bypass_fx.BypassError, match="as many queries as values"):
+        model(x[:, :1], mask[:1, :1])
+    with torch.no_grad():
+        model.v.weight.zero_()
+    before = model(x)
+    bypass_fx.contract(model)
+    torch.testing.assert_close(model(x), before)
 
 
 def test_modes_and_branches_together() -> None:
