@@ -10,12 +10,13 @@ from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at, norm_at
 from .channels import Channels
-from .choices import value_inputs
+from .choices import pick, step_of, value_inputs
+from .facts import is_fact
 from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
 from .units import Spot
-from .wires import Layout, is_wire, modes_agree, through
+from .wires import Layout, is_cast, is_wire, modes_agree, through
 from .writes import overwritten
 
 
@@ -103,6 +104,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     """
     todo: list[tuple[Spot, Layout]] = [(spot, layout)]
     ends: dict[str, tuple[Found, Layout, Spot]] = {}
+    picks: dict[Spot, list[Layout]] = {}
     while todo:
         here, layout = todo.pop()
         if not modes_agree(linked.graphs[here.unit]):
@@ -110,6 +112,13 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
         for use in linked.uses(here):
             if use is None:
                 return LEAVES
+            if is_fact(use.node):
+                continue  # its size or its dtype alone
+            if step_of(use.node).target is pick:
+                picks.setdefault(use, []).append(layout)
+                if len(picks[use]) == len(value_inputs(use.node)):
+                    todo.append((use, layout))
+                continue
             found = affine_at(linked, use)
             if found is not None:
                 if found.axis != layout.axis or not reads_only_value(use, found):
@@ -117,10 +126,12 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
                 noisy = layout.noisy or any(before.noisy for _, before, _ in ends.values())
                 ends[found.affine.weight] = (found, replace(layout, noisy=noisy), use)
                 continue
-            passed = through(layout, use.node, linked.module(use)) if _reads_one_value(use.node) else None
+            passed = _passed(linked, use, layout)
             if passed is None:
                 return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
             todo.append((use, passed))
+    if any(len(set(layouts)) != 1 or len(layouts) != len(value_inputs(use.node)) for use, layouts in picks.items()):
+        return Reason("its forward branches, and its result goes another way in one branch")
     if len(ends) != 1:
         return Reason("its result goes into several maps" if ends else "its result is not used")
     found, layout, use = next(iter(ends.values()))
@@ -132,22 +143,23 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     return found, layout, alone
 
 
+def _passed(linked: Linked, use: Spot, layout: Layout) -> Layout | None:
+    """The layout behind a wire; of those in one branch alone a cast is one."""
+    step = step_of(use.node)
+    if step.conditions:
+        return layout if is_cast(step) else None
+    return through(layout, use.node, linked.module(use)) if _reads_one_value(use.node) else None
+
+
 def reads_only_value(use: Spot, found: Found) -> bool:
     """Whether the value enters A as its input, and not as its weight or bias."""
     return found.value is not None and sum(node.op != "get_attr" for node in use.node.all_input_nodes) == 1
 
 
 def _reads_one_value(node: fx.Node) -> bool:
-    """Whether a wire carries one value (sizes taken from that same value do not count)."""
+    """Whether a wire carries one value: sizes and dtypes do not count."""
     first = node.all_input_nodes[0]
-    return all(
-        other is first or first in other.all_input_nodes or _is_size(other, first) for other in node.all_input_nodes
-    )
-
-
-def _is_size(node: fx.Node, value: fx.Node) -> bool:
-    """Whether the node is `value.shape[i]`."""
-    return any(value in inner.all_input_nodes for inner in node.all_input_nodes)
+    return all(other is first or is_fact(other) for other in node.all_input_nodes)
 
 
 def leads_back(linked: Linked, value: Spot, spot: Spot) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import acts_as
+from .choices import Step, step_of
 from .trace import OwnerGraph
 
 
@@ -200,6 +201,21 @@ def _mean(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
     return replace(layout, axis=left.index(channel) - len(left), rank=len(left))
 
 
+def _cast(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
+    """To another dtype or device: the same values, up to rounding."""
+    return layout if is_cast(step_of(node)) else None
+
+
+def is_cast(step: Step) -> bool:
+    """Whether a call takes a value to another dtype or device, and leaves it as it is, up to rounding."""
+    given = (*step.args, *step.kwargs.values())
+    whole = any(isinstance(value, torch.dtype) and not value.is_floating_point for value in given)
+    return step.op == "call_method" and step.target in _CASTS and not whole
+
+
+_CASTS = {"to", "type_as", "float", "double", "half", "bfloat16"}
+
+
 _MODULES: dict[type[nn.Module], Wire] = {
     nn.Identity: _same,
     nn.Dropout: _dropout, nn.Dropout1d: _dropout, nn.Dropout2d: _dropout, nn.Dropout3d: _dropout,
@@ -224,4 +240,5 @@ _FUNCTIONS: dict[Any, Wire] = {
 _METHODS: dict[str, Wire] = {
     "flatten": _flatten, "permute": _permute, "transpose": _transpose, "mean": _mean, "view": _view, "reshape": _view,
     "contiguous": _same, "clone": _same,
+    **dict.fromkeys(_CASTS, _cast),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from .units import Spot, Unit
 _VIEWS: set[Any] = {
     "view", "view_as", "reshape", "flatten", "transpose", "permute", "t", "squeeze", "unsqueeze", "expand", "expand_as",
     "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "unflatten", "movedim", "swapaxes",
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
     operator.getitem, pick, torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
     torch.chunk, torch.split, torch.unbind, getattr,
 }  # fmt: skip
