@@ -103,7 +103,7 @@ def run_helps(
     ],
     full: Annotated[bool, typer.Option(help="The full lengths, which take days on two cores.")] = False,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
-    arms: Annotated[str, typer.Option(help="Only these arms, with commas; the others stay to be run.")] = "",
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm, or these; the others stay to be run.")] = None,
     cifar10: Annotated[str, typer.Option(help="A folder with CIFAR-10, which is then a task too.")] = "",
 ) -> None:
     """Whether bypassing helps: every arm of the protocol from the same θ*, seed by seed."""
@@ -111,8 +111,8 @@ def run_helps(
     chosen = next((each for each in get_args(protocol.Stage) if each == stage), None)
     if chosen is None:
         raise typer.BadParameter(f"{stage!r} is no stage; take {', '.join(get_args(protocol.Stage))}")
-    names = [name.strip() for name in arms.split(",")] if arms else []
-    strange = sorted({*names} - {arm.name for arm in (*found.plain, *found.search, *found.verdict)})
+    names = arm or []
+    strange = sorted({*names} - {each.name for each in (*found.plain, *found.search, *found.verdict)})
     if strange:
         raise typer.BadParameter(f"there is no arm {strange[0]!r}; protocol.toml names them")
     file = record.run(found, chosen, only, names)
