@@ -17,6 +17,7 @@ from bypass_fx.evaluation import total_of
 from bypass_fx.feed import EVAL_BATCH, in_order, placed
 from bypass_fx.optimizers import make_lr_schedule, make_optimizer
 from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.phases import Lengths
 from bypass_fx.settings import Settings
 from bypass_fx.stuck import stuck
@@ -54,7 +55,9 @@ class Arm:
             machine = (engine.device, engine.shares, settings.channels_last, settings.workers)
             return engine.total(total_of(self.runner, data, examples, *machine))
 
-    def stuck(self, plan: Plan, data: Data, settings: Settings, engine: Engine) -> Plan:
+    def stuck(
+        self, plan: Plan, data: Data, settings: Settings, engine: Engine, example_inputs: ExampleInputs | None
+    ) -> Plan:
         """The stuck channels at a plan's sites, over the training set; all processes must call this together."""
         machine = (engine.shares, data.collate, settings.workers)
         batches = (
@@ -66,7 +69,8 @@ class Arm:
             found: Tensor = inner(self.runner)(batch)[0]
             return found
 
-        return stuck(self.model, loss, batches, plan=plan, total=engine.total).plan
+        found = stuck(self.model, loss, batches, plan=plan, example_inputs=example_inputs, total=engine.total)
+        return found.plan
 
     def state_dict(self) -> dict[str, Any]:
         """Model and optimiser in whole tensors; all processes must call this together."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from bypass_fx.accept import Accept
 from bypass_fx.course import AtBudget
 from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.schedule import BypassSchedule
 from bypass_fx.settings import Settings, parse_gamma
 
@@ -52,6 +53,7 @@ def embedded(
     plan: Plan,
     lengths: Lengths,
     accept: Accept | None = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> BypassSchedule:
     """The model extended by the plan, under the schedule that the settings describe; θ* is kept where it may be needed.
 
@@ -74,6 +76,7 @@ def embedded(
         plan=plan,
         mode=settings.mode,
         select=settings.pattern,
+        example_inputs=example_inputs,
         at_budget=at_budget,
         accept=accept,
         snapshot="cpu" if comes_back else None,  # a run has checkpoints

@@ -24,6 +24,7 @@ from bypass_fx.interrupt import Wish
 from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.matrices import placed_like
 from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.plateau import Plateau
 from bypass_fx.run_log import Losses, RunLog, TrainingError, foreign, where
@@ -48,8 +49,9 @@ class Run:
         on_event: Callable[[Event], None],
         checkpoints: Checkpoints | None,
         accept: Accept | None,
+        example_inputs: ExampleInputs | None,
     ) -> None:
-        self._accept = accept
+        self._accept, self._example_inputs = accept, example_inputs
         self._data, self._settings, self._task, self._plan = data, settings, task, plan
         self._engine, self._feed = engine, feed
         self._saving = Saving(checkpoints, engine, settings.checkpoint_seconds)
@@ -217,7 +219,7 @@ class Run:
         if self._settings.select != STUCK:
             return self._plan
         try:
-            return self._bypass.stuck(self._plan, self._data, self._settings, self._engine)
+            return self._bypass.stuck(self._plan, self._data, self._settings, self._engine, self._example_inputs)
         except FOREIGN_ERRORS as error:
             raise foreign(error, f"the search for stuck channels failed after step {self.step}") from error
 
@@ -254,7 +256,8 @@ class Run:
         if accept is not None:
             accept = verdict.Verdict(accept, self._engine.from_main, begun)
         arm = self._bypass
-        schedule = embedded(arm.model, arm.optimizer, self._settings, plan, self._lengths, accept)
+        machine = (self._settings, plan, self._lengths, accept, self._example_inputs)
+        schedule = embedded(arm.model, arm.optimizer, *machine)
         if not self._engine.sharded:  # there, extend has seen to it
             deltas = [surgery.delta_of(self._bypass.model, site) for site in surgery.sites(self._bypass.model)]
             self._engine.share_gradients(deltas)

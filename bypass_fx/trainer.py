@@ -16,11 +16,12 @@ from bypass_fx.accept import Accept, resolve
 from bypass_fx.data import Data
 from bypass_fx.engine import Engine
 from bypass_fx.evaluation import expect_fit
-from bypass_fx.feed import Feed
+from bypass_fx.feed import Feed, placed
 from bypass_fx.history import Event, History
 from bypass_fx.interrupt import noticed
 from bypass_fx.models import ModelError
 from bypass_fx.optimizers import make_optimizer
+from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.run import Run
 from bypass_fx.run_log import TrainingError
@@ -53,6 +54,7 @@ class Trainer:
         folder: where the run is written: records as they come, checkpoints, and at the end the weights. If a run lies
             there, `fit` goes on with it.
         about: what else `folder` should say of the run.
+        example_inputs: as for `bypass_fx.plan`, where it takes a run on them to see how modules are called.
 
     Raises:
         BypassError: the model has no site or can't take the data, or a setting names something unknown.
@@ -77,6 +79,7 @@ class Trainer:
         accept: Accept | Callable[[nn.Module], Any] | None = None,
         folder: str | Path | None = None,
         about: dict[str, Any] | None = None,
+        example_inputs: ExampleInputs | None = None,
     ) -> None:
         self._accept = resolve(accept)
         self.settings = settings or Settings()
@@ -94,9 +97,11 @@ class Trainer:
         self.lengths = Lengths.of(self.settings, self._feed.steps_per_epoch)
         at_once = self.settings.batch_size // (self._engine.shares.world * self._engine.shares.parts)
         self._flops = expect_fit(model.to(self._engine.device), data, self.task, self._engine.device) * at_once
-        self.plan = surgery.plan(model, mode=self.settings.mode, select=self.settings.pattern)
+        self._inputs = placed(example_inputs, self._engine.device, self.settings.channels_last)
+        self.plan = surgery.plan(model, self.settings.mode, self.settings.pattern, self._inputs)
         # Embeds and contracts once, which changes nothing at D = 0: what can't be done shows now and not after train1.
-        embedded(model, make_optimizer(model, self.settings), self.settings, self.plan, self.lengths).finish()
+        optimizer = make_optimizer(model, self.settings)
+        embedded(model, optimizer, self.settings, self.plan, self.lengths, None, self._inputs).finish()
         if self.settings.gradient_checkpointing:
             _checkpoint_gradients(model)
         self._folder = self._opened(folder, about or {}) if folder else None
@@ -137,6 +142,7 @@ class Trainer:
             self._emit,
             checkpoints,
             self._accept,
+            self._inputs,
         )
         if checkpoints:
             found = checkpoints.newest() if self._engine.is_main else None

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from bypass_fx.optimizers import make_optimizer
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.settings import Settings, SettingsError
 from bypass_fx.trainer import Trainer, TrainingError
+from tests import untraced
 from tests.runs import digits, mlp, short, trainer
 
 EPOCH = 5  # 1,437 digits in minibatches of 256
@@ -153,6 +155,24 @@ def test_a_convolutional_model_of_residual_blocks_trains_with_relaxed_sites() ->
     run = Trainer(model, data, Settings(train1=1, opt1=1, opt2=1, train3=1, batch_size=8, lr=1e-3))
     assert len(run.plan) == 16 and run.plan.coefficients == 3840
     assert run.fit().moments[-1].bypass.train_loss > 0
+
+
+@pytest.mark.parametrize("select", [None, "stuck"])
+def test_sites_that_a_run_on_example_inputs_shows_are_trained_too(select: str | None, tmp_path: Path) -> None:
+    """Their calls are not in any graph; each embedding, and a run that goes on, must see them again."""
+    x = torch.randn(16, 3, 8)
+    data = Data(
+        "noise", TensorDataset(x, x.mean(-1, True)), TensorDataset(x, x.mean(-1, True)), "regression", 1, (3, 8)
+    )
+    phases = {"train1": 1, "opt1": 1, "opt2": 1, "train3": 1, "cycles": 2}
+    settings = Settings(batch_size=8, lr=1e-3, select=select, **phases)  # type: ignore[arg-type]
+    run = Trainer(untraced.Model(), data, settings, example_inputs=(x[:2],), folder=tmp_path)
+    assert [site.activation for site in run.plan] == ["attention"] * 2
+    history = run.fit()
+    assert len(history.reports) == (2 if select is None else 0)
+    assert type(run.model) is untraced.Model and not any("delta" in name for name in run.model.state_dict())
+    with pytest.raises(BypassError):
+        Trainer(untraced.Model(), data, settings)
 
 
 def test_a_compiled_model_trains_as_the_plain_one_does() -> None:
