@@ -96,7 +96,7 @@ def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int)
     return graph
 
 
-_OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "requires_grad"}
+_OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse"}
 _OF_A_FACT = {"type", "index", "itemsize", "is_floating_point", "is_complex"}  # of a dtype or a device
 _SIZES: set[Any] = {"size", "dim", "ndimension", "numel", "nelement", torch.numel}
 _OF_DTYPE = {"is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex}
@@ -105,15 +105,8 @@ _OPERATORS = {
     *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg),
 }
 _RESHAPE_IN_PLACE = {
-    "unsqueeze_",
-    "squeeze_",
-    "t_",
-    "transpose_",
-    "swapaxes_",
-    "swapdims_",
-    "resize_",
-    "resize_as_",
-    "set_",
+    *("unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_"),
+    *("resize_", "resize_as_", "set_"),
 }
 
 
@@ -149,8 +142,12 @@ def _same_fact(one: Any, other: Any) -> bool:
     """Whether two nodes are one fact, asked for twice."""
     if not isinstance(one, fx.Node) or not is_fact(one):
         return False
-    reshaped = any(node.op == "call_method" and node.target in _RESHAPE_IN_PLACE for node in one.graph.nodes)
-    return one is other or (not reshaped and _same(one, other))
+    return one is other or (not any(map(_reshapes_in_place, one.graph.nodes)) and _same(one, other))
+
+
+def _reshapes_in_place(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _RESHAPE_IN_PLACE
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -96,6 +96,22 @@ def asked_of_changed(s: Two, x: Tensor) -> Tensor:
     return s.b(F.relu(s.a(y)) * k) * (7 if y.shape[0] > 2 else 11)  # type: ignore[no-any-return]
 
 
+def reshaped(s: Two, x: Tensor) -> Tensor:
+    y = x.clone()
+    k = 3 if y.dim() > 2 else 5
+    torch.as_strided_(y, (1, 1, 4), (4, 4, 1))
+    return s.b(F.relu(s.a(y)) * k) * (7 if y.dim() > 2 else 11)  # type: ignore[no-any-return]
+
+
+def asked_before(s: Two, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    axes, trained = y.ndim, y.requires_grad
+    y.add_(s.b.bias)
+    late = y.requires_grad
+    y.unsqueeze_(0)
+    return s.b(F.relu(s.a(x + y)) * axes) * (2 if trained else 3) * (5 if late else 7)  # type: ignore[no-any-return]
+
+
 def containers(s: Two, x: Tensor) -> Any:
     h = F.relu(s.a(x))
     parts = (h, h + 1) if x.shape[0] > 2 else (h - 1, h)
@@ -130,7 +146,7 @@ def smallest(s: Two, x: Tensor) -> Tensor:
 
 BODIES: list[Body] = [
     padded, of_rank, cast_to_weight, nested, by_values, asked_again, asked_of_changed, containers, other_results,
-    swallowing, largest, looked_up, smallest,
+    swallowing, largest, looked_up, smallest, reshaped, asked_before,
 ]  # fmt: skip
 INPUTS = [
     torch.randn(1, 4),
