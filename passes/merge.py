@@ -91,7 +91,7 @@ class _Merged:
                 return {key: self.agreed(value, other[key]) for key, value in one.items()}
             if isinstance(one, slice):
                 return slice(*(self.agreed(getattr(one, at), getattr(other, at)) for at in ("start", "stop", "step")))
-            if not any(isinstance(leaf, fx.Node) for leaf in leaves((one, other))) and one == other:
+            if not any(isinstance(leaf, fx.Node) for leaf in leaves((one, other))) and _same_constant(one, other):
                 return one
         return self.pick(self.copied(one, True), self.copied(other, False))
 
@@ -105,6 +105,11 @@ class _Merged:
             if all(isinstance(each, fx.Node) for each in pair):
                 self.picked[pair] = known
         return known
+
+
+def _same_constant(one: Any, other: Any) -> bool:
+    """Whether two constants of one type are the same; 0.0 and -0.0 are not, though they are equal."""
+    return bool(one == other) and repr(one) == repr(other)
 
 
 def _key(node: fx.Node) -> Any:

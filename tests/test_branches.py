@@ -112,6 +112,11 @@ def asked_before(s: Two, x: Tensor) -> Tensor:
     return s.b(F.relu(s.a(x + y)) * axes) * (2 if trained else 3) * (5 if late else 7)  # type: ignore[no-any-return]
 
 
+def signed(s: Two, x: Tensor) -> Tensor:
+    y = s.b(F.relu(s.a(x)))
+    return torch.copysign(y, torch.full_like(y, 0.0 if x.shape[0] > 2 else -0.0))
+
+
 def containers(s: Two, x: Tensor) -> Any:
     h = F.relu(s.a(x))
     parts = (h, h + 1) if x.shape[0] > 2 else (h - 1, h)
@@ -146,7 +151,7 @@ def smallest(s: Two, x: Tensor) -> Tensor:
 
 BODIES: list[Body] = [
     padded, of_rank, cast_to_weight, nested, by_values, asked_again, asked_of_changed, containers, other_results,
-    swallowing, largest, looked_up, smallest, reshaped, asked_before,
+    swallowing, largest, looked_up, smallest, reshaped, asked_before, signed,
 ]  # fmt: skip
 INPUTS = [
     torch.randn(1, 4),
