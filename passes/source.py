@@ -94,7 +94,7 @@ def _trap(code: CodeType) -> str | None:
     told = _about_own_class(code)
     for instruction in dis.get_instructions(code):
         line = instruction.positions.lineno if instruction.positions else line
-        if instruction.opname == "MATCH_CLASS":
+        if instruction.opname in ("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING"):
             return f"`{code.co_name}` matches a value by its type, which a traced value does not have"
         if instruction.opname == "STORE_GLOBAL":
             return f"`{code.co_name}` sets the global variable `{instruction.argval}`, which a graph can't hold"

@@ -278,6 +278,15 @@ def tries(s: Two, x: Tensor) -> Tensor:
     return s.b(F.relu(s.a(x))) * (torch.stack(2).sum() if x.shape[0] > 2 else 1)  # type: ignore[arg-type, no-any-return]
 
 
+def matches(s: Two, x: Tensor) -> Tensor:
+    match x.shape:
+        case [n, 4]:
+            k = n
+        case _:
+            k = 3
+    return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
+
+
 REFUSED: list[tuple[Body, str]] = [
     (lambda s, x: s.b(F.relu(s.a(x))) if x.shape[0] > 2 else x, "other activations|other modules"),
     (lambda s, x: s.b(F.relu(s.a(x)) if x.shape[0] > 2 else s.a(x)), "other activations"),
@@ -287,6 +296,7 @@ REFUSED: list[tuple[Body, str]] = [
     (many, "in too many ways"),
     (breaks, "needs the number"),
     (tries, "TypeError"),
+    (matches, "matches a value by its type"),
 ]
 
 
