@@ -147,6 +147,34 @@ def _raises(code: CodeType) -> frozenset[int]:
     return frozenset(each.offset for each in dis.get_instructions(code) if each.opname == "RAISE_VARARGS")
 
 
+@cache
+def caught(code: CodeType) -> tuple[tuple[int, int], ...]:
+    """Where in the bytecode an error does not end the call: the ranges of `try` whose `except` goes on."""
+    steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "NOP", "NOT_TAKEN")]
+    places = {each.offset: place for place, each in enumerate(steps)}
+    entries = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]  # typeshed does not know it
+
+    def drops(target: int, seen: frozenset[int] = frozenset()) -> bool:
+        """Whether the error is dropped there, or where what is raised there is handled."""
+        around = (each.target for each in entries if each.start <= target < each.end and each.target not in seen)
+        return _goes_on(steps, places[target]) or any(drops(each, seen | {target}) for each in around)
+
+    return tuple((each.start, each.end) for each in entries if drops(each.target))
+
+
+def _goes_on(steps: list[dis.Instruction], place: int) -> bool:
+    """Whether what handles errors from this place on drops one; what ends in a `raise`, or a `finally`, hands it on."""
+    if steps[place].opname != "PUSH_EXC_INFO" or steps[place + 1].opname == "WITH_EXCEPT_START":
+        return False
+    for before, here, after in zip(steps[place:], steps[place + 1 :], steps[place + 2 :], strict=False):
+        if here.opname == "POP_EXCEPT":
+            if after.opname != "RERAISE":
+                return True
+            if before.opname == "COPY":
+                return False
+    return False
+
+
 def unpacked_into(frame: FrameType) -> int | None:
     """Into how many names the frame unpacks a value now (`a, b = x`); None where it does something else with it."""
     return _unpackings(frame.f_code).get(frame.f_lasti)

@@ -129,8 +129,9 @@ def other_results(s: Two, x: Tensor) -> Any:
 
 
 def swallowing(s: Two, x: Tensor) -> Tensor:
+    n = x.shape[0]
     try:
-        k = 2 if x.shape[0] == 3 else 1
+        k = 2 if n == 3 else 1
     except Exception:
         k = 30
     return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
@@ -278,6 +279,38 @@ def tries(s: Two, x: Tensor) -> Tensor:
     return s.b(F.relu(s.a(x))) * (torch.stack(2).sum() if x.shape[0] > 2 else 1)  # type: ignore[arg-type, no-any-return]
 
 
+def catches(s: Two, x: Tensor) -> Tensor:
+    try:
+        n = x.shape[2]
+    except IndexError:
+        n = 1
+    return s.b(F.relu(s.a(x))) * n  # type: ignore[no-any-return]
+
+
+def catches_in_helper(s: Two, x: Tensor) -> Tensor:
+    def cut() -> Tensor:
+        return x.view(2, 4)
+
+    try:
+        x = cut()
+    except RuntimeError as error:
+        x = x * len(error.args)
+    return s.b(F.relu(s.a(x)))  # type: ignore[no-any-return]
+
+
+def catches_further_out(s: Two, x: Tensor) -> Tensor:
+    for wanted in ((2, 4), (1, 4), (-1, 4)):
+        try:
+            try:
+                x = x.view(wanted)
+            except RuntimeError as error:
+                raise ValueError("no") from error
+            break
+        except ValueError:
+            continue
+    return s.b(F.relu(s.a(x)))  # type: ignore[no-any-return]
+
+
 def matches(s: Two, x: Tensor) -> Tensor:
     match x.shape:
         case [n, 4]:
@@ -285,6 +318,22 @@ def matches(s: Two, x: Tensor) -> Tensor:
         case _:
             k = 3
     return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
+
+
+def hands_on(s: Two, x: Tensor) -> Tensor:
+    k = 1
+    try:
+        x = x + 1
+    except RuntimeError as error:
+        raise ValueError("no") from error
+    finally:
+        k += 1
+    return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("body", [hands_on, swallowing])
+def test_a_try_that_drops_no_error_of_a_call_is_traced(body: Body) -> None:
+    assert Tracing(net(body)).trace("").names["relu"]
 
 
 REFUSED: list[tuple[Body, str]] = [
@@ -296,6 +345,9 @@ REFUSED: list[tuple[Body, str]] = [
     (many, "in too many ways"),
     (breaks, "needs the number"),
     (tries, "TypeError"),
+    (catches, "goes on where a call fails"),
+    (catches_in_helper, "goes on where a call fails"),
+    (catches_further_out, "goes on where a call fails"),
     (matches, "matches a value by its type"),
 ]
 
