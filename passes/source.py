@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -147,8 +147,11 @@ def _raises(code: CodeType) -> frozenset[int]:
     return frozenset(each.offset for each in dis.get_instructions(code) if each.opname == "RAISE_VARARGS")
 
 
+Caught = tuple[tuple[int, int], ...]
+
+
 @cache
-def caught(code: CodeType) -> tuple[tuple[int, int], ...]:
+def caught(code: CodeType) -> Caught:
     """Where in the bytecode an error does not end the call: the ranges of `try` whose `except` goes on."""
     steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "NOP", "NOT_TAKEN")]
     places = {each.offset: place for place, each in enumerate(steps)}
@@ -160,6 +163,15 @@ def caught(code: CodeType) -> tuple[tuple[int, int], ...]:
         return _goes_on(steps, places[target]) or any(drops(each, seen | {target}) for each in around)
 
     return tuple((each.start, each.end) for each in entries if drops(each.target))
+
+
+def is_tried(frame: FrameType | None, trying: Mapping[CodeType, Caught]) -> bool:
+    """Whether a frame, or one that called it, would catch an error that is raised now, and go on."""
+    while frame is not None:
+        if any(start <= frame.f_lasti < end for start, end in trying.get(frame.f_code, ())):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _goes_on(steps: list[dis.Instruction], place: int) -> bool:

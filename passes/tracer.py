@@ -7,7 +7,7 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -23,7 +23,8 @@ from .foreign import calls_become
 from .nodes import new_node
 from .outside import Kept
 from .recording import FACTORIES, Recorder
-from .source import caught, nested, raised_by
+from .records import fields_of
+from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
@@ -70,7 +71,7 @@ class OwnerTracer(fx.Tracer):
         self.raised: RaisesError | None = None
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
-        self.trying: dict[CodeType, tuple[tuple[int, int], ...]] = {}  # where the code catches errors, and goes on
+        self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
         self.graph = fx.Graph()
 
     def run(
@@ -217,6 +218,11 @@ class OwnerTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         if isinstance(a, nn.Module):
             raise UntraceableError("its forward passes a module as an argument")
+        made = fields_of(a)
+        if made is not None:
+            return self.create_node(
+                "call_function", kind, (), {name: self.create_arg(each) for name, each in made.items()}
+            )
         return super().create_arg(a)
 
     def tensor(self, tensor: Tensor) -> StoredTensor:
@@ -239,18 +245,9 @@ class OwnerTracer(fx.Tracer):
     ) -> fx.Node:
         if not is_grad_enabled():
             raise UntraceableError("its forward switches gradients off, which a graph can't hold")
-        if self.trying and kind.startswith("call") and target not in _SAFE and self.is_tried():
+        if self.trying and kind.startswith("call") and target not in _SAFE and is_tried(sys._getframe(1), self.trying):
             self.refuse("its forward goes on where a call fails, which a graph can't hold")
         return new_node(self.graph, kind, target, args, kwargs, name, type_expr)
-
-    def is_tried(self) -> bool:
-        """Whether the code that makes a call now would catch its error, and go on."""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            if any(start <= frame.f_lasti < end for start, end in self.trying.get(frame.f_code, ())):
-                return True
-            frame = frame.f_back
-        return False
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module call becomes a node."""
