@@ -96,15 +96,8 @@ def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int)
 
 
 _RESHAPE_IN_PLACE = {
-    "unsqueeze_",
-    "squeeze_",
-    "t_",
-    "transpose_",
-    "swapaxes_",
-    "swapdims_",
-    "resize_",
-    "resize_as_",
-    "set_",
+    *("unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_"),
+    *("resize_", "resize_as_", "set_"),
 }
 
 
@@ -112,8 +105,12 @@ def _same_fact(one: Any, other: Any) -> bool:
     """Whether two nodes are one fact, asked for twice."""
     if not isinstance(one, fx.Node) or not is_fact(one):
         return False
-    reshaped = any(node.op == "call_method" and node.target in _RESHAPE_IN_PLACE for node in one.graph.nodes)
-    return one is other or (not reshaped and _same(one, other))
+    return one is other or (not any(map(_reshapes_in_place, one.graph.nodes)) and _same(one, other))
+
+
+def _reshapes_in_place(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _RESHAPE_IN_PLACE
 
 
 def _same(one: Any, other: Any) -> bool:

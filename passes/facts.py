@@ -10,7 +10,7 @@ from torch import fx
 
 from .choices import pick, step_of, value_inputs
 
-_OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "requires_grad"}
+_OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse"}
 _OF_A_FACT = {"type", "index", "itemsize", "is_floating_point", "is_complex"}  # of a dtype or a device
 _SIZES: set[Any] = {"size", "dim", "ndimension", "numel", "nelement", torch.numel}
 _OF_DTYPE = {"is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex}

@@ -129,7 +129,7 @@ class _Merged:
                 return {key: self.agreed(value, other[key]) for key, value in one.items()}
             if isinstance(one, slice):
                 return slice(*(self.agreed(getattr(one, at), getattr(other, at)) for at in ("start", "stop", "step")))
-            if not any(isinstance(leaf, fx.Node) for leaf in leaves((one, other))) and one == other:
+            if not any(isinstance(leaf, fx.Node) for leaf in leaves((one, other))) and _same_constant(one, other):
                 return one
         return self.pick(self.copied(one, True), self.copied(other, False))
 
@@ -148,6 +148,11 @@ class _Merged:
 def _kind(node: fx.Node) -> Hashable:
     """What nodes must have in common to be one: what they call, and with how many arguments by position."""
     return node.op, node.target, len(node.args)
+
+
+def _same_constant(one: Any, other: Any) -> bool:
+    """Whether two constants of one type are the same; 0.0 and -0.0 are not, though they are equal."""
+    return bool(one == other) and repr(one) == repr(other)
 
 
 def _movable_kind(node: fx.Node) -> Hashable:

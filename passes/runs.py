@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -46,10 +47,11 @@ def attempt(
     Returns:
         Why the run ended early; "" if it did not.
     """
-    with _left_as_it_was(tracing, (args, kwargs)), torch.random.fork_rng(devices=[]), torch.no_grad():
+    model = tracing.model
+    with _left_as_it_was(tracing, (args, kwargs)), _drawn_again(model, (args, kwargs)), torch.no_grad():
         try:
-            with watched:
-                way(tracing.model.eval(), args, kwargs)
+            with in_eval_mode(model), watched:
+                way(model, args, kwargs)
         except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return ""
@@ -64,7 +66,7 @@ def on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def on_fakes_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call the model on fake inputs, which take the tensors of a model as they are."""
-    with _buffers_kept(model), on_fakes() as fake:
+    with _values_kept(model.buffers()), on_fakes() as fake:
         args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
         model(*args, **kwargs)
 
@@ -72,8 +74,22 @@ def on_fakes_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def on_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call the model on copies of the inputs."""
     args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-    with _buffers_kept(model):
+    with _values_kept(_may_be_written(model)):
         model(*args, **kwargs)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a run. Each module is told so itself: a `train` of a model's own may do more, as to merge weights."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module, mode in training.items():
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager
@@ -81,7 +97,7 @@ def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
     """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced; and
     in what it was given.
     """
-    kept, dice = Kept(), random.getstate()
+    kept = Kept()
     _reshard(tracing.model)
     for module in tracing.model.modules():
         kept.keep(module)
@@ -97,18 +113,47 @@ def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
     finally:
         _reshard(tracing.model)
         kept.put_back()
-        random.setstate(dice)
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of the buffers back that a run changes: one on fakes may change them too."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the values of these tensors back that a run changes: one on fakes may change them too."""
+    before = [(tensor, tensor.clone()) for tensor in tensors]
     try:
         yield
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for tensor, value in before:
+            tensor.copy_(value)
+
+
+def _may_be_written(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a forward may write into: buffers, others that modules hold, and parameters that are not trained,
+    as a teacher's are, whose values are a mean of the student's.
+    """
+    yield from model.buffers()
+    yield from (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    registered = {"_parameters", "_buffers", "_modules"}
+    held = [value for module in model.modules() for name, value in vars(module).items() if name not in registered]
+    yield from (leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _drawn_again(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Put every generator back that a run may draw from: torch's, NumPy's and Python's, and those that are held or given."""
+    held = tree_leaves(([vars(module) for module in model.modules()], inputs))
+    own = [(each, each.get_state()) for each in held if isinstance(each, torch.Generator)]
+    numpy: Any = sys.modules.get("numpy")
+    dice, drawn = random.getstate(), numpy and numpy.random.get_state()
+    devices = {each.device for each in itertools.chain(model.parameters(), model.buffers()) if each.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(dice)
+        if numpy:
+            numpy.random.set_state(drawn)
+        for generator, state in own:
+            generator.set_state(state)
 
 
 def _reshard(model: nn.Module) -> None:

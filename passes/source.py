@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -94,7 +94,7 @@ def _trap(code: CodeType) -> str | None:
     told = _about_own_class(code)
     for instruction in dis.get_instructions(code):
         line = instruction.positions.lineno if instruction.positions else line
-        if instruction.opname == "MATCH_CLASS":
+        if instruction.opname in ("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING"):
             return f"`{code.co_name}` matches a value by its type, which a traced value does not have"
         if instruction.opname == "STORE_GLOBAL":
             return f"`{code.co_name}` sets the global variable `{instruction.argval}`, which a graph can't hold"
@@ -145,6 +145,46 @@ def raised_by(error: Exception, functions: Iterable[FunctionType]) -> bool:
 def _raises(code: CodeType) -> frozenset[int]:
     """Where in the bytecode something is raised."""
     return frozenset(each.offset for each in dis.get_instructions(code) if each.opname == "RAISE_VARARGS")
+
+
+Caught = tuple[tuple[int, int], ...]
+
+
+@cache
+def caught(code: CodeType) -> Caught:
+    """Where in the bytecode an error does not end the call: the ranges of `try` whose `except` goes on."""
+    steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "NOP", "NOT_TAKEN")]
+    places = {each.offset: place for place, each in enumerate(steps)}
+    entries = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]  # typeshed does not know it
+
+    def drops(target: int, seen: frozenset[int] = frozenset()) -> bool:
+        """Whether the error is dropped there, or where what is raised there is handled."""
+        around = (each.target for each in entries if each.start <= target < each.end and each.target not in seen)
+        return _goes_on(steps, places[target]) or any(drops(each, seen | {target}) for each in around)
+
+    return tuple((each.start, each.end) for each in entries if drops(each.target))
+
+
+def is_tried(frame: FrameType | None, trying: Mapping[CodeType, Caught]) -> bool:
+    """Whether a frame, or one that called it, would catch an error that is raised now, and go on."""
+    while frame is not None:
+        if any(start <= frame.f_lasti < end for start, end in trying.get(frame.f_code, ())):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _goes_on(steps: list[dis.Instruction], place: int) -> bool:
+    """Whether what handles errors from this place on drops one; what ends in a `raise`, or a `finally`, hands it on."""
+    if steps[place].opname != "PUSH_EXC_INFO" or steps[place + 1].opname == "WITH_EXCEPT_START":
+        return False
+    for before, here, after in zip(steps[place:], steps[place + 1 :], steps[place + 2 :], strict=False):
+        if here.opname == "POP_EXCEPT":
+            if after.opname != "RERAISE":
+                return True
+            if before.opname == "COPY":
+                return False
+    return False
 
 
 def unpacked_into(frame: FrameType) -> int | None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .tracer import OwnerTracer
 
 
+# What a value says of itself that a write in place changes.
+_CHANGING = {"shape", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "_version", "data", "T", "mT", "H", "mH"}
+
+
 class Traced(fx.Proxy):
     """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
 
@@ -40,8 +44,8 @@ class Traced(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         attribute = TracedAttribute(self, k)
-        if k == "shape":
-            _ = attribute.node  # read now: the value may have other axes where the shape is used (`unsqueeze_`)
+        if k in _CHANGING:
+            _ = attribute.node  # read now: it may be another where it is used (`unsqueeze_`, `requires_grad_`)
         return attribute
 
     def __iter__(self) -> Iterator[Any]:

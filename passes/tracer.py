@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -22,7 +23,8 @@ from .foreign import calls_become
 from .nodes import new_node
 from .outside import Kept
 from .recording import FACTORIES, Recorder
-from .source import raised_by
+from .records import fields_of
+from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
@@ -69,6 +71,7 @@ class OwnerTracer(fx.Tracer):
         self.raised: RaisesError | None = None
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
+        self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
         self.graph = fx.Graph()
 
     def run(
@@ -81,6 +84,7 @@ class OwnerTracer(fx.Tracer):
         """
         for function in functions:
             self.kept.keep_surroundings(function)
+            self.trying |= {code: ranges for code in nested(function.__code__) if (ranges := caught(code))}
         self.kept.keep(self.root)
         try:
             with (
@@ -214,6 +218,11 @@ class OwnerTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         if isinstance(a, nn.Module):
             raise UntraceableError("its forward passes a module as an argument")
+        made = fields_of(a)
+        if made is not None:
+            return self.create_node(
+                "call_function", kind, (), {name: self.create_arg(each) for name, each in made.items()}
+            )
         return super().create_arg(a)
 
     def tensor(self, tensor: Tensor) -> StoredTensor:
@@ -236,6 +245,8 @@ class OwnerTracer(fx.Tracer):
     ) -> fx.Node:
         if not is_grad_enabled():
             raise UntraceableError("its forward switches gradients off, which a graph can't hold")
+        if self.trying and kind.startswith("call") and target not in _SAFE and is_tried(sys._getframe(1), self.trying):
+            self.refuse("its forward goes on where a call fails, which a graph can't hold")
         return new_node(self.graph, kind, target, args, kwargs, name, type_expr)
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -315,6 +326,9 @@ class OwnerTracer(fx.Tracer):
         if not kept or not all(type(item) is TracedValue and _from_parameters(item.node) for item in new):
             raise UntraceableError("its forward changes a list or dict that its module holds")
 
+
+# Calls that do not fail: what a value says of itself, and comparisons, which no forward tries for their errors.
+_SAFE = {getattr, truth, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 
 _SPLITS: set[Any] = {
     "chunk", "split", "tensor_split", "split_with_sizes", torch.chunk, torch.split, torch.tensor_split,

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .calls import bound_to_placeholders, call_of
 from .fakes import on_fakes
 from .link import Linked
+from .runs import in_eval_mode
 from .units import ExampleInputs, Spot, Unit
 
 
@@ -39,7 +40,11 @@ class ValueShapes:
             self._wanted.setdefault(unit, set()).add(node)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         counter = _Flops()
-        with _eval_mode(linked.model), self._watching(), _without_data(linked.model, (args, kwargs)) as (args, kwargs):
+        with (
+            in_eval_mode(linked.model),
+            self._watching(),
+            _without_data(linked.model, (args, kwargs)) as (args, kwargs),
+        ):
             try:
                 with counter:
                     linked.model(*args, **kwargs)
@@ -150,15 +155,3 @@ def _without_data(model: nn.Module, inputs: Any) -> Iterator[Any]:
             yield inputs
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a run that must leave running statistics alone."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -96,6 +96,27 @@ def asked_of_changed(s: Two, x: Tensor) -> Tensor:
     return s.b(F.relu(s.a(y)) * k) * (7 if y.shape[0] > 2 else 11)  # type: ignore[no-any-return]
 
 
+def reshaped(s: Two, x: Tensor) -> Tensor:
+    y = x.clone()
+    k = 3 if y.dim() > 2 else 5
+    torch.as_strided_(y, (1, 1, 4), (4, 4, 1))
+    return s.b(F.relu(s.a(y)) * k) * (7 if y.dim() > 2 else 11)  # type: ignore[no-any-return]
+
+
+def asked_before(s: Two, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    axes, trained = y.ndim, y.requires_grad
+    y.add_(s.b.bias)
+    late = y.requires_grad
+    y.unsqueeze_(0)
+    return s.b(F.relu(s.a(x + y)) * axes) * (2 if trained else 3) * (5 if late else 7)  # type: ignore[no-any-return]
+
+
+def signed(s: Two, x: Tensor) -> Tensor:
+    y = s.b(F.relu(s.a(x)))
+    return torch.copysign(y, torch.full_like(y, 0.0 if x.shape[0] > 2 else -0.0))
+
+
 def containers(s: Two, x: Tensor) -> Any:
     h = F.relu(s.a(x))
     parts = (h, h + 1) if x.shape[0] > 2 else (h - 1, h)
@@ -108,8 +129,9 @@ def other_results(s: Two, x: Tensor) -> Any:
 
 
 def swallowing(s: Two, x: Tensor) -> Tensor:
+    n = x.shape[0]
     try:
-        k = 2 if x.shape[0] == 3 else 1
+        k = 2 if n == 3 else 1
     except Exception:
         k = 30
     return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
@@ -130,7 +152,7 @@ def smallest(s: Two, x: Tensor) -> Tensor:
 
 BODIES: list[Body] = [
     padded, of_rank, cast_to_weight, nested, by_values, asked_again, asked_of_changed, containers, other_results,
-    swallowing, largest, looked_up, smallest,
+    swallowing, largest, looked_up, smallest, reshaped, asked_before, signed,
 ]  # fmt: skip
 INPUTS = [
     torch.randn(1, 4),
@@ -257,6 +279,63 @@ def tries(s: Two, x: Tensor) -> Tensor:
     return s.b(F.relu(s.a(x))) * (torch.stack(2).sum() if x.shape[0] > 2 else 1)  # type: ignore[arg-type, no-any-return]
 
 
+def catches(s: Two, x: Tensor) -> Tensor:
+    try:
+        n = x.shape[2]
+    except IndexError:
+        n = 1
+    return s.b(F.relu(s.a(x))) * n  # type: ignore[no-any-return]
+
+
+def catches_in_helper(s: Two, x: Tensor) -> Tensor:
+    def cut() -> Tensor:
+        return x.view(2, 4)
+
+    try:
+        x = cut()
+    except RuntimeError as error:
+        x = x * len(error.args)
+    return s.b(F.relu(s.a(x)))  # type: ignore[no-any-return]
+
+
+def catches_further_out(s: Two, x: Tensor) -> Tensor:
+    for wanted in ((2, 4), (1, 4), (-1, 4)):
+        try:
+            try:
+                x = x.view(wanted)
+            except RuntimeError as error:
+                raise ValueError("no") from error
+            break
+        except ValueError:
+            continue
+    return s.b(F.relu(s.a(x)))  # type: ignore[no-any-return]
+
+
+def matches(s: Two, x: Tensor) -> Tensor:
+    match x.shape:
+        case [n, 4]:
+            k = n
+        case _:
+            k = 3
+    return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
+
+
+def hands_on(s: Two, x: Tensor) -> Tensor:
+    k = 1
+    try:
+        x = x + 1
+    except RuntimeError as error:
+        raise ValueError("no") from error
+    finally:
+        k += 1
+    return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("body", [hands_on, swallowing])
+def test_a_try_that_drops_no_error_of_a_call_is_traced(body: Body) -> None:
+    assert Tracing(net(body)).trace("").names["relu"]
+
+
 REFUSED: list[tuple[Body, str]] = [
     (lambda s, x: s.b(F.relu(s.a(x))) if x.shape[0] > 2 else x, "other activations|other modules"),
     (lambda s, x: s.b(F.relu(s.a(x)) if x.shape[0] > 2 else s.a(x)), "other activations"),
@@ -266,6 +345,10 @@ REFUSED: list[tuple[Body, str]] = [
     (many, "in too many ways"),
     (breaks, "needs the number"),
     (tries, "TypeError"),
+    (catches, "goes on where a call fails"),
+    (catches_in_helper, "goes on where a call fails"),
+    (catches_further_out, "goes on where a call fails"),
+    (matches, "matches a value by its type"),
 ]
 
 

@@ -1,0 +1,100 @@
+"""Runs on example inputs leave a model, and all that it draws from, as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bypass_fx.passes.link import Linked
+from bypass_fx.passes.value_shapes import ValueShapes
+from tests.untraced import X
+
+
+class Net(nn.Module):
+    """A forward without a graph above a layer, and what a kind of model does besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.nullcontext():
+            result: Tensor = self.layer(self.before(x))
+        return result
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Merging(Net):
+    """Merges an update into its weight for eval mode, as layers of low rank do; its `train` returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.update, self.merged = nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.ones(8, 8)), False
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.update if mode else self.update
+            self.merged = not mode
+
+    def before(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.update)
+
+
+class Teaching(Net):
+    """Holds a mean of its weights, and counts its calls in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
+        self._calls = [torch.zeros(())]
+
+    def before(self, x: Tensor) -> Tensor:
+        self.teacher.data = self.teacher.data * 0.9 + 0.1
+        self.mean.lerp_(torch.ones(8, 8), 0.1)
+        self._calls[0].add_(1)
+        return x @ self.teacher
+
+
+class Drawing(Net):
+    """Draws from a generator of its own, from NumPy's, and from Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def before(self, x: Tensor) -> Tensor:
+        return x + torch.rand((), generator=self.generator) + np.random.rand() + random.random() + torch.rand(())
+
+
+@pytest.mark.parametrize("kind", [Net, Merging, Teaching, Drawing])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_changes_no_values_and_no_generator(kind: type[Net], training: bool) -> None:
+    model = kind()
+    model.train(training)
+    tensors = [*model.state_dict().values(), *getattr(model, "_calls", [])]
+    before = [tensor.clone() for tensor in tensors]
+    own = getattr(model, "generator", torch.default_generator)
+    dice = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), own.get_state().tolist()
+    linked = Linked(model, (X,))
+    assert linked.observed is not None and not linked.observed.failure
+    assert all(map(torch.equal, [*model.state_dict().values(), *getattr(model, "_calls", [])], before))
+    assert all(module.training == training for module in model.modules())
+    after = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), own.get_state().tolist()
+    assert after == dice
+
+
+def test_a_look_at_the_shapes_merges_no_weights() -> None:
+    model = Merging()
+    ValueShapes(Linked(model, (X,)), [], (X,))
+    assert not model.weight.any() and model.training
