@@ -22,8 +22,18 @@ def differences(planned: Call, call: Call) -> str:
     found += [f"{name} is passed and was not" for name in others.keys() - keywords]
     found += [f"{name} is not passed and was" for name in keywords.keys() - others]
     if any(_is_object(argument) for argument in (*dict(call.arguments).values(), *others.values())):
-        found.append("an object such as a cache can't be followed, so call it without one, e.g. with use_cache=False")
+        found.append(WITHOUT)
     return f" ({'; '.join(found)})" if found else ""
+
+
+WITHOUT = "an object such as a cache can't be followed, so call it without one, e.g. with use_cache=False"
+
+
+def objects_in(call: Call) -> str:
+    """The objects that a call passes and no graph can follow, in words for an error; "" where there are none."""
+    passed = {**dict(call.arguments), **(dict(call.stars[1]) if call.stars else {})}
+    found = [f"{name} is {_said(argument)}" for name, argument in passed.items() if _is_object(argument)]
+    return f" ({'; '.join([*found, WITHOUT])})" if found else ""
 
 
 def _is_object(argument: Argument) -> bool:

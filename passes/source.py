@@ -41,6 +41,19 @@ def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[Function
     return list(found)
 
 
+def mapped_by(functions: Iterable[FunctionType]) -> list[FunctionType]:
+    """The functions that stand in mappings which these functions name: in a library's table of attentions, for example.
+
+    Which of them a forward calls, it decides in a run.
+    """
+    found: dict[FunctionType, None] = {}
+    for each in functions:
+        named = (each.__globals__.get(name) for code in nested(each.__code__) for name in code.co_names)
+        tables = (value for value in named if isinstance(value, Mapping) and len(value) <= _LONGEST)
+        found |= {value: None for table in tables for value in table.values() if isinstance(value, FunctionType)}
+    return list(found)
+
+
 def activations_named(functions: Iterable[FunctionType], cls: type[nn.Module]) -> dict[str, FunctionType]:
     """The activations that functions name as functions, tensor methods or classes, each with the first that does."""
     found: dict[str, FunctionType] = {}

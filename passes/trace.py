@@ -25,7 +25,7 @@ from .held import Held, held_code, names_in, reached_through
 from .names import ModelNames
 from .nodes import same_code
 from .recording import Recorder, read_plainly
-from .source import activations_in, activations_named, codes, reached, trap
+from .source import activations_in, activations_named, codes, mapped_by, reached, trap
 from .splice import Sizes, joined
 from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
 
@@ -221,7 +221,9 @@ class Tracing:
         for name in ("forward", *self.callable_attributes(path, set())):
             function = function_of(module, name)
             found |= dict.fromkeys(activations_in(inspect.unwrap(function)))
-            found |= dict.fromkeys(activations_named(reached(function, type(module)), type(module)))
+            functions = reached(function, type(module))
+            functions += [each for mapped in mapped_by(functions) for each in reached(mapped, type(module))]
+            found |= dict.fromkeys(activations_named(functions, type(module)))
         held = [module.__dict__.get(name) for name in self.attribute_names(path, set())]
         for value in held:
             found |= dict.fromkeys(activations_in(value) if isinstance(value, dict | list | tuple) else ())

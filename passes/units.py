@@ -16,6 +16,7 @@ from .calls import Call, call_of, default_call
 from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .observed import Observed, observed
+from .otherwise import objects_in
 from .trace import OwnerGraph, Tracing
 
 
@@ -122,7 +123,7 @@ class Units:
                 general = self._in_general(path, call)
                 calls[general.key()] = general
         except UntraceableError as error:
-            self.failures[path] = error
+            self.failures[path] = UntraceableError(f"{error}{objects_in(call)}")
             self._enter_methods(path)
             return
         if calls:

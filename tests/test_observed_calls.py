@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -315,3 +316,44 @@ def test_the_attentions_of_transformers_are_sites(name: str) -> None:
     assert len(attentions(bypass_fx.Plan(tuple(bypass_fx.sites(model))))) == 2
     assert torch.equal(model(**inputs)[0], plain)
     assert torch.equal(model(**inputs, attention_mask=mask)[0], masked)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+KINDS = {"eager": eager}
+
+
+class ByName(nn.Module):
+    """Its attention is a function of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.kind = nn.Linear(8, 8), "eager"
+
+    def forward(self, x: Tensor, cache: Cache | None = None, pair: Any = None) -> Tensor:
+        one, other = pair
+        with contextlib.nullcontext():
+            v = self.v(x) if cache is None else cache.update(self.v(x))
+            return KINDS[self.kind](one, other, v)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ByName()
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        with contextlib.nullcontext():
+            return x + self.inner(x, cache, (x, x))  # type: ignore[no-any-return]
+
+
+def test_attention_that_a_table_names_is_listed_with_what_would_help() -> None:
+    (refusal,) = bypass_fx.plan(Around()).refusals
+    assert refusal.name == "inner.attention" and refusal.remedy.startswith("pass example_inputs")
+    inputs = (torch.randn(2, 3, 8), Cache())
+    (refusal,) = bypass_fx.plan(Around(), example_inputs=inputs).refusals
+    assert refusal.name == "inner.attention" and "without one" in refusal.remedy
+    (refusal,) = bypass_fx.plan(Around(), example_inputs=inputs[:1]).refusals
+    assert refusal.name == "inner.attention" and refusal.remedy.startswith("split")
