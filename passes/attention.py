@@ -6,7 +6,9 @@ as V and the result have one shape and each position that A reads holds values t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +32,8 @@ from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
 from .units import Spot, Unit
 from .wires import modes_agree
+
+_BRANCHES = 64  # ways through the branches of a forward that are tried
 
 # The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.
 _POSITIONS: dict[int, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
@@ -193,16 +197,33 @@ def _agreed(linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Foun
             return one
         if one == two:
             asked = dict.fromkeys(question for flow in flows for question in flow.asked)
-            others = [Flow(linked, origin, at, w, sizes[0], spot.unit, question) for question in asked]
-            return one if all(_same_way(one, flow, spot, at, w) for flow in others) else OTHER_WAY
+            trial = partial(Flow, linked, origin, at, w, sizes[0], spot.unit)
+            return one if _in_every_branch(one, trial, asked, spot, at, w) else OTHER_WAY
     return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
 OTHER_WAY = Reason("its forward branches on a size, and its values go another way in one branch")
 
 
+def _in_every_branch(
+    path: Path, trial: Callable[[frozenset[Spot]], Flow], asked: Iterable[Spot], spot: Spot, at: Spot, w: Found
+) -> bool:
+    """Whether the path is the same for all answers to the questions; an answer may lead to further questions."""
+    todo = [frozenset((question,)) for question in asked]
+    tried = set(todo)
+    while todo:
+        flipped = todo.pop()
+        flow = trial(flipped)
+        if len(tried) > _BRANCHES or not _same_way(path, flow, spot, at, w):
+            return False
+        new = {flipped | {question} for question in {*asked, *flow.asked} - flipped} - tried
+        tried |= new
+        todo += new
+    return True
+
+
 def _same_way(path: Path, flow: Flow, spot: Spot, at: Spot, w: Found) -> bool:
-    """Whether a run in which the forward takes the other branch shows the same path."""
+    """Whether a run in which the forward takes other branches shows the same path."""
     try:
         other = _run(flow, spot, at, w)
     except UnknownError:

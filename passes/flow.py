@@ -99,7 +99,7 @@ class Flow:
         made: the shape of W's output.
         noisy: whether a dropout that is active in training mode stood on the way.
         within: whether all that was asked for is computed in the home unit, from what W's input enters it by.
-        asked: the questions whose answers the sizes of the run gave; that at `flipped` gets the other answer.
+        asked: the questions whose answers the sizes of the run gave; those in `flipped` get the other answer.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Flow:
         found: Found,
         positions: tuple[int, ...],
         home: Unit,
-        flipped: Spot | None = None,
+        flipped: frozenset[Spot] = frozenset(),
     ) -> None:
         self.linked, self.noisy, self.home, self.within = linked, False, home, True
         self.asked, self.flipped = dict[Spot, None](), flipped
@@ -195,7 +195,7 @@ class Flow:
         if not is_size(asked):
             raise UnknownError
         self.asked[spot] = None
-        return bool(self.value(Spot(spot.unit, asked))) != (spot == self.flipped)
+        return bool(self.value(Spot(spot.unit, asked))) != (spot in self.flipped)
 
     def _holds(self, condition: Spot, answer: bool) -> bool:
         """Whether a question has the answer; what is not known is taken to have it: where it matters, a pick follows."""
