@@ -6,7 +6,9 @@ as V and the result have one shape and each position that A reads holds values t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +32,11 @@ from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
 from .units import Spot, Unit
 from .wires import modes_agree
+
+Answers = Mapping[Spot, bool]
+Trial = Callable[[Answers], Flow]
+
+_BRANCHES = 64  # ways through the branches of a forward that are tried
 
 # The positions in a run: a batch of two, and then tokens; two runs must agree. A convolution's own axes come last.
 _POSITIONS: dict[int, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = {
@@ -191,15 +198,12 @@ def _agreed(linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Foun
             continue
         if isinstance(one, Reason):
             return one
+        if one == two and not (flows[0].asked or flows[1].asked):
+            return one
         if one == two:
             single = (*sizes[0][:1], *(1 for _ in sizes[0][1:]))
-            for question, answer in {**flows[1].asked, **flows[0].asked}.items():
-                others = [
-                    Flow(linked, origin, at, w, *how) for how in ((single, spot.unit), (sizes[0], spot.unit, question))
-                ]
-                if not any(_goes_same_way(one, flow, spot, at, w, (question, answer)) for flow in others):
-                    return OTHER_WAY
-            return one
+            trials = [partial(Flow, linked, origin, at, w, each, spot.unit) for each in (sizes[0], single)]
+            return one if _in_every_branch(one, trials, spot, at, w) else OTHER_WAY
     return Reason(reason or f"its values are not seen to come from {w.affine} by reshapes alone")
 
 
@@ -210,14 +214,28 @@ class OtherQueries(Reason):
     """Queries and values differ in number: ψ raises an error in such a call."""
 
 
-def _goes_same_way(path: Path, flow: Flow, spot: Spot, at: Spot, w: Found, asked: tuple[Spot, bool]) -> bool:
-    """Whether a question has the other answer in this run, and its values go the same path, or ψ takes none of them."""
+def _in_every_branch(path: Path, trials: Sequence[Trial], spot: Spot, at: Spot, w: Found) -> bool:
+    """Whether the path is the same for all answers to the questions that the forward asks, each in one of the trials."""
+    todo, count = list[Answers]([{}]), 0
+    while todo:
+        answers, count = todo.pop(), count + 1
+        flow = next((flow for trial in trials if _same_way(path, flow := trial(answers), spot, at, w)), None)
+        if flow is None or count > _BRANCHES:
+            return False
+        asked = [*flow.asked.items()]
+        todo += [
+            {**dict(asked[:place]), question: not answer}
+            for place, (question, answer) in enumerate(asked)
+            if question not in answers
+        ]
+    return True
+
+
+def _same_way(path: Path, flow: Flow, spot: Spot, at: Spot, w: Found) -> bool:
+    """Whether a run with other answers shows the same path, or values that ψ takes none of."""
     try:
         other = _run(flow, spot, at, w)
     except UnknownError:
-        return False
-    question, answer = asked
-    if flow.asked.get(question, answer) == answer:
         return False
     return isinstance(other, OtherQueries) or (isinstance(other, Path) and replace(other, within=path.within) == path)
 

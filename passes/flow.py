@@ -9,7 +9,7 @@ tensor that numbers its own elements, and the graph's own calls move it. All oth
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ class Flow:
         made: the shape of W's output.
         noisy: whether a dropout that is active in training mode stood on the way.
         within: whether all that was asked for is computed in the home unit, from what W's input enters it by.
-        asked: the answers that the sizes of the run gave to questions; that at `flipped` gets the other one.
+        asked: the answers to questions about sizes: those that were given, else as the sizes of the run have them.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Flow:
         found: Found,
         positions: tuple[int, ...],
         home: Unit,
-        flipped: Spot | None = None,
+        answers: Mapping[Spot, bool] | None = None,
     ) -> None:
         self.linked, self.noisy, self.home, self.within = linked, False, home, True
-        self.asked, self.flipped = dict[Spot, bool](), flipped
+        self.asked, self.answers = dict[Spot, bool](), answers or {}
         self.entry = origin.entry if origin is not None else None
         self.known: dict[Spot, Any] = {}
         self.budget = CALLS
@@ -194,8 +194,9 @@ class Flow:
         """The answer to a question about sizes, in this run."""
         if not is_size(asked):
             raise UnknownError
-        self.asked[spot] = bool(self.value(Spot(spot.unit, asked))) != (spot == self.flipped)
-        return self.asked[spot]
+        if spot not in self.answers:
+            self.asked[spot] = bool(self.value(Spot(spot.unit, asked)))
+        return self.asked.setdefault(spot, self.answers.get(spot, True))
 
     def _holds(self, condition: Spot, answer: bool) -> bool:
         """Whether a question has the answer; what is not known is taken to have it: where it matters, a pick follows."""

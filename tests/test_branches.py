@@ -459,6 +459,8 @@ class ByLength(nn.Module):
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
         if self.variety == "swaps" and q.shape[2] == 1:
             v = v.flip(-1)
+        if self.variety == "swaps below" and q.shape[2] == 1 and q.shape[0] == 3:
+            v = v.flip(-1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         out = out.transpose(1, 2)
         return self.o(out.reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
@@ -484,8 +486,9 @@ def test_attention_behind_branches_on_sizes_is_a_site(variety: str) -> None:
         torch.testing.assert_close(model(x), y)
 
 
-def test_attention_whose_values_go_another_way_in_one_branch_is_refused() -> None:
-    (refusal,) = bypass_fx.plan(ByLength("swaps")).refusals
+@pytest.mark.parametrize("variety", ["swaps", "swaps below"])
+def test_attention_whose_values_go_another_way_in_one_branch_is_refused(variety: str) -> None:
+    (refusal,) = bypass_fx.plan(ByLength(variety)).refusals
     assert "another way in one branch" in refusal.reason
 
 
