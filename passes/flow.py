@@ -254,8 +254,33 @@ class Flow:
             together = shapes[0]
         return torch.empty(together, device="meta")
 
+    def _part(self, unit: Unit, whole: Tensor, cut: slice) -> Tensor | None:
+        """A part of the last axis: up to an unknown bound all of it, from there on nothing; None where both are known.
+
+        So the parts that a rotary embedding turns and leaves (`x[..., :n]` and `x[..., n:]`) are the whole together.
+        """
+        unknown = list[Any]()
+
+        def bound(given: Any, otherwise: int | None) -> Any:
+            try:
+                return self._given(unit, given)
+            except UnknownError:
+                unknown.append(given)
+                return otherwise
+
+        part = whole[..., bound(cut.start, whole.shape[-1]) : bound(cut.stop, None)]
+        return _emptied(part) if unknown else None
+
     def _called(self, spot: Spot, step: Step) -> Any:
         node = spot.node
+        if step.target is operator.getitem and isinstance(step.args[1], tuple) and isinstance(step.args[0], fx.Node):
+            first, *cuts = step.args[1]
+            whole = self.value(Spot(spot.unit, step.args[0]))
+            cut = cuts[0] if len(cuts) == 1 else None
+            if first is Ellipsis and isinstance(cut, slice) and cut.step is None and isinstance(whole, Tensor):
+                part = self._part(spot.unit, whole, cut)
+                if part is not None:
+                    return part
 
         def given(inner: fx.Node) -> Any:
             value = self.value(Spot(spot.unit, inner))

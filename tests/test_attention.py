@@ -348,3 +348,42 @@ def test_a_mask_over_a_fixed_number_of_windows_does_not_hide_the_queries() -> No
             return self.proj((weights @ v).transpose(1, 2).reshape(windows, tokens, -1))  # type: ignore[no-any-return]
 
     assert attention_site(Shifted()).view == (HEADS, 1, 4)
+
+
+class PartlyTurned(nn.Module):
+    """A rotary embedding of unknown width turns a part of queries and keys; with `values`, of the values too."""
+
+    def __init__(self, values: bool) -> None:
+        super().__init__()
+        self.values, self.qkv, self.out = values, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def turned(self, x: Tensor, cos: Tensor) -> Tensor:
+        width = cos.shape[-1]
+        return torch.cat((x[..., :width] * cos, x[..., width:]), dim=-1)
+
+    def forward(self, x: Tensor, cos: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).transpose(1, 3).unbind(2)
+        q, k = self.turned(q, cos), self.turned(k, cos)
+        v = self.turned(v, cos) if self.values else v
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class WithCos(nn.Module):
+    """Nothing that is seen tells how wide cos is."""
+
+    def __init__(self, values: bool) -> None:
+        super().__init__()
+        self.attention = PartlyTurned(values)
+
+    def forward(self, x: Tensor, cos: Tensor) -> Tensor:
+        return x + self.attention(x, cos)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_partial_rotary_embedding_of_unknown_width_keeps_the_number_of_queries(width: int) -> None:
+    model, x, cos = WithCos(values=False).double(), torch.randn(2, 5, 8).double(), torch.rand(5, width).double()
+    expected = model(x, cos)
+    bypass_fx.extend(model)
+    assert [site.activation for site in bypass_fx.sites(model)] == ["attention"]
+    assert torch.equal(model(x, cos), expected)
+    assert not bypass_fx.plan(WithCos(values=True)).sites
