@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import fx
 
@@ -91,7 +91,7 @@ def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int)
     question = next(node for node in graph.nodes if node.meta.get(ASKED) == index)
     del question.meta[ASKED]
     with graph.inserting_after(question):
-        graph.call_function(raising(cast(type, type(raises.error)), str(raises.error)), (question, raises is yes))
+        graph.call_function(raising(raises.error), (question, raises is yes))
     return graph
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from .errors import UntraceableError
+
 
 def truth(value: Any) -> bool:
     """The answer to a question.
@@ -45,23 +47,31 @@ def conditional(call: Callable[..., Any] | str) -> Callable[..., Any]:
     return run
 
 
-@cache
-def raising(kind: type, text: str) -> Callable[[bool, bool], None]:
-    """A function that raises the forward's own error where a condition has an answer."""
+def raising(error: Exception) -> Callable[[bool, bool], None]:
+    """A function that raises the forward's own error where a condition has an answer; errors that are alike have one.
 
+    Raises:
+        UntraceableError: the error holds more than plain data, such as a value of the trace.
+    """
+    if not all(isinstance(each, _PLAIN) for each in (*error.args, *vars(error).values())):
+        raise UntraceableError(f"its forward raises a {type(error).__name__} that holds a value")
+    kind: Any = type(error)
+    return _raising(kind, error.args, tuple(vars(error).items()))
+
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+@cache
+def _raising(kind: type[Exception], args: tuple[Any, ...], held: tuple[tuple[str, Any], ...]) -> Callable[..., None]:
     def raise_if(condition: bool, answer: bool) -> None:
         if condition == answer:
-            raise _error(kind, text)
+            error = kind.__new__(kind, *args)  # its __init__ may take other things than it keeps
+            error.args = args
+            error.__dict__.update(held)
+            raise error
 
     return raise_if
-
-
-def _error(kind: type, text: str) -> Exception:
-    try:
-        error: Exception = kind(text)
-        return error
-    except TypeError:  # it is made of other things than a text
-        return RuntimeError(f"{kind.__name__}: {text}")
 
 
 class Step(NamedTuple):

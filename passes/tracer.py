@@ -12,17 +12,17 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
-from torch.overrides import TorchFunctionMode
 
 from .branches import Answers, Questions, RaisesError
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Items, Value
 from .choices import truth
 from .errors import UntraceableError
+from .factories import Factories
 from .foreign import calls_become
 from .nodes import new_node
 from .outside import Kept
-from .recording import FACTORIES, Recorder
+from .recording import Recorder
 from .records import fields_of
 from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes
@@ -90,7 +90,7 @@ class OwnerTracer(fx.Tracer):
             with (
                 torch.enable_grad(),
                 self.recorder.listening(self),
-                _Factories(self),
+                Factories(self),
                 calls_become(self.made, functions),
             ):
                 args, kwargs = self.arguments(signature, call)
@@ -348,20 +348,6 @@ def _parts(node: fx.Node) -> int | None:
 
 def _from_parameters(node: fx.Node) -> bool:
     return node.op != "placeholder" and all(map(_from_parameters, node.all_input_nodes))
-
-
-class _Factories(TorchFunctionMode):
-    """Traces calls that make a tensor from nothing under whatever name the code has them (`from torch import zeros`)."""
-
-    def __init__(self, tracer: OwnerTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in FACTORIES:
-            return self.tracer.made(func, args, kwargs)
-        return func(*args, **kwargs)
 
 
 MISSING = ("missing",)

@@ -244,12 +244,29 @@ def test_the_errors_of_a_forward_stay_its_own() -> None:
 class OddError(Exception):
     def __init__(self, one: int, other: int) -> None:
         super().__init__(f"{one} and {other}")
+        self.one = one
 
 
-def test_an_error_that_is_made_of_more_than_a_text_is_raised_as_one_that_is() -> None:
-    with pytest.raises(RuntimeError, match="OddError: 1 and 2"):
-        raising(OddError, "1 and 2")(True, True)
-    assert raising(OddError, "1 and 2")(True, False) is None
+class HaltError(Exception):
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def test_an_error_is_raised_as_it_was_whatever_it_is_made_of() -> None:
+    with pytest.raises(OddError, match="1 and 2") as raised:
+        raising(OddError(1, 2))(True, True)
+    assert raised.value.one == 1
+    with pytest.raises(KeyError, match=r"^'a'$"):
+        raising(KeyError("a"))(False, False)
+    assert raising(OddError(1, 2))(True, False) is None
+    assert raising(OddError(1, 2)) is raising(OddError(1, 2))
+
+
+def halts(s: Two, x: Tensor) -> Tensor:
+    h = F.relu(s.a(x))
+    if x.shape[0] > 2:
+        raise HaltError(h)
+    return s.b(h)  # type: ignore[no-any-return]
 
 
 def always(s: Two, x: Tensor) -> Tensor:
@@ -345,6 +362,7 @@ REFUSED: list[tuple[Body, str]] = [
     (many, "in too many ways"),
     (breaks, "needs the number"),
     (tries, "TypeError"),
+    (halts, "raises a HaltError that holds a value"),
     (catches, "goes on where a call fails"),
     (catches_in_helper, "goes on where a call fails"),
     (catches_further_out, "goes on where a call fails"),

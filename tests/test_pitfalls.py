@@ -84,7 +84,7 @@ class Tenfold(torch.autograd.Function):
     ("body", "why"),
     [
         (lambda s, x: s.a(x) if torch.is_grad_enabled() else x, "is_grad_enabled"),
-        (lambda s, x: s.a(x) * float(torch.normal(0.0, 1.0, (1,))), "random"),
+        (lambda s, x: s.a(x) * torch.normal(0.0, 1.0, (1,)).numel(), "random"),
         (lambda s, x: s.a(Tenfold.apply(x)), "autograd function"),
         (lambda s, x: checkpoint(s.a.forward, x, use_reentrant=False), "checkpointing|autograd function"),
     ],

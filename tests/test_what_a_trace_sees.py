@@ -40,6 +40,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
         self.state, self.seen = SimpleNamespace(h=None), {"h": []}
+        self.scale = torch.tensor(2.0)
 
 
 def net(body: Any) -> Net:
@@ -87,6 +88,9 @@ def tags(self: Any, x: Any) -> Any:
         (lambda s, x: s.a(x * 2) if type(x) is Tensor else x, "same object"),
         (lambda s, x: s.a(x * 2) if type(x) == Tensor else x, "exact type"),  # noqa: E721 - what is tested
         (matches, "by its type"),
+        (lambda s, x: s.a(x) * (2 if s.scale else 1), "takes the number of a tensor"),
+        (lambda s, x: s.a(x) * s.scale.item(), "takes the number of a tensor"),
+        (lambda s, x: s.a(x) * s.scale.tolist(), "takes the number of a tensor"),
         (lambda s, x: s.a(x) if x.dtype is torch.float32 else x, "same object"),
         (lambda s, x: s.a(x) if x.dtype in (torch.float16, torch.bfloat16) else x, "other modules in one branch"),
         (lambda s, x: s.a(x) if torch.float32 in {x.dtype} else x, "as a key"),
