@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import product
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .activations import acts_as
+from .activations import acts_as, module_activation
+from .source import reached, trap
 
 Stored = Literal["out_in", "in_out"]
 
@@ -34,6 +37,19 @@ def likeness(module: nn.Module) -> Hashable | None:
     tensors = {**module._parameters, **module._buffers}
     kinds = ((name, None if each is None else (tuple(each.shape), each.dtype)) for name, each in tensors.items())
     return str(held), tuple(kinds)
+
+
+def stateless_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward of a module that is no more than a function: it holds nothing, or is an activation of torch's."""
+    cls = type(module)
+    own = vars(module).keys() - _OF_EVERY_MODULE
+    held = module._parameters or module._buffers or module._modules
+    if held or not acts_as(module, cls) or (own and module_activation(module) is None):
+        return None
+    forward = inspect.unwrap(cls.forward)
+    if not isinstance(forward, FunctionType) or "training" in forward.__code__.co_names:
+        return None
+    return None if trap(forward, reached(forward, cls)) else cls.forward
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

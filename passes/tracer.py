@@ -20,6 +20,7 @@ from .choices import truth
 from .errors import UntraceableError
 from .factories import Factories
 from .foreign import calls_become
+from .look_alike import stateless_forward
 from .nodes import new_node
 from .outside import Kept
 from .recording import Recorder
@@ -253,7 +254,10 @@ class OwnerTracer(fx.Tracer):
         """A module call becomes a node."""
         path = self.names.module(self.path, module)
         if path is None:
-            raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
+            forward = stateless_forward(module) if self.names.module("", module) is None else None
+            if forward is None:
+                raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
+            return forward(module, *args, **kwargs)
         if kwargs and not module._forward_pre_hooks:
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:

@@ -312,3 +312,48 @@ def test_blocks_in_which_one_name_stands_for_another_have_graphs_of_their_own() 
         model = nn.Sequential(*map(Block, kinds))
         before = model(torch.ones(2, 4))
         assert torch.equal(bypass_fx.extend(model)(torch.ones(2, 4)), before)
+
+
+class Curve(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * 2
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * self.factor
+
+
+RELU, CURVE, SCALED, DROPOUT, HOOKED = nn.ReLU(inplace=True), Curve(), Scaled(), nn.Dropout(), nn.ReLU()
+HOOKED.register_forward_hook(lambda module, args, result: result + 1)
+
+
+def made(x: Tensor) -> Any:
+    return Curve()(x)
+
+
+@pytest.mark.parametrize("activated", [RELU, CURVE, made])
+def test_a_module_that_is_no_more_than_a_function_may_stand_anywhere(activated: Any) -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + activated(self.fc(x))  # type: ignore[no-any-return]
+
+    net, x = Net(), torch.randn(2, 3)
+    expected = net(x)
+    bypass_fx.extend(net)
+    (site,) = bypass_fx.sites(net)
+    assert site.activation in ("relu", "silu") and torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("foreign", [SCALED, DROPOUT, HOOKED, nn.Linear(3, 3), nn.BatchNorm1d(3)])
+def test_one_that_holds_something_may_not(foreign: nn.Module) -> None:
+    class Net(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + foreign(self.fc(x))  # type: ignore[no-any-return]
+
+    with pytest.raises(UntraceableError, match="not its child"):
+        Tracing(Net()).trace("")
