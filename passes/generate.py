@@ -126,6 +126,19 @@ def _refuse_changed(module: nn.Module, known: str) -> None:
     )
 
 
+def _is_same_data(value: Any, planned: Any) -> bool:
+    """Whether a container has the items that it was planned with: other ones may be tensors, which say so item by item."""
+    if type(value) is not type(planned):
+        return False
+    if not isinstance(planned, list | tuple | dict):
+        return bool(value == planned)
+    if len(value) != len(planned):
+        return False
+    if isinstance(planned, dict):
+        return all(key in value and _is_same_data(value[key], planned[key]) for key in planned)
+    return all(map(_is_same_data, value, planned))
+
+
 class _Names:
     """Names in the generated module for objects that have no source text: defaults, constants, types."""
 
@@ -163,19 +176,31 @@ class _Names:
             guard for name, argument in call.arguments for guard in self.guard(name, argument, typed, name == required)
         ]
         if call.star is not None:
-            found.append(f"len({call.star[0]}) == {len(call.star[1])}")
+            star, items = call.star
+            found.append(f"len({star}) == {len(items)}")
+            found += [
+                guard
+                for i, item in enumerate(items)
+                for guard in self.gathered(f"{star}[{i}]", f"{star}_{i}", item, typed)
+            ]
         if call.stars is not None:
-            found.append(
-                f"set({call.stars[0]}) == {{{', '.join(repr(key) for key, _ in call.stars[1])}}}"
-                if call.stars[1]
-                else f"not {call.stars[0]}"
-            )
+            stars, pairs = call.stars
+            keys = ", ".join(repr(key) for key, _ in pairs)
+            found.append(f"set({stars}) == {{{keys}}}" if pairs else f"not {stars}")
+            for key, item in pairs:
+                found += self.gathered(f"{stars}[{key!r}]", f"{stars}_{key}", item, typed)
         return found
+
+    def gathered(self, passed: str, name: str, argument: Argument, typed: frozenset[str]) -> list[str]:
+        """Conditions on what `*args` or `**kwargs` gathered, by its place in them; a trace has a name for each."""
+        return self.guard(passed, argument, frozenset({passed}) if name in typed else frozenset(), False)
 
     def guard(self, name: str, argument: Argument, typed: frozenset[str], required: bool) -> list[str]:
         if isinstance(argument, Constant):
             if argument.value is None or isinstance(argument.value, bool):
                 return [f"{name} is {self.name(argument.value)}"]
+            if argument.value and isinstance(argument.value, list | tuple | dict):
+                return [f"{self.name(_is_same_data)}({name}, {self.name(argument.value)})"]
             return [f"type({name}) is {self.name(type(argument.value))}", f"{name} == {self.name(argument.value)}"]
         if isinstance(argument, Items):
             keys = ", ".join(self.name(key) for key, _ in argument.items)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bypass_fx
 from tests.untraced import BOTH, MASK, Attention, Cache, Layer, Model, Pair, X, attentions, fill
@@ -56,3 +58,38 @@ def test_a_cache_is_refused_in_words_that_help() -> None:
         bypass_fx.SurgeryError, match=r"cache is a Cache and was None; .* without one, e.g. with use_cache=F"
     ):
         model(X, cache=Cache())
+
+
+class Gathering(nn.Module):
+    """Goes by what its `*args` and `**kwargs` hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, *scales: Any, **others: Any) -> Tensor:
+        h = torch.relu(self.first(x))
+        for scale in scales:
+            h = h * (7 if scale is None else scale[0] if isinstance(scale, tuple) else scale)
+        if others.get("scale") is not None:
+            h = h * others["scale"]
+        return self.last(h.sigmoid())  # type: ignore[no-any-return]
+
+
+CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    *(
+        ((X, scale), {})
+        for scale in (2.0, 3.0, None, torch.tensor(2.0), (2.0,), (torch.ones(16),), (torch.ones(16), 3))
+    ),
+    *(((X,), {"scale": scale}) for scale in (2.0, 3.0, None, torch.ones(16))),
+]
+
+
+@pytest.mark.parametrize("planned", range(7))
+def test_what_star_arguments_gather_is_checked_at_every_call(planned: int) -> None:
+    model = Gathering()
+    before = [model(*args, **kwargs) for args, kwargs in CALLS]
+    bypass_fx.extend(model, mode="all", example_inputs=CALLS[planned][0])
+    for (args, kwargs), expected in zip(CALLS, before, strict=True):
+        assert torch.equal(model(*args, **kwargs), expected)
