@@ -411,6 +411,20 @@ def test_sizes_dtypes_and_casts_leave_a_site_strict(body: Body) -> None:
     torch.testing.assert_close(model(x), before)
 
 
+def other_forms_of_one_function(s: Two, x: Tensor) -> Tensor:
+    h = F.relu(s.a(x))
+    if x.shape[0] > 2:
+        return s.b(h) + torch.std(x, dim=1, unbiased=False, keepdim=True)  # type: ignore[no-any-return]
+    return s.b(h) + torch.std(x, dim=1, correction=0, keepdim=True)  # type: ignore[no-any-return]
+
+
+def test_two_calls_whose_arguments_no_form_of_the_function_has_together_stay_two() -> None:
+    model, inputs = net(other_forms_of_one_function), [torch.randn(2, 4), torch.randn(3, 4)]
+    expected = [model(x) for x in inputs]
+    bypass_fx.extend(model, mode="all")
+    assert all(equal(model(x), before) for x, before in zip(inputs, expected, strict=True))
+
+
 def shifted_in_one_branch(s: Two, x: Tensor) -> Tensor:
     h = F.relu(s.a(x))
     return s.b(h + 1 if x.shape[0] > 2 else h)  # type: ignore[no-any-return]
