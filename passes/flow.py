@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 from .activations import call_activation, module_activation
 from .affine import Found, affine_at
+from .casts import may_round
 from .channels import Channels, Provenance
 from .choices import Step, pick, step_of, truth, value_inputs
 from .facts import is_size
 from .link import Linked
 from .matrices import tensor_named
 from .units import Spot, Unit
-from .wires import Layout, always_drops, modes_agree, still
+from .wires import Layout, always_drops, is_cast, modes_agree, still
 from .writes import overwritten
 
 _MOVING = (
@@ -229,7 +230,11 @@ class Flow:
     def _passed(self, spot: Spot, module: nn.Module | None) -> Tensor:
         before = self.tensor(Spot(spot.unit, value_inputs(spot.node)[0]))
         wire = still(Layout(axis=-1), spot.node, module)
-        if wire is None or not self._alike_in_eval(spot):
+        if (
+            wire is None
+            or not self._alike_in_eval(spot)
+            or (is_cast(step_of(spot.node)) and may_round(self.linked, spot))
+        ):
             return _emptied(before)
         self.noisy = self.noisy or (wire.noisy and not before.is_meta)
         return before

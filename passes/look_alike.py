@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, module_activation
-from .source import reached, trap
+from .source import nested, reached, trap
 
 Stored = Literal["out_in", "in_out"]
 
@@ -47,9 +47,18 @@ def stateless_forward(module: nn.Module) -> Callable[..., Any] | None:
     if held or not acts_as(module, cls) or (own and module_activation(module) is None):
         return None
     forward = inspect.unwrap(cls.forward)
-    if not isinstance(forward, FunctionType) or "training" in forward.__code__.co_names:
+    if not isinstance(forward, FunctionType):
         return None
-    return None if trap(forward, reached(forward, cls)) else cls.forward
+    own_and_above = [vars(base)["forward"] for base in cls.__mro__ if base is not nn.Module and "forward" in vars(base)]
+    forwards = [inspect.unwrap(each) for each in own_and_above]  # super().forward may run those above
+    functions = [each for function in own_and_above for each in reached(function, cls)]
+    asks = any(_names_the_mode(each) for each in (*forwards, *functions) if isinstance(each, FunctionType))
+    return None if asks or trap(forward, functions) else cls.forward
+
+
+def _names_the_mode(function: FunctionType) -> bool:
+    """Whether a function may ask for a module's mode, which nobody sees change in a module outside the model."""
+    return any("training" in (*code.co_names, *code.co_consts) for code in nested(function.__code__))
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -87,7 +87,8 @@ class _Merged:
     def both(self, one: fx.Node, other: fx.Node) -> None:
         """What both graphs call; an argument that one of them leaves out has its default there."""
         names = dict.fromkeys((*one.kwargs, *other.kwargs))
-        if not all((name in one.kwargs and name in other.kwargs) or _has_default(one, name) for name in names):
+        alike = one.kwargs.keys() == other.kwargs.keys() or _take(one, names)
+        if not alike or not all(_has_default(one, n) for n in names if n not in one.kwargs or n not in other.kwargs):
             self.alone(one, True)
             self.alone(other, False)
             return
@@ -213,6 +214,12 @@ class _Text:
 
 def _has_default(node: fx.Node, name: str) -> bool:
     return node.op == "call_function" and _default(node, name) is not inspect.Parameter.empty
+
+
+def _take(node: fx.Node, names: Iterable[str]) -> bool:
+    """Whether one form of the function has all these arguments: no form of torch.std has both unbiased and correction."""
+    signatures = get_signature_for_torch_op(node.target) or []  # type: ignore[arg-type]  # callable, as of a function
+    return any(set(names) <= set(each.parameters) for each in signatures)
 
 
 def _default(node: fx.Node, name: str) -> Any:

@@ -9,6 +9,7 @@ from torch import fx
 from .activation_calls import Calls
 from .activations import activation_input
 from .affine import Found, affine_at, norm_at
+from .casts import may_round
 from .channels import Channels
 from .choices import pick, step_of, value_inputs
 from .facts import is_fact
@@ -68,6 +69,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
             return _laid_out(linked, found, between[::-1])
         inputs = here.node.all_input_nodes
         wire = is_wire(here.node, linked.module(here)) and inputs and _reads_one_value(here.node)
+        wire = wire and not (is_cast(step_of(here.node)) and may_round(linked, here))
         if not wire and norm_at(linked, here) is None:
             return Reason(f"in front of it stands {label(linked, here)}, which is no affine map")
         between.append(here)
@@ -146,8 +148,10 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
 def _passed(linked: Linked, use: Spot, layout: Layout) -> Layout | None:
     """The layout behind a wire; of those in one branch alone a cast is one."""
     step = step_of(use.node)
+    if is_cast(step) and may_round(linked, use):
+        return None
     if step.conditions:
-        return layout if is_cast(step) else None
+        return layout if is_cast(step) and all(map(is_fact, value_inputs(use.node)[1:])) else None
     return through(layout, use.node, linked.module(use)) if _reads_one_value(use.node) else None
 
 

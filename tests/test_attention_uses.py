@@ -74,6 +74,11 @@ def test_values_and_results_that_are_overwritten_are_refused(step: Callable[[Ten
     assert "overwritten in place" in refusal(Steps(result=step))
 
 
+@pytest.mark.parametrize("step", [lambda v: v.type_as(v.argmax(-1)).float(), lambda v: v.to((v > 0).dtype).float()])
+def test_values_cast_to_whole_numbers_are_not_only_moved(step: Callable[[Tensor], Tensor]) -> None:
+    assert "not only moved" in refusal(Steps(values=step))
+
+
 def test_a_dropout_that_never_stops_is_no_wire() -> None:
     assert "not only moved" in refusal(Steps(values=F.dropout))
     assert "goes into dropout" in refusal(Steps(result=F.dropout))

@@ -411,6 +411,20 @@ def test_sizes_dtypes_and_casts_leave_a_site_strict(body: Body) -> None:
     torch.testing.assert_close(model(x), before)
 
 
+def other_forms_of_one_function(s: Two, x: Tensor) -> Tensor:
+    h = F.relu(s.a(x))
+    if x.shape[0] > 2:
+        return s.b(h) + torch.std(x, dim=1, unbiased=False, keepdim=True)  # type: ignore[no-any-return]
+    return s.b(h) + torch.std(x, dim=1, correction=0, keepdim=True)  # type: ignore[no-any-return]
+
+
+def test_two_calls_whose_arguments_no_form_of_the_function_has_together_stay_two() -> None:
+    model, inputs = net(other_forms_of_one_function), [torch.randn(2, 4), torch.randn(3, 4)]
+    expected = [model(x) for x in inputs]
+    bypass_fx.extend(model, mode="all")
+    assert all(equal(model(x), before) for x, before in zip(inputs, expected, strict=True))
+
+
 def shifted_in_one_branch(s: Two, x: Tensor) -> Tensor:
     h = F.relu(s.a(x))
     return s.b(h + 1 if x.shape[0] > 2 else h)  # type: ignore[no-any-return]
@@ -426,7 +440,37 @@ def whole_in_one_branch(s: Two, x: Tensor) -> Tensor:
     return s.b((h.to(torch.int32) if x.shape[0] > 2 else h).float())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("body", [shifted_in_one_branch, another_in_one_branch, whole_in_one_branch])
+def another_cast_like_it(s: Two, x: Tensor) -> Tensor:
+    h, other = F.relu(s.a(x)), torch.sin(x.repeat(1, 2))
+    return s.b(h if x.shape[0] > 2 else other.type_as(h))  # type: ignore[no-any-return]
+
+
+def whole_as_a_tensor_is(s: Two, x: Tensor) -> Tensor:
+    h, positive = F.relu(s.a(x)), (x > 0).long()
+    if x.shape[0] > 2:
+        h = h.type_as(positive)
+    return s.b(h.float())  # type: ignore[no-any-return]
+
+
+def whole_by_a_dtype_that_is_read(s: Two, x: Tensor) -> Tensor:
+    return s.b(F.relu(s.a(x)).to(torch.argmax(x, -1).dtype).float())  # type: ignore[no-any-return]
+
+
+def whole_by_a_dtype_that_is_picked(s: Two, x: Tensor) -> Tensor:
+    return s.b(F.relu(s.a(x)).to(torch.int32 if x.shape[0] > 2 else x.dtype).float())  # type: ignore[no-any-return]
+
+
+def whole_before_it(s: Two, x: Tensor) -> Tensor:
+    return s.b(F.relu(s.a(x).to((x > 0).dtype).float()))  # type: ignore[no-any-return]
+
+
+OTHER_WAYS = [
+    *(shifted_in_one_branch, another_in_one_branch, whole_in_one_branch, another_cast_like_it, whole_as_a_tensor_is),
+    *(whole_by_a_dtype_that_is_read, whole_by_a_dtype_that_is_picked, whole_before_it),
+]
+
+
+@pytest.mark.parametrize("body", OTHER_WAYS)
 def test_a_result_that_goes_another_way_in_one_branch_is_no_strict_site(body: Body) -> None:
     assert not bypass_fx.plan(net(body), mode="strict").sites
 

@@ -328,6 +328,24 @@ class Scaled(nn.Module):
         return F.silu(x) * self.factor
 
 
+class DropsInAHelper(nn.Module):
+    def dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropped(F.silu(x))
+
+
+class DropsAbove(DropsInAHelper):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class AsksByName(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * (2 if getattr(self, "training") else 1)  # noqa: B009 - as some forwards do
+
+
 RELU, CURVE, SCALED, DROPOUT, HOOKED = nn.ReLU(inplace=True), Curve(), Scaled(), nn.Dropout(), nn.ReLU()
 HOOKED.register_forward_hook(lambda module, args, result: result + 1)
 
@@ -349,7 +367,10 @@ def test_a_module_that_is_no_more_than_a_function_may_stand_anywhere(activated: 
     assert site.activation in ("relu", "silu") and torch.equal(net(x), expected)
 
 
-@pytest.mark.parametrize("foreign", [SCALED, DROPOUT, HOOKED, nn.Linear(3, 3), nn.BatchNorm1d(3)])
+ASK_THE_MODE = [DropsInAHelper(), DropsAbove(), AsksByName(), nn.RReLU()]
+
+
+@pytest.mark.parametrize("foreign", [SCALED, DROPOUT, HOOKED, nn.Linear(3, 3), nn.BatchNorm1d(3), *ASK_THE_MODE])
 def test_one_that_holds_something_may_not(foreign: nn.Module) -> None:
     class Net(Owner):
         def forward(self, x: Tensor) -> Tensor:
