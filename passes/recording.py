@@ -14,16 +14,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 from torch.nn.utils import stateless
+
+from .hooks import Hook, Hooks
 
 
 class Listener(Protocol):
@@ -59,6 +58,7 @@ class Recorder:
         self.listener: Listener | None = None
         self.thread = threading.get_ident()
         self.depth = 0
+        self.hooks = Hooks()
         self._dice: Any = None
 
     def active(self) -> Listener | None:
@@ -74,7 +74,8 @@ class Recorder:
         with _ONE_THREAD:
             self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
             try:
-                with _uncompiled(), _on_modules(self), _on_switches(self), _on_factories(self):
+                hidden = self.hooks.hidden_from_the_compiler()
+                with hidden, _uncompiled(), _on_modules(self), _on_switches(self), _on_factories(self):
                     yield
             finally:
                 self.depth = 0
@@ -90,9 +91,11 @@ class Recorder:
                 self.listener = None
 
     def dice_rolled(self) -> bool:
-        """Whether random numbers were drawn since this was asked last, or since the hooks are in place."""
-        before, self._dice = self._dice, _dice()
-        return bool(before != self._dice)
+        """Whether random numbers were drawn since this was asked last, or the hooks are in place; if so, they come again."""
+        rolled = bool(self._dice != _dice())
+        if rolled:
+            _put_back(*self._dice)
+        return rolled
 
 
 _ONE_THREAD = threading.RLock()  # hooks come off in the reverse of the order in which they were set, or some stay
@@ -102,6 +105,15 @@ def _dice() -> Any:
     """The state of every generator that a forward may draw from."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), _numpys_dice(numpy) if numpy else b"", torch.get_rng_state().numpy().tobytes()
+
+
+def _put_back(of_python: Any, of_numpy: Any, of_torch: bytes) -> None:
+    """Give every generator the state that `_dice` noted."""
+    random.setstate(of_python)
+    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(of_numpy, bytes) and len(of_numpy) == _MERSENNE_TWISTER:
+        ctypes.memmove(numpy.random.get_bit_generator().ctypes.state_address, of_numpy, _MERSENNE_TWISTER)
 
 
 def _numpys_dice(numpy: Any) -> Any:
@@ -142,9 +154,8 @@ def _on_modules(recorder: Recorder) -> Iterator[None]:
             listener.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
         original_setattr(module, name, value)
 
-    with _new_patcher() as patcher:
-        patcher.patch_method(nn.Module, "__call__", calling, deduplicate=False)
-        patcher.patch_method(nn.Module, "__setattr__", writing, deduplicate=False)
+    on_modules = recorder.hooks.set((nn.Module, "__call__", calling), (nn.Module, "__setattr__", writing))
+    with on_modules, _new_patcher() as patcher:
         _patch_wrapped_functions(patcher)
         # What a forward reads from others than the model's is not noted; a class with its own way may ask nn.Module's.
         own_way = {cls for cls in recorder.classes if not _reads_as_torch_does(cls)}
@@ -206,22 +217,13 @@ def _on_reads(recorder: Recorder, classes: Set[type[nn.Module]]) -> Iterator[Non
     """Reads of attributes from modules of these classes, each in the way of its class."""
     ways = {cls: (cls.__getattribute__, cls.__getattr__) for cls in classes}
     made = {way: (_reading(recorder, way[0]), _reading_registered(recorder, way[1])) for way in set(ways.values())}
-    hooks = [
+    hooks = (
         (cls, name, hook)
         for cls, way in ways.items()
         for name, hook in zip(("__getattribute__", "__getattr__"), made[way], strict=True)
-    ]
-    before = {(cls, name): vars(cls)[name] for cls, name, _ in hooks if name in vars(cls)}
-    try:
-        for cls, name, hook in hooks:
-            setattr(cls, name, hook)
+    )
+    with recorder.hooks.set(*hooks):
         yield
-    finally:
-        for cls, name, hook in hooks:
-            if (cls, name) in before:
-                setattr(cls, name, before[cls, name])
-            elif vars(cls).get(name) is hook:
-                delattr(cls, name)
 
 
 @contextmanager
@@ -253,27 +255,19 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
             listener.refuse("its forward may run a fused path of torch's, which takes no traced values")
         return original_question(values)
 
-    with _new_patcher() as patcher:
-        for cls, reason in _CONTEXTS.items():
-            always = cls.__module__.startswith("torch")
-            patcher.patch_method(
-                cls, "__enter__", refused(cls.__enter__, f"its forward {reason}", always), deduplicate=False
-            )
-        reason = "its forward calls a module with other weights (functional_call), which a graph can't hold"
-        patcher.patch_method(
-            _as_class(stateless), "_functional_call", refused(stateless._functional_call, reason), deduplicate=False
-        )
-        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
-            reason = f"its forward asks torch.{name}, which can change between calls"
-            patcher.patch_method(
-                _as_class(torch), name, refused(getattr(torch, name), reason, False), deduplicate=False
-            )
-        patcher.patch_method(_as_class(torch.overrides), "has_torch_function", asking, deduplicate=False)
-        torch.autograd.Function.apply = classmethod(applying)
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = original_apply
+    hooks: list[Hook] = []
+    for cls, reason in _CONTEXTS.items():
+        always = cls.__module__.startswith("torch")
+        hooks.append((cls, "__enter__", refused(cls.__enter__, f"its forward {reason}", always)))
+    reason = "its forward calls a module with other weights (functional_call), which a graph can't hold"
+    hooks.append((stateless, "_functional_call", refused(stateless._functional_call, reason)))
+    for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+        reason = f"its forward asks torch.{name}, which can change between calls"
+        hooks.append((torch, name, refused(getattr(torch, name), reason, False)))
+    hooks.append((torch.overrides, "has_torch_function", asking))
+    hooks.append((torch.autograd.Function, "apply", classmethod(applying)))
+    with recorder.hooks.set(*hooks):
+        yield
 
 
 _CONTEXTS: dict[Any, str] = {
@@ -304,9 +298,9 @@ def _on_factories(recorder: Recorder) -> Iterator[None]:
 
         return making
 
-    with _new_patcher() as patcher:
-        for factory, name in {**FACTORIES, **_OF_DTYPES}.items():
-            patcher.patch_method(_as_class(torch), name, made_of(factory), deduplicate=False)
+    with recorder.hooks.set(
+        *((torch, name, made_of(factory)) for factory, name in {**FACTORIES, **_OF_DTYPES}.items())
+    ):
         yield
 
 
@@ -323,50 +317,8 @@ def _on_isinstance(recorder: Recorder) -> Iterator[None]:
                 return answer
         return original(value, classes)
 
-    def swap(now: Callable[[Any, Any], bool]) -> None:
-        builtins.isinstance = now
-
-    compiler = _CompilerImports(partial(swap, original), partial(swap, asking))
-    sys.meta_path.insert(0, compiler)
-    swap(asking)
-    try:
+    with recorder.hooks.set((builtins, "isinstance", asking)):
         yield
-    finally:
-        swap(original)
-        sys.meta_path.remove(compiler)
-
-
-class _CompilerImports(MetaPathFinder, Loader):
-    """Lets torch's compiler, where a forward is the first to need it, find Python as it is: it keeps what it finds."""
-
-    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
-        self.before, self.after = before, after
-        self.loader: Any = None
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != "torch._dynamo":
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        spec = module.__spec__
-        spec.loader = module.__loader__ = self.loader
-        self.before()
-        try:
-            self.loader.exec_module(module)
-        finally:
-            self.after()
-
-
-def _as_class(module: Any) -> type:
-    """A Python module as what fx's patcher says that it takes; it sets attributes on anything."""
-    return cast(type, module)
 
 
 def asked_by_a_forward() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,29 +17,7 @@ from bypass_fx.passes.errors import UntraceableError
 from bypass_fx.passes.facts import is_fact, is_size
 from bypass_fx.passes.trace import Tracing
 from bypass_fx.surgery import delta_of
-
-Body = Callable[[Any, Tensor], Any]
-
-
-class Two(nn.Module):
-    def __init__(self, body: Body) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
-        self.body = [body]  # a list, so that the instance holds no method
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body[0](self, x)
-
-
-def net(body: Body) -> nn.Module:
-    """A module whose forward is the body."""
-
-    class Own(Two):
-        def forward(self, x: Tensor) -> Any:
-            return body(self, x)
-
-    return Own(body)
+from tests.branching import INPUTS, Body, Two, equal, net
 
 
 def padded(s: Two, x: Tensor) -> Tensor:
@@ -154,19 +131,6 @@ BODIES: list[Body] = [
     padded, of_rank, cast_to_weight, nested, by_values, asked_again, asked_of_changed, containers, other_results,
     swallowing, largest, looked_up, smallest, reshaped, asked_before, signed,
 ]  # fmt: skip
-INPUTS = [
-    torch.randn(1, 4),
-    torch.randn(2, 4),
-    torch.randn(3, 4),
-    torch.randn(4),
-    torch.randn(3, 2, 4),
-    -torch.ones(2, 4),
-]
-
-
-def equal(one: Any, other: Any) -> bool:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-    return True
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -378,39 +342,6 @@ def test_what_one_graph_can_not_hold_is_refused(body: Body, why: str) -> None:
     assert bypass_fx.plan(model, mode="all").sites == ()
 
 
-def cast_in_one_branch(s: Two, x: Tensor) -> Tensor:
-    h = F.relu(s.a(x))
-    if h.dtype != s.b.weight.dtype:
-        h = h.to(s.b.weight.dtype)
-    return s.b(h)  # type: ignore[no-any-return]
-
-
-def cast_there_and_back(s: Two, x: Tensor) -> Tensor:
-    return s.b(F.relu(s.a(x).double()).to(x.dtype))  # type: ignore[no-any-return]
-
-
-def reads_its_shape(s: Two, x: Tensor) -> Tensor:
-    h = F.relu(s.a(x))
-    if h.shape[-1] != 8 or h.size(0) > 100:
-        raise ValueError("eight are needed")
-    return s.b(h.contiguous())  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("body", [cast_in_one_branch, cast_there_and_back, reads_its_shape])
-def test_sizes_dtypes_and_casts_leave_a_site_strict(body: Body) -> None:
-    model, x = net(body), torch.randn(3, 4)
-    expected = model(x)
-    bypass_fx.extend(model, mode="strict")
-    (site,) = bypass_fx.sites(model)
-    assert site.constraint == "folded" and equal(model(x), expected)
-    with torch.no_grad():
-        delta_of(model, site).normal_()
-        model.a.weight.zero_()  # type: ignore[operator, union-attr]
-    before = model(x)
-    bypass_fx.contract(model)
-    torch.testing.assert_close(model(x), before)
-
-
 def other_forms_of_one_function(s: Two, x: Tensor) -> Tensor:
     h = F.relu(s.a(x))
     if x.shape[0] > 2:
@@ -423,56 +354,6 @@ def test_two_calls_whose_arguments_no_form_of_the_function_has_together_stay_two
     expected = [model(x) for x in inputs]
     bypass_fx.extend(model, mode="all")
     assert all(equal(model(x), before) for x, before in zip(inputs, expected, strict=True))
-
-
-def shifted_in_one_branch(s: Two, x: Tensor) -> Tensor:
-    h = F.relu(s.a(x))
-    return s.b(h + 1 if x.shape[0] > 2 else h)  # type: ignore[no-any-return]
-
-
-def another_in_one_branch(s: Two, x: Tensor) -> Tensor:
-    h = F.relu(s.a(x))
-    return s.b(h if x.shape[0] > 2 else s.a.bias)  # type: ignore[no-any-return]
-
-
-def whole_in_one_branch(s: Two, x: Tensor) -> Tensor:
-    h = F.relu(s.a(x))
-    return s.b((h.to(torch.int32) if x.shape[0] > 2 else h).float())  # type: ignore[no-any-return]
-
-
-def another_cast_like_it(s: Two, x: Tensor) -> Tensor:
-    h, other = F.relu(s.a(x)), torch.sin(x.repeat(1, 2))
-    return s.b(h if x.shape[0] > 2 else other.type_as(h))  # type: ignore[no-any-return]
-
-
-def whole_as_a_tensor_is(s: Two, x: Tensor) -> Tensor:
-    h, positive = F.relu(s.a(x)), (x > 0).long()
-    if x.shape[0] > 2:
-        h = h.type_as(positive)
-    return s.b(h.float())  # type: ignore[no-any-return]
-
-
-def whole_by_a_dtype_that_is_read(s: Two, x: Tensor) -> Tensor:
-    return s.b(F.relu(s.a(x)).to(torch.argmax(x, -1).dtype).float())  # type: ignore[no-any-return]
-
-
-def whole_by_a_dtype_that_is_picked(s: Two, x: Tensor) -> Tensor:
-    return s.b(F.relu(s.a(x)).to(torch.int32 if x.shape[0] > 2 else x.dtype).float())  # type: ignore[no-any-return]
-
-
-def whole_before_it(s: Two, x: Tensor) -> Tensor:
-    return s.b(F.relu(s.a(x).to((x > 0).dtype).float()))  # type: ignore[no-any-return]
-
-
-OTHER_WAYS = [
-    *(shifted_in_one_branch, another_in_one_branch, whole_in_one_branch, another_cast_like_it, whole_as_a_tensor_is),
-    *(whole_by_a_dtype_that_is_read, whole_by_a_dtype_that_is_picked, whole_before_it),
-]
-
-
-@pytest.mark.parametrize("body", OTHER_WAYS)
-def test_a_result_that_goes_another_way_in_one_branch_is_no_strict_site(body: Body) -> None:
-    assert not bypass_fx.plan(net(body), mode="strict").sites
 
 
 def nodes_of(body: Body) -> dict[str, fx.Node]:
@@ -503,102 +384,6 @@ def test_facts_and_sizes() -> None:
     dim = graph.call_method("dim", (x,))
     assert [is_fact(node) for node in (x, shape, dtype, dim)] == [False, True, True, True]
     assert [is_size(node) for node in (x, shape, dtype, dim)] == [False, True, False, True]
-
-
-class ByLength(nn.Module):
-    """Attention that branches on sizes, as functions around scaled_dot_product_attention do."""
-
-    def __init__(self, variety: str = "") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.variety = variety
-        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        causal = q.shape[2] > 1 and self.variety != "full"
-        if k.shape[2] > q.shape[2]:
-            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-        if self.variety == "swaps" and q.shape[2] == 1:
-            v = v.flip(-1)
-        if self.variety == "swaps below" and q.shape[2] == 1 and q.shape[0] == 3:
-            v = v.flip(-1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        out = out.transpose(1, 2)
-        return self.o(out.reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("variety", ["", "full"])
-def test_attention_behind_branches_on_sizes_is_a_site(variety: str) -> None:
-    model = ByLength(variety).double()
-    inputs = [torch.randn(2, length, 8).double() for length in (1, 2, 5)]
-    expected = [model(x) for x in inputs]
-    bypass_fx.extend(model)
-    (site,) = bypass_fx.sites(model)
-    assert (site.activation, site.constraint, site.view) == ("attention", "folded", (2, 1, 4))
-    assert all(equal(model(x), y) for x, y in zip(inputs, expected, strict=True))
-    delta = delta_of(model, site)
-    with torch.no_grad():  # A D W = 0 with D ≠ 0
-        delta.normal_()
-        model.v.weight.zero_()
-        model.v.bias.normal_()
-    before = [model(x) for x in inputs]
-    bypass_fx.contract(model)
-    for x, y in zip(inputs, before, strict=True):
-        torch.testing.assert_close(model(x), y)
-
-
-@pytest.mark.parametrize("variety", ["swaps", "swaps below"])
-def test_attention_whose_values_go_another_way_in_one_branch_is_refused(variety: str) -> None:
-    (refusal,) = bypass_fx.plan(ByLength(variety)).refusals
-    assert "another way in one branch" in refusal.reason
-
-
-class Grouped(ByLength):
-    """Two queries to a head of keys and values; one query alone is mixed in another layout, as sdpa wrappers do."""
-
-    def __init__(self, variety: str = "") -> None:
-        super().__init__(variety)
-        self.k, self.v = nn.Linear(8, 4), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (-1, 2)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        length, options = q.shape[2], dict[str, Any]()
-        if mask is None and k.shape[-1] == v.shape[-1] <= 256:
-            options["enable_gqa"] = True
-        elif length == 1:
-            q = q.reshape(len(x) if self.variety else q.shape[0], 2, 2, 2)
-        else:
-            k, v = (each.repeat_interleave(2, 1) for each in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-        out = out.reshape(out.shape[0], -1, length, v.shape[-1])
-        return self.o(out.transpose(1, 2).reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
-
-
-def test_heads_of_values_that_several_queries_share() -> None:
-    model, x = Grouped().double(), torch.randn(2, 5, 8).double()
-    mask = torch.zeros(5, 5).double()
-    expected = model(x)
-    torch.testing.assert_close(model(x, mask), expected)
-    bypass_fx.extend(model)
-    (site,) = bypass_fx.sites(model)
-    assert site.view == (4, 1, 2) and site.first is not None
-    assert site.first.part == ((0, 2), (0, 4), (2, 4))
-    assert equal(model(x), expected)
-    assert equal(model(x[:, :1]), Grouped().double()(x[:, :1]))
-    delta = delta_of(model, site)
-    with torch.no_grad():
-        delta.normal_()
-        v = model.v(x).unflatten(-1, (2, 2)).transpose(1, 2).repeat_interleave(2, 1) * delta.view(4, 1, 2)
-    torch.testing.assert_close(model(x), expected + F.linear(v.transpose(1, 2).flatten(2), model.o.weight))
-    torch.testing.assert_close(model(x, mask), model(x))
-    with pytest.raises(bypass_fx.BypassError, match="as many queries as values"):
-        model(x[:, :1], mask[:1, :1])
-    with torch.no_grad():
-        model.v.weight.zero_()
-    before = model(x)
-    bypass_fx.contract(model)
-    torch.testing.assert_close(model(x), before)
 
 
 def test_modes_and_branches_together() -> None:

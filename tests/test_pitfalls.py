@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -272,3 +274,16 @@ def test_a_scripted_child_is_no_part_of_a_strict_site_and_no_obstacle() -> None:
     before = model(x)
     assert not bypass_fx.plan(model, mode="strict").sites
     assert torch.equal(bypass_fx.extend(model, mode="all", example_inputs=(x,))(x), before)
+
+
+@pytest.mark.parametrize(
+    "roll",
+    [random.random, lambda: float(np.random.rand()), lambda: float(torch.normal(0.0, 1.0, (1,)))],
+    ids=["python", "numpy", "torch"],
+)
+def test_a_trace_that_is_refused_leaves_the_generators_as_they_were(roll: Any) -> None:
+    model = net(lambda s, x: s.b(F.relu(s.a(x))) * roll())
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert not bypass_fx.plan(model, mode="all").sites
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2])

@@ -257,6 +257,11 @@ class Net(torch.nn.Module):
 bypass_fx.plan(Net())
 ask = torch.compile(lambda x: x + 1 if isinstance(x, torch.Tensor) else x, backend="eager", fullgraph=True)
 assert ask(torch.zeros(1)) == 1
+limits = torch.compile(
+    lambda x: torch.ones(1) + 0 * x.clamp(max=torch.finfo(x.dtype).max) if torch.is_grad_enabled() else x,
+    backend="eager", fullgraph=True,
+)
+assert limits(torch.zeros(1)) == 1
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
