@@ -190,9 +190,14 @@ def _agreed(linked: Linked, origin: Origin | None, spot: Spot, at: Spot, w: Foun
     """The path as two runs on inputs of different sizes show it; further axes are tried where it does not run on them."""
     reason = ""
     for sizes in _POSITIONS.get(w.axis, ()):
-        flows = [Flow(linked, origin, at, w, positions, spot.unit) for positions in sizes]
+        flows = list[Flow]()
+
+        def ran(positions: tuple[int, ...], flows: list[Flow] = flows) -> Path | Reason:
+            flows.append(Flow(linked, origin, at, w, positions, spot.unit))
+            return _run(flows[-1], spot, at, w)
+
         try:
-            one, two = (_run(flow, spot, at, w) for flow in flows)
+            one, two = map(ran, sizes)
         except UnknownError as error:
             reason = reason or str(error)
             continue
