@@ -144,9 +144,10 @@ def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Call
         return original(*args, **kwargs)
 
     def put_back() -> None:
-        del module.__dict__[method]
         if method in own:
-            module.__dict__[method] = own[method]
+            module.__dict__[method] = own[method]  # in its old place
+        else:
+            del module.__dict__[method]
 
     module.__dict__[method] = reporting
     return put_back
