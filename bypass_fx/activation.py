@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .passes.derivatives import ELEMENTWISE, Parameter, name_of
 from .passes.errors import BypassError
+from .passes.heads import with_heads_of
 
 
 def psi(
@@ -159,7 +160,7 @@ def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[i
     # δ is cast: addcmul under autocast, or with a wider δ, would promote the result
     d = delta.to(activated.dtype)
     if isinstance(channels, tuple):
-        z = _spread(z, activated)
+        z = with_heads_of(z, activated.shape)
     d = _along(d, z, channels) if isinstance(channels, int) else _shaped(d, activated, z, channels)
     return torch.addcmul(activated, z.to(activated.dtype), d)
 
@@ -172,13 +173,6 @@ def _along(delta: Tensor, z: Tensor, axis: int) -> Tensor:
         )
     behind = z.dim() - 1 - axis if axis >= 0 else -1 - axis
     return delta.view(-1, *[1] * behind) if behind else delta
-
-
-def _spread(z: Tensor, activated: Tensor) -> Tensor:
-    """The values of attention, each head repeated for the queries that share it (`enable_gqa`)."""
-    if z.dim() < 3 or z.shape == activated.shape or activated.shape[-3] % z.shape[-3]:
-        return z
-    return z.repeat_interleave(activated.shape[-3] // z.shape[-3], -3)
 
 
 def _shaped(delta: Tensor, activated: Tensor, z: Tensor, view: tuple[int, ...]) -> Tensor:

@@ -23,6 +23,7 @@ from .calls import Constant, leaves
 from .channels import Channels
 from .choices import step_of, value_inputs
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
+from .heads import with_heads_of
 from .link import Linked
 from .look_alike import likeness
 from .matrices import tensor_named
@@ -351,7 +352,7 @@ def _spread(flow: Flow, spot: Spot, v: Tensor, result: torch.Size) -> Tensor:
     grouped = spot.node.kwargs.get("enable_gqa", False)
     if not (flow.value(Spot(spot.unit, grouped)) if isinstance(grouped, fx.Node) else grouped):
         return v
-    return v.repeat_interleave(result[-3] // v.shape[-3], -3) if v.dim() > 2 and result[-3] % v.shape[-3] == 0 else v
+    return with_heads_of(v, result)
 
 
 def _result_shape(flow: Flow, spot: Spot, v: Tensor) -> torch.Size:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import ctypes
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Set
@@ -22,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 from torch.nn.utils import stateless
 
+from .dice import Dice, dice, put_back
 from .hooks import Hook, Hooks
 
 
@@ -59,7 +58,7 @@ class Recorder:
         self.thread = threading.get_ident()
         self.depth = 0
         self.hooks = Hooks()
-        self._dice: Any = None
+        self._dice: Dice | None = None
 
     def active(self) -> Listener | None:
         """The listener, where this thread is the one that traces."""
@@ -72,7 +71,7 @@ class Recorder:
             yield
             return
         with _ONE_THREAD:
-            self.depth, self.thread, self._dice = 1, threading.get_ident(), _dice()
+            self.depth, self.thread, self._dice = 1, threading.get_ident(), dice()
             try:
                 hidden = self.hooks.hidden_from_the_compiler()
                 with hidden, _uncompiled(), _on_modules(self), _on_switches(self), _on_factories(self):
@@ -92,42 +91,14 @@ class Recorder:
 
     def dice_rolled(self) -> bool:
         """Whether random numbers were drawn since this was asked last, or the hooks are in place; if so, they come again."""
-        rolled = bool(self._dice != _dice())
-        if rolled:
-            _put_back(*self._dice)
+        before = self._dice
+        rolled = before is not None and before != dice()
+        if before is not None and rolled:
+            put_back(before)
         return rolled
 
 
 _ONE_THREAD = threading.RLock()  # hooks come off in the reverse of the order in which they were set, or some stay
-
-
-def _dice() -> Any:
-    """The state of every generator that a forward may draw from."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), _numpys_dice(numpy) if numpy else b"", torch.get_rng_state().numpy().tobytes()
-
-
-def _put_back(of_python: Any, of_numpy: Any, of_torch: bytes) -> None:
-    """Give every generator the state that `_dice` noted."""
-    random.setstate(of_python)
-    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
-    numpy: Any = sys.modules.get("numpy")
-    if isinstance(of_numpy, bytes) and len(of_numpy) == _MERSENNE_TWISTER:
-        ctypes.memmove(numpy.random.get_bit_generator().ctypes.state_address, of_numpy, _MERSENNE_TWISTER)
-
-
-def _numpys_dice(numpy: Any) -> Any:
-    """The state of NumPy's own generator: of the usual kind its memory, for get_state takes as long as a small trace."""
-    if not hasattr(numpy.random, "get_bit_generator"):  # before NumPy 1.24
-        _, keys, position, *_ = numpy.random.get_state()
-        return bytes(keys), position
-    generator = numpy.random.get_bit_generator()
-    if type(generator) is numpy.random.MT19937:
-        return ctypes.string_at(generator.ctypes.state_address, _MERSENNE_TWISTER)
-    return str(generator.state)
-
-
-_MERSENNE_TWISTER = 4 * 624 + 4  # bytes: its words, and the position in them
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .dice import dice, put_back
 from .fakes import on_fakes
 from .matrices import is_sharded
 from .outside import Kept, inherited_values
@@ -142,16 +141,13 @@ def _drawn_again(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Put every generator back that a run may draw from: torch's, NumPy's and Python's, and those that are held or given."""
     held = tree_leaves(([vars(module) for module in model.modules()], inputs))
     own = [(each, each.get_state()) for each in held if isinstance(each, torch.Generator)]
-    numpy: Any = sys.modules.get("numpy")
-    dice, drawn = random.getstate(), numpy and numpy.random.get_state()
+    before = dice()
     devices = {each.device for each in itertools.chain(model.parameters(), model.buffers()) if each.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        random.setstate(dice)
-        if numpy:
-            numpy.random.set_state(drawn)
+        put_back(before)
         for generator, state in own:
             generator.set_state(state)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -91,6 +91,14 @@ class OwnerGraph:
         return tuple({str(node.target) for node in self.graph.nodes if node.op == "call_module"})
 
 
+@dataclass(slots=True)
+class Noted:
+    """What the traces of one forward read, and of which arguments they asked for the Python type."""
+
+    reads: dict[Read, None] = field(default_factory=dict)
+    typed: set[str] = field(default_factory=set)
+
+
 @dataclass(frozen=True, slots=True)
 class Walk:
     """What a method may run: its functions, those `through` what its module holds among them, and why it can't be traced
@@ -154,11 +162,11 @@ class Tracing:
         for reads, reason in self._failures.get(key, ()):
             if self._read_same(path, reads):
                 raise UntraceableError(f"{where}: {reason}")
-        tracer = OwnerTracer(self.names, self._recorder, path, module)
+        noted = Noted()
         try:
-            traced = self._trace(tracer, self._function(module, method), signature, call)
+            traced = self._trace(path, noted, self._function(module, method), signature, call)
         except UntraceableError as error:
-            self._failures.setdefault(key, []).append((tuple(tracer.reads), str(error)))
+            self._failures.setdefault(key, []).append((tuple(noted.reads), str(error)))
             raise UntraceableError(f"{where}: {error}") from error
         self._graphs.setdefault(key, []).append(traced)
         return traced
@@ -245,30 +253,31 @@ class Tracing:
                 found.setdefault(activation, f"what `{attribute}` holds")
         return found
 
-    def _trace(self, tracer: OwnerTracer, forward: Function, signature: inspect.Signature, call: Call) -> OwnerGraph:
-        module = tracer.root
+    def _trace(
+        self, path: str, noted: Noted, forward: Function, signature: inspect.Signature, call: Call
+    ) -> OwnerGraph:
+        module = self.modules[path]
         walk = self._walk(forward, module)
         functions = walk.functions
         if walk.why is not None:
             raise UntraceableError(walk.why)
-        graph = self._graph(tracer, forward, functions, signature, call)
-        asked = {where for where, name, _ in tracer.reads if name == "training"}
+        graph = self._graph(path, noted, forward, functions, signature, call)
+        asked = {where for where, name, _ in noted.reads if name == "training"}
         if not asked:
-            return OwnerGraph(graph, call, tuple(tracer.reads), frozenset(tracer.typed))
+            return OwnerGraph(graph, call, tuple(noted.reads), frozenset(noted.typed))
         now = module.training
         modules = [module_at(module, where) for where in asked]
         if any(other.training != now for other in modules):
             raise UntraceableError("it is in another mode (training or eval) than a child whose mode its forward reads")
-        again = OwnerTracer(self.names, self._recorder, tracer.path, module)
         for each in modules:
             each.__dict__["training"] = not now
         try:
-            other = self._graph(again, forward, functions, signature, call)
+            other = self._graph(path, noted, forward, functions, signature, call)
         finally:
             for each in modules:
                 each.__dict__["training"] = now
-        reads = tuple(read for read in {**tracer.reads, **again.reads} if read[1] != "training")
-        typed = frozenset(tracer.typed | again.typed)
+        reads = tuple(read for read in noted.reads if read[1] != "training")
+        typed = frozenset(noted.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
         if same_code(in_training, in_eval):
             return OwnerGraph(in_training, call, reads, typed)
@@ -276,7 +285,8 @@ class Tracing:
 
     def _graph(
         self,
-        tracer: OwnerTracer,
+        path: str,
+        noted: Noted,
         forward: Function,
         functions: list[FunctionType],
         signature: inspect.Signature,
@@ -287,14 +297,14 @@ class Tracing:
         """
 
         def run(axes: tuple[int, ...], answers: Answers) -> OwnerTracer:
-            other = OwnerTracer(self.names, self._recorder, tracer.path, tracer.root, axes, answers)
+            other = OwnerTracer(self.names, self._recorder, path, self.modules[path], axes, answers)
             try:
                 other.run(forward, functions, signature, call)
             except RaisesError as error:
                 other.raised = error
             finally:
-                tracer.reads |= other.reads
-                tracer.typed |= other.typed
+                noted.reads |= other.reads
+                noted.typed |= other.typed
             return other
 
         def answered(answers: Answers) -> tuple[fx.Graph | RaisesError, int]:

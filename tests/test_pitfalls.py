@@ -287,3 +287,15 @@ def test_a_trace_that_is_refused_leaves_the_generators_as_they_were(roll: Any) -
     assert not bypass_fx.plan(model, mode="all").sites
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+
+
+def test_a_shape_is_read_where_the_forward_reads_it() -> None:
+    def body(s: Any, x: Any) -> Any:
+        y = s.a(x)
+        shape = y.shape
+        y.unsqueeze_(0)
+        return y.new_ones(shape[0])
+
+    own, x = net(body), torch.randn(3, 4)
+    graph = torch.fx.GraphModule(own, Tracing(own).trace("").graph)
+    assert torch.equal(graph(x), own(x)) and len(own(x)) == 3

@@ -387,15 +387,3 @@ def test_what_a_warning_reaches_is_no_obstacle() -> None:
         return self.b(F.relu(self.a(x)) * np.sqrt(np.median([4.0])))
 
     assert bypass_fx.plan(net(forward), mode="all").sites
-
-
-def test_a_shape_is_read_where_the_forward_reads_it() -> None:
-    def body(s: Any, x: Any) -> Any:
-        y = s.a(x)
-        shape = y.shape
-        y.unsqueeze_(0)
-        return y.new_ones(shape[0])
-
-    own = net(body)
-    graph = torch.fx.GraphModule(own, Tracing(own).trace("").graph)
-    assert torch.equal(graph(X), own(X)) and len(own(X)) == 3
