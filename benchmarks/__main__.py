@@ -79,7 +79,8 @@ def run_overhead(only: Pattern = "") -> None:
 @app.command("replicas")
 def run_replicas(count: Annotated[int, typer.Option(help="How many replicas.")] = 20) -> None:
     """What a step of many seeds as one batched model costs beside a step of one."""
-    _write("replicas.md", replicas.summary(replicas.run(count)))
+    file = replicas.run(count)
+    _write(file.path.with_suffix(".md").name, replicas.summary(file))
 
 
 @app.command("paper")

@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,12 @@ from .workloads import WORKLOADS, Workload
 REPEATS = 7
 LONG, REPEATS_OF_LONG = 2.0, 4  # seconds of a step
 BACKEND = "inductor"
+WAYS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {},
+    "CUDA graphs": {"mode": "reduce-overhead"},
+}
+SMALL = ("2c2d", "char12")  # whose kernels are so short that CUDA graphs pay
 FOREVER = 10**7  # steps of a phase that outlasts the measurement
 RETURNS: dict[str, dict[str, Any]] = {
     "homotopy": {"comeback": "homotopy"},
@@ -39,7 +46,7 @@ class Arms:
     The arms with D share one extended model, so that it is compiled once.
     """
 
-    def __init__(self, workload: Workload, device: str, compiled: bool, returns: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, workload: Workload, device: str, way: str, returns: dict[str, dict[str, Any]]) -> None:
         self.device, self.batch = device, workload.batch(device)
         plain = workload.build(device)
         extended = copy.deepcopy(plain)
@@ -49,7 +56,7 @@ class Arms:
             for site in self.sites:
                 bypass_fx.surgery.delta_of(extended, site).fill_(1e-3)
         self.models = {"base": plain, "opt1": extended}
-        run: dict[str, Any] = {k: torch.compile(m, backend=BACKEND) if compiled else m for k, m in self.models.items()}
+        run: dict[str, Any] = {arm: _compiled(model, way) for arm, model in self.models.items()}
         self.steps: dict[str, Step] = {"base": self._step(run["base"], self._optimizer(plain), None)}
         for name, options in {"opt1": {}, **returns}.items():
             optimizer = self._optimizer(extended)
@@ -91,14 +98,21 @@ class Arms:
         return 2 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def steps_of(name: str, compiled: bool, device: str) -> dict[str, Any]:
+def _compiled(model: nn.Module, way: str) -> Any:
+    options = WAYS[way]
+    return model if options is None else torch.compile(model, backend=BACKEND, **options)
+
+
+def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
     """Ratios of time and memory to the model without D; with a compiler, seconds of the first step as well."""
-    workload = WORKLOADS[name]
+    workload, compiled = WORKLOADS[name], WAYS[way] is not None
     if compiled:  # the compiler's own start belongs to neither arm
         first_of_all = torch.compile(nn.Linear(2, 2).to(device), backend=BACKEND)
         first_of_all(torch.ones(1, 2, device=device)).sum().backward()
-    arms = Arms(workload, device, compiled, RETURNS)
+    arms = Arms(workload, device, way, RETURNS)
     first = {arm: seconds(arms.steps[arm], device) for arm in ("base", "opt1")}
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for who compiles beside
     seconds(arms.steps["base"], device)
     once = seconds(arms.steps["base"], device)
     times = interleaved(arms.steps, REPEATS_OF_LONG if once > LONG else REPEATS, device)
@@ -125,8 +139,8 @@ def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsF
     file = ResultsFile(results.format(device=device), ("torch", "timm", "peft", "torch-pruning"))
     todo: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in WORKLOADS:
-        for way in ("eager", "compiled"):
-            todo[f"step:{name}:{way}"] = lambda name=name, way=way: steps_of(name, way == "compiled", device)  # type: ignore[misc]
+        ways = [way for way in WAYS if way != "CUDA graphs" or (device == "cuda" and name in SMALL)]
+        todo |= {f"step:{name}:{way}": partial(steps_of, name, way, device) for way in ways}
     todo |= penalty_cost.todo(device) | growth.todo(device) | beside.todo(device)
     for name in track([n for n in todo if pattern in n and n not in file.done("name")], description="overhead"):
         torch.compiler.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -56,6 +56,9 @@ def _2c2d(at_once: int | None) -> Task:
     )  # fmt: skip
 
 
+ROUNDS_ON_GPU, STEPS_ON_GPU = 7, 20  # at least
+
+
 CASES: dict[str, tuple[Task, tuple[str, ...]]] = {
     "Eggholder net, SGD": (_eggholder(lambda parameters: torch.optim.SGD(parameters, 1e-9)), PHASES),
     "Eggholder net, Adam": (_eggholder(lambda parameters: torch.optim.Adam(parameters, 1e-9)), PHASES),
@@ -99,7 +102,10 @@ def measure(task: Task, phase: str, replicas: int, device: str) -> dict[str, Any
     def all_together() -> None:
         together.step(together.backward(loss_fn, (x, y)))
 
-    rounds = [(_time(one, task.steps), _time(all_together, task.steps)) for _ in range(task.rounds + 1)][1:]
+    count, steps = task.rounds, task.steps
+    if device == "cuda":
+        count, steps = max(count, ROUNDS_ON_GPU), max(steps, STEPS_ON_GPU)
+    rounds = [(_time(one, steps), _time(all_together, steps)) for _ in range(count + 1)][1:]
     return {
         "one": median(alone for alone, _ in rounds),
         "together": median(whole for _, whole in rounds),
@@ -116,23 +122,18 @@ def _time(step: Callable[[], None], steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def _devices() -> Iterator[tuple[str, str]]:
-    yield "cpu", "CPU"
-    if torch.cuda.is_available():
-        yield "cuda", torch.cuda.get_device_name()
-
-
-def run(replicas: int = 20, results: str = "replicas.jsonl") -> ResultsFile:
-    """Measure what no earlier run has measured."""
-    file = ResultsFile(results)
-    done = {(row["case"], row["phase"], row["replicas"], row["device"]) for row in file}
-    for device, called in _devices():
-        for case, (task, phases) in CASES.items():
-            torch.set_num_threads(task.threads)
-            for phase in phases:
-                if (case, phase, replicas, called) not in done:
-                    about = {"case": case, "phase": phase, "replicas": replicas, "device": called}
-                    file.add({**about, "threads": task.threads, **measure(task, phase, replicas, device)})
+def run(replicas: int = 20, results: str = "replicas-{device}.jsonl") -> ResultsFile:
+    """Measure what no earlier run has measured, on a GPU if there is one, else on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    called = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    file = ResultsFile(results.format(device=device))
+    done = {(row["case"], row["phase"], row["replicas"]) for row in file}
+    for case, (task, phases) in CASES.items():
+        torch.set_num_threads(task.threads)
+        for phase in PHASES if device == "cuda" else phases:
+            if (case, phase, replicas) not in done:
+                about = {"case": case, "phase": phase, "replicas": replicas, "device": called}
+                file.add({**about, "threads": task.threads, **measure(task, phase, replicas, device)})
     return file
 
 

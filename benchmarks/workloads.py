@@ -83,9 +83,9 @@ WORKLOADS = {
     workload.model.removeprefix("timm:"): workload
     for workload in (
         Workload("2c2d", (128, 32), (1024, 32)),
-        Workload("timm:resnet18", (16, 128), (256, 224)),
-        Workload("timm:resnet50", (8, 128), (256, 224)),
-        Workload("timm:efficientnet_b0", (8, 128), (256, 224)),
+        Workload("timm:resnet18", (16, 128), (128, 224)),
+        Workload("timm:resnet50", (8, 128), (128, 224)),
+        Workload("timm:efficientnet_b0", (8, 128), (128, 224)),
         Workload("timm:convnext_tiny", (4, 128), (128, 224)),
         Workload("char12", (16, 128), (64, 512)),
         Workload("timm:vit_base_patch16_224", (8, 224), (128, 224)),

@@ -132,8 +132,14 @@ class Bypass:
 
     def _largest(self) -> Tensor:
         """max |δ| of every site, [sites]: not finite where any of them is not."""
-        deltas = (tensor_named(self._root, site.parameter) for site in self.plan)
-        return torch.stack([delta.abs().amax().to(self.gamma) for delta in deltas])
+        deltas = [tensor_named(self._root, site.parameter) for site in self.plan]
+        batched = torch._C._are_functorch_transforms_active()  # they know no kernel of many tensors
+        largest = (
+            [torch.linalg.vector_norm(delta, math.inf) for delta in deltas]
+            if batched
+            else torch._foreach_norm(deltas, math.inf)
+        )
+        return torch.stack([norm.to(self.gamma) for norm in largest])
 
     def _turn_back(self) -> None:
         comeback = self._course.comeback
@@ -276,7 +282,10 @@ class Bypass:
     ) -> dict[str, float] | None:
         """One number per site on its way to the host, with a look at all that moves; norms that have come, by site."""
         extent = (seen.extent if seen else whole(get_total_norm(self._moving.values()))).to(self.gamma)
-        value = torch.as_tensor(0.0 if loss is None else loss).detach().to(self.gamma, non_blocking=True)
+        if isinstance(loss, Tensor):
+            value = loss.detach().to(self.gamma, non_blocking=True)
+        else:  # a kernel writes it; a copy to a GPU would be waited for
+            value = self.gamma.new_full((), 0.0 if loss is None else float(loss))
         numbers = torch.cat([values, extent.reshape(1), value.reshape(1)])
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
         return self._looked_at(self._readout.exchange(numbers, self.phase, step, measured))

@@ -42,6 +42,7 @@ class Runner(nn.Module):
         if not self.training:
             return self.task.sums(self.model, batch)
         loss = self.task.loss(self.model, batch)
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         return loss, loss.new_zeros(()) if self.late else self.penalty(loss)
 
     def penalty(self, loss: Tensor) -> Tensor:
@@ -91,6 +92,10 @@ class Engine:
             wrapped: nn.Module = runner
         else:
             wrapped = self.accelerator.prepare_model(runner, device_placement=False)
+            # Its autocast is an object of each wrapper's own, for which torch.compile would compile each arm anew; ours is
+            # entered around the calls.
+            for name in ("forward", "_original_forward"):
+                runner.__dict__.pop(name, None)
         if self._settings.compile:
             mode, backend = self._settings.compile, self._settings.compile_backend
             # dynamic=False: another size of minibatch is a mistake here, and must not make a slower graph of all

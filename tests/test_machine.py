@@ -49,6 +49,14 @@ def test_a_whole_run_needs_three_compilations_and_has_no_graph_break(comeback: s
     assert _losses(history) == pytest.approx(_losses(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"comeback": "penalty", "gamma": "0.5", "epsilon": 0.05}], ids=str)
+def test_half_precision_needs_no_more_compilations(settings: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    trainer(compile="default", compile_backend="aot_eager", precision="bf16", **settings).fit()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 3
+
+
 @pytest.mark.skipif(not can_build, reason="torch's own backend needs a C++ compiler and Python's headers")
 def test_cuda_graphs_can_be_asked_for_and_are_skipped_on_a_cpu() -> None:
     lengths = {"train1": 1, "opt1": 1, "opt2": 1, "train3": 1, "device": "cpu"}
