@@ -18,7 +18,7 @@ import bypass_fx
 
 from . import beside, growth, penalty_cost
 from .results_file import ResultsFile
-from .stopwatch import interleaved, peak_memory, ratios, seconds
+from .stopwatch import interleaved, peak_memory, ratios, seconds, turn
 from .workloads import WORKLOADS, Workload
 
 REPEATS = 7
@@ -113,10 +113,11 @@ def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
     first = {arm: seconds(arms.steps[arm], device) for arm in ("base", "opt1")}
     if device == "cuda":
         torch.cuda.empty_cache()  # for who compiles beside
-    seconds(arms.steps["base"], device)
-    once = seconds(arms.steps["base"], device)
-    times = interleaved(arms.steps, REPEATS_OF_LONG if once > LONG else REPEATS, device)
-    peaks = {arm: peak_memory(arms.steps[arm], device) + arms.held(arm) for arm in arms.steps}
+    with turn(device):
+        seconds(arms.steps["base"], device)
+        once = seconds(arms.steps["base"], device)
+        times = interleaved(arms.steps, REPEATS_OF_LONG if once > LONG else REPEATS, device)
+        peaks = {arm: peak_memory(arms.steps[arm], device) + arms.held(arm) for arm in arms.steps}
     row: dict[str, Any] = {
         "batch": (workload.on_gpu if device == "cuda" else workload.on_cpu),
         "sites": {

@@ -34,19 +34,18 @@ def seconds(action: Action, device: str = "cpu") -> float:
 def interleaved(actions: Mapping[str, Action], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Times of each action, one of each in turn, after one run of each that does not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
-    with _turn(device):
-        for action in actions.values():
-            action()
-        once = min(seconds(action, device) for action in actions.values()) if device == "cuda" else SHORT
-        runs = math.ceil(SHORT / once)
-        for _ in range(repeats):
-            for name, action in actions.items():
-                times[name].append(seconds(lambda action=action: [action() for _ in range(runs)], device) / runs)  # type: ignore[misc]
+    for action in actions.values():
+        action()
+    once = min(seconds(action, device) for action in actions.values()) if device == "cuda" else SHORT
+    runs = math.ceil(SHORT / once)
+    for _ in range(repeats):
+        for name, action in actions.items():
+            times[name].append(seconds(lambda action=action: [action() for _ in range(runs)], device) / runs)  # type: ignore[misc]
     return times
 
 
 @contextlib.contextmanager
-def _turn(device: str) -> Iterator[None]:
+def turn(device: str) -> Iterator[None]:
     """Benchmarks started side by side, to compile at the same time, take turns with the GPU."""
     if device != "cuda":
         yield

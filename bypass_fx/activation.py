@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import fused
 from .passes.derivatives import ELEMENTWISE, Parameter, name_of
 from .passes.errors import BypassError
 from .passes.heads import with_heads_of
+from .psi_op import psi_op
 
 
 def psi(
@@ -48,7 +50,11 @@ def psi(
     else:
         name = "" if _hooked(sigma) else name_of(type(sigma))
         given = tuple(getattr(sigma, attribute) for attribute in ELEMENTWISE[name].attributes) if name else ()
-    if name and isinstance(channels, int) and _as_one_step(z, delta):
+    if name and isinstance(channels, int) and torch.compiler.is_compiling():
+        kernel = fused.fits(z, name, given) if _alone(z, delta, channels) else None
+        if kernel:
+            return psi_op(z, _along(delta, z, channels), z.dim() - 1, *kernel)  # type: ignore[no-any-return]
+    elif name and isinstance(channels, int) and _as_one_step(z, delta):
         return Within.apply(z, _along(delta, z, channels), name, given)  # type: ignore[no-any-return]
     if isinstance(sigma, nn.Module):
         kept = z.clone() if getattr(sigma, "inplace", False) else z
@@ -72,6 +78,17 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
+def _alone(z: Tensor, delta: Tensor, channels: int) -> bool:
+    """Whether a compiler would find no neighbour of ψ to fuse it with: behind a dense layer, the channels lie last."""
+    return (
+        channels in (-1, z.dim() - 1)
+        and z.is_cuda
+        and torch.is_grad_enabled()
+        and (z.requires_grad or delta.requires_grad)
+        and z.numel() >= _TINY
+    )
+
+
 def _as_one_step(z: Tensor, delta: Tensor) -> bool:
     """Whether σ and D are one step of autograd: for large plain tensors that nothing else takes apart anyway."""
     plain = type(z) is Tensor and type(delta) in (Tensor, nn.Parameter) and z.layout is torch.strided
@@ -80,7 +97,6 @@ def _as_one_step(z: Tensor, delta: Tensor) -> bool:
         and not z.is_nested
         and z.is_floating_point()
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # the compiler fuses the steps into their neighbours by itself
         and not torch._C._len_torch_dispatch_stack()  # a mode sees the steps, and may keep σ(z)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not torch._C._are_functorch_transforms_active()  # they know every step by itself
@@ -104,6 +120,9 @@ class Within(torch.autograd.Function):
         ctx.name, ctx.parameters = name, parameters  # type: ignore[attr-defined]
         ctx.save_for_backward(z, d)
         ctx.save_for_forward(z, d)
+        ctx.kernel = kernel = fused.fits(z, name, parameters)  # type: ignore[attr-defined]
+        if kernel:
+            return fused.forward(z, d.flatten(), z.dim() - d.dim(), kernel)
         activated = ELEMENTWISE[name].value(z, *parameters)
         z, d = z.to(activated.dtype), d.to(activated.dtype)
         return torch.addcmul(activated, z, d, out=activated)
@@ -112,9 +131,12 @@ class Within(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         z, d = ctx.saved_tensors  # type: ignore[attr-defined]
         of_z = of_d = None
+        seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        if ctx.kernel and all(ctx.needs_input_grad[:2]) and not seen:  # type: ignore[attr-defined]
+            of_z, of_d = fused.backward(g, z, d.flatten(), z.dim() - d.dim(), ctx.kernel)  # type: ignore[attr-defined]
+            return of_z, of_d.view(d.shape), None, None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             slope = ELEMENTWISE[ctx.name].derivative(g, z, *ctx.parameters)  # type: ignore[attr-defined]
-            seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
             of_z = torch.addcmul(slope, g, d.to(g.dtype)) if seen else slope.addcmul_(g, d.to(g.dtype))
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             of_d = _summed(g, z, d)

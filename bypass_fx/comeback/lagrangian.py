@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bypass_fx.constraint import cells, residual_entries
 from bypass_fx.extension import sites
+from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Site
 from bypass_fx.surgery import fold_down
 
@@ -103,7 +104,7 @@ def curvature(model: nn.Module, site: Site) -> Tensor:
     ‖DW‖² + ‖AD‖² + Σᵢ ‖aᵢ‖²‖wᵢ‖² in Frobenius norms, in the cell where it is largest; 1 where the residual is D.
     """
     if site.constraint == "zero":
-        return torch.ones(())
+        return tensor_named(model, site.parameter).new_ones(())
     a, d, w = cells(model, site)
     by_column, by_row = a.square().sum(1), w.square().sum(2)
     bound: Tensor = (d.square() * (by_row + by_column) + by_column * by_row).sum(1).amax()

@@ -1,0 +1,167 @@
+"""Where ψ and its backward are one kernel each: on a GPU, for activations whose kernels were seen to agree with torch."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .passes.derivatives import ELEMENTWISE, Elementwise, Parameter
+
+if TYPE_CHECKING:
+    from .triton_psi import Kernel, Matrix
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NEAR = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # how far rounding may take a norm, relatively
+
+
+class Trust(NamedTuple):
+    """Which of the two kernels of an activation can be taken."""
+
+    forward: bool
+    backward: bool
+
+
+def kernel_of(name: str, parameters: tuple[Parameter, ...]) -> Kernel | None:
+    """The kernel of an activation of the table, with its parameters; None where there is none.
+
+    Example:
+        >>> kernel_of("relu6", ()), kernel_of("gelu", ("tanh",)), kernel_of("mish", ())
+        (('hardtanh', 0.0, 6.0), ('gelu_tanh', 0.0, 0.0), None)
+    """
+    if name == "gelu":
+        return ("gelu_tanh" if parameters == ("tanh",) else "gelu", 0.0, 0.0)
+    if name == "relu6":
+        return ("hardtanh", 0.0, 6.0)
+    if name in ("relu", "silu", "leaky_relu", "hardtanh"):
+        p, q = (*map(float, parameters), 0.0, 0.0)[:2]
+        return (name, p, q)
+    return None
+
+
+def torch_s_own(kernel: Kernel) -> tuple[Elementwise, tuple[Parameter, ...]]:
+    """What torch has for a kernel."""
+    name, p, q = kernel
+    if name.startswith("gelu"):
+        return ELEMENTWISE["gelu"], ("tanh" if name == "gelu_tanh" else "none",)
+    return ELEMENTWISE[name], {"leaky_relu": (p,), "hardtanh": (p, q)}.get(name, ())
+
+
+def lies(z: Tensor, axis: int) -> Matrix | None:
+    """How z lies in memory, with its channels along `axis`, counted from 0; None where it has gaps or overlaps."""
+    from .triton_psi import Matrix
+
+    order = sorted((at for at in range(z.dim()) if z.shape[at] != 1), key=z.stride, reverse=True)
+    expected = 1
+    for at in reversed(order):
+        if z.stride(at) != expected:
+            return None
+        expected *= z.shape[at]
+    channels = z.shape[axis]
+    behind = order[order.index(axis) + 1 :] if axis in order else order[1:]
+    columns = 1
+    for at in behind:
+        columns *= z.shape[at]
+    if columns == 1 and axis in order:
+        return Matrix(z.numel() // channels, channels, channels, True)
+    return Matrix(z.numel() // columns, columns, channels, False)
+
+
+def fits(z: Tensor, name: str, parameters: tuple[Parameter, ...]) -> Kernel | None:
+    """The kernel for this activation of z, where its backward at least can be taken."""
+    if not z.is_cuda or z.dtype not in _DTYPES:
+        return None
+    kernel = kernel_of(name, parameters)
+    return kernel if kernel and trust(kernel, z.dtype, z.device).backward else None
+
+
+def forward(z: Tensor, d: Tensor, axis: int, kernel: Kernel, exact: bool = True) -> Tensor:
+    """ψ(z); δ of shape (channels,), z's channels along `axis`. Where it need not be `exact`, σ may differ by rounding."""
+    matrix = lies(z, axis) if z.is_cuda and (trust(kernel, z.dtype, z.device).forward or not exact) else None
+    if matrix:
+        from . import triton_psi
+
+        return triton_psi.forward(z, d, kernel, matrix)
+    sigma, parameters = torch_s_own(kernel)
+    activated = sigma.value(z, *parameters)
+    return torch.addcmul(activated, z, _spread(d, z, axis), out=activated)
+
+
+def backward(g: Tensor, z: Tensor, d: Tensor, axis: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """The gradients of z and, in its dtype, of δ."""
+    matrix = lies(z, axis) if z.is_cuda else None
+    if matrix:
+        from . import triton_psi
+
+        if g.stride() != z.stride() or g.dtype != z.dtype:
+            g = torch.empty_like(z).copy_(g)
+        of_z, of_d = triton_psi.backward(g, z, d, kernel, matrix)
+        return of_z, of_d.to(d.dtype)
+    sigma, parameters = torch_s_own(kernel)
+    slope = sigma.derivative(g, z, *parameters)
+    others = [at for at in range(z.dim()) if at != axis]
+    return torch.addcmul(slope, g, _spread(d, g, axis)), (g * z).sum(others, dtype=d.dtype)
+
+
+def _spread(d: Tensor, z: Tensor, axis: int) -> Tensor:
+    return d.to(z.dtype).view(-1, *[1] * (z.dim() - 1 - axis))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def trust(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust:
+    """Which kernels of an activation can be built here and compute what torch's do; found out once, on random numbers."""
+    if torch.cuda.is_current_stream_capturing():
+        return Trust(False, False)  # numbers can't be looked at now
+    return _trust(kernel, dtype, device)
+
+
+@cache
+def _trust(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust:
+    try:
+        import triton
+    except ImportError:  # not on every platform that torch is on
+        return Trust(False, False)
+    try:
+        return agreement(kernel, dtype, device)
+    except (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"the kernel for D-activations of {kernel[0]} can't be built for {device} ({type(error).__name__}: {error}); "
+            "torch's own are taken, which read and write more",
+            stacklevel=2,
+        )
+        return Trust(False, False)
+
+
+@torch.no_grad()
+def agreement(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust:
+    """Whether the kernels compute what torch does: the forward to the bit at D = 0, all else to rounding."""
+    from . import triton_psi
+
+    sigma, parameters = torch_s_own(kernel)
+    generator = torch.Generator().manual_seed(0)
+    value = slope = True
+    for shape in ((600, 200), (4, 24, 1100)):
+        z, g = (4 * torch.randn(shape, generator=generator) for _ in range(2))
+        z[0, :4] = torch.tensor([0.0, -0.0, 100.0, -100.0]).view(-1, *[1] * (z.dim() - 2))
+        z, g = z.to(device, dtype), g.to(device, dtype)
+        d = torch.randn(shape[1], generator=generator).to(device)
+        matrix = lies(z, 1)
+        assert matrix is not None, "a new tensor is dense"
+        still = triton_psi.forward(z, torch.zeros_like(d), kernel, matrix)
+        moved = triton_psi.forward(z, d, kernel, matrix)
+        right = sigma.value(z, *parameters)
+        spread = _spread(d, z, 1)
+        value &= torch.equal(still, right) and _near(moved, torch.addcmul(right, z, spread))
+        of_z, of_d = triton_psi.backward(g, z, d, kernel, matrix)
+        slope &= _near(of_z, torch.addcmul(sigma.derivative(g, z, *parameters), g, spread))
+        others = [at for at in range(z.dim()) if at != 1]
+        slope &= bool((of_d - (g.double() * z.double()).sum(others)).norm() <= 1e-5 * of_d.norm())
+    return Trust(value and slope, slope)
+
+
+def _near(found: Tensor, right: Tensor) -> bool:
+    return bool((found.double() - right.double()).norm() <= NEAR[right.dtype] * right.double().norm())

@@ -1,0 +1,165 @@
+"""ψ and its backward as one kernel each (Triton): every number of z and of its gradient is read once and written once.
+
+A dense tensor is seen as a matrix, each row of which is a run of neighbours in memory. δ has an entry for each column where
+the channels lie innermost, as behind a dense layer or in channels-last images; else for each row, modulo C.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+Kernel = tuple[str, float, float]  # the name of σ, and its parameters
+
+TILE, WARPS = 2048, 4  # numbers that a program has at hand
+WIDEST_BY_COLUMN, WIDEST_BY_ROW = 256, 1024  # of a tile
+PROGRAMS = 1024  # of a backward, where there are as many tiles: several for each multiprocessor
+
+
+@triton.jit
+def _activated(z, name: tl.constexpr, p, q):  # type: ignore[no-untyped-def]
+    """σ(z) as torch computes it, z in float32."""
+    if name == "relu":
+        found = tl.where(z <= 0, 0.0, z)
+    elif name == "leaky_relu":
+        found = tl.where(z > 0, z, z * p)
+    elif name == "hardtanh":
+        found = tl.minimum(tl.maximum(z, p, tl.PropagateNan.ALL), q, tl.PropagateNan.ALL)
+    elif name == "silu":
+        found = tl.div_rn(z, 1.0 + libdevice.exp(-z))
+    elif name == "gelu":
+        found = z * 0.5 * (1.0 + libdevice.erf(z * 0.7071067811865476))
+    else:
+        tl.static_assert(name == "gelu_tanh", "there is no kernel of this name")
+        found = 0.5 * z * (1.0 + libdevice.tanh(0.7978845608028654 * (z + 0.044715 * (z * z * z))))
+    return found
+
+
+@triton.jit
+def _sloped(g, z, name: tl.constexpr, p, q):  # type: ignore[no-untyped-def]
+    """σ'(z) g as torch computes it, both in float32."""
+    if name == "relu":
+        found = tl.where(z <= 0, 0.0, g)
+    elif name == "leaky_relu":
+        found = tl.where(z > 0, g, g * p)
+    elif name == "hardtanh":
+        found = tl.where((z <= p) | (z >= q), 0.0, g)
+    elif name == "silu":
+        s = tl.div_rn(1.0, 1.0 + libdevice.exp(-z))
+        found = g * s * (1.0 + z * (1.0 - s))
+    elif name == "gelu":
+        below = 0.5 * (1.0 + libdevice.erf(z * 0.7071067811865476))
+        found = g * (below + z * (libdevice.exp(-0.5 * z * z) * 0.3989422804014327))
+    else:
+        tl.static_assert(name == "gelu_tanh", "there is no kernel of this name")
+        t = libdevice.tanh(0.7978845608028654 * (z + 0.044715 * (z * z * z)))
+        inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * (z * z))
+        found = g * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner)
+    return found
+
+
+@triton.jit
+def psi_kernel(  # type: ignore[no-untyped-def]
+    z_at, d_at, out_at, rows, columns, channels, p, q,
+    name: tl.constexpr, by_column: tl.constexpr, high: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """σ(z) + d z; σ(z) and d are rounded to z's dtype, as where torch adds them."""
+    row = tl.program_id(0) * high + tl.arange(0, high)
+    column = tl.program_id(1) * wide + tl.arange(0, wide)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    z = tl.load(z_at + at, mask=there, other=0.0)
+    if by_column:
+        d = tl.load(d_at + column, mask=column < columns, other=0.0).to(z.dtype).to(tl.float32)[None, :]
+    else:
+        d = tl.load(d_at + row % channels, mask=row < rows, other=0.0).to(z.dtype).to(tl.float32)[:, None]
+    x = z.to(tl.float32)
+    activated = _activated(x, name, p, q).to(z.dtype).to(tl.float32)
+    tl.store(out_at + at, (activated + x * d).to(z.dtype), mask=there)
+
+
+@triton.jit
+def psi_backward_kernel(  # type: ignore[no-untyped-def]
+    g_at, z_at, d_at, of_z_at, sums_at, rows, columns, channels, p, q,
+    strip, name: tl.constexpr, by_column: tl.constexpr, high: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """σ'(z) g + d g, and Σ g z: over strips of rows for each column, or over strips of columns for each row."""
+    dtype = z_at.dtype.element_ty
+    total = tl.zeros((high, wide), dtype=tl.float32)
+    if by_column:
+        first_row, first_column = tl.program_id(0) * strip, tl.program_id(1) * wide
+        mine = first_column + tl.arange(0, wide)
+        d = tl.load(d_at + mine, mask=mine < columns, other=0.0).to(dtype).to(tl.float32)[None, :]
+        step = high
+    else:
+        first_row, first_column = tl.program_id(0) * high, tl.program_id(1) * strip
+        mine = first_row + tl.arange(0, high)
+        d = tl.load(d_at + mine % channels, mask=mine < rows, other=0.0).to(dtype).to(tl.float32)[:, None]
+        step = wide
+    for start in range(0, strip, step):
+        row, column = first_row + tl.arange(0, high), first_column + tl.arange(0, wide)
+        if by_column:
+            row += start
+        else:
+            column += start
+        there = (row < rows)[:, None] & (column < columns)[None, :]
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        g = tl.load(g_at + at, mask=there, other=0.0).to(tl.float32)
+        z = tl.load(z_at + at, mask=there, other=0.0).to(tl.float32)
+        slope = _sloped(g, z, name, p, q).to(dtype).to(tl.float32)
+        tl.store(of_z_at + at, (slope + g * d).to(dtype), mask=there)
+        total += g * z
+    if by_column:
+        tl.store(sums_at + tl.program_id(0) * columns + mine, tl.sum(total, axis=0), mask=mine < columns)
+    else:
+        at_sums = sums_at + mine.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(at_sums, tl.sum(total, axis=1), mask=mine < rows)
+
+
+class Matrix(NamedTuple):
+    """How a dense tensor lies in memory: rows of neighbours; whether a channel is a column of them, or some rows."""
+
+    rows: int
+    columns: int
+    channels: int
+    by_column: bool
+
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns that a program has at hand, powers of 2."""
+        wide = min(triton.next_power_of_2(self.columns), WIDEST_BY_COLUMN if self.by_column else WIDEST_BY_ROW)
+        return TILE // wide, wide
+
+
+def forward(z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix) -> Tensor:
+    """ψ(z), laid out as z; δ of shape (channels,)."""
+    name, p, q = kernel
+    high, wide = lies.tile()
+    out = torch.empty_like(z)
+    grid = (triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide))
+    psi_kernel[grid](z, d, out, *lies[:3], p, q, name, lies.by_column, high, wide, num_warps=WARPS)
+    return out
+
+
+def backward(g: Tensor, z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix) -> tuple[Tensor, Tensor]:
+    """The gradients of z, laid out as z, and of δ, in float32; g must be laid out as z."""
+    name, p, q = kernel
+    high, wide = lies.tile()
+    down, across = triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide)
+    if lies.by_column:
+        strip = triton.cdiv(down, max(1, PROGRAMS // across)) * high
+        grid = (triton.cdiv(lies.rows, strip), across)
+        sums = torch.empty(grid[0], lies.channels, dtype=torch.float32, device=z.device)
+    else:
+        strip = triton.cdiv(across, max(1, PROGRAMS // down)) * wide
+        grid = (down, triton.cdiv(lies.columns, strip))
+        sums = torch.empty(lies.rows // lies.channels, lies.channels, grid[1], dtype=torch.float32, device=z.device)
+    of_z = torch.empty_like(z)
+    psi_backward_kernel[grid](
+        g, z, d, of_z, sums, *lies[:3], p, q, strip, name, lies.by_column, high, wide, num_warps=WARPS
+    )
+    return of_z, sums.sum([0, 2] if sums.dim() == 3 else 0)
