@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bypass_fx
 
-from . import beside, growth, penalty_cost
+from . import beside, growth, penalty_cost, psi_cost
 from .results_file import ResultsFile
 from .stopwatch import interleaved, peak_memory, ratios, seconds, turn
 from .workloads import WORKLOADS, Workload
@@ -142,7 +142,7 @@ def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsF
     for name in WORKLOADS:
         ways = [way for way in WAYS if way != "CUDA graphs" or (device == "cuda" and name in SMALL)]
         todo |= {f"step:{name}:{way}": partial(steps_of, name, way, device) for way in ways}
-    todo |= penalty_cost.todo(device) | growth.todo(device) | beside.todo(device)
+    todo |= psi_cost.todo(device) | penalty_cost.todo(device) | growth.todo(device) | beside.todo(device)
     for name in track([n for n in todo if pattern in n and n not in file.done("name")], description="overhead"):
         torch.compiler.reset()
         with warnings.catch_warnings(), torch._inductor.config.patch(force_disable_caches=True):
@@ -189,7 +189,9 @@ def summary(file: ResultsFile) -> str:
         lines.append("| " + " | ".join([model, way, *(f"{row['memory'][arm]:.3f}" for arm in arms), compiling]) + " |")
     other = "CPU" if on_gpu else "GPU"
     lines += ["", f"Not measured on this machine: {other}.", ""]
-    return "\n".join([*lines, penalty_cost.summary(rows), growth.summary(rows), beside.summary(rows)])
+    return "\n".join(
+        [*lines, psi_cost.summary(rows), penalty_cost.summary(rows), growth.summary(rows), beside.summary(rows)]
+    )
 
 
 def _by(batch: list[int]) -> str:

@@ -39,7 +39,8 @@ def residuals(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
             continue
         terms = _terms(model, site)
         present = [part for term in terms for part in term if part is not None]
-        alone = index if sum(part.numel() for part in present) > _SMALL else None
+        small = _SMALL_ON_GPU if present[0].is_cuda else _SMALL
+        alone = index if sum(part.numel() for part in present) > small else None
         shapes = tuple(part.shape for part in present)
         batches.setdefault((alone, present[0].dtype, present[0].device, shapes), []).append((index, terms))
     for batch in batches.values():
@@ -49,7 +50,8 @@ def residuals(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
     return [norm for norm in found if norm is not None]
 
 
-_SMALL = 2**16  # numbers: below, a site's kernels take less time than it takes to launch them
+_SMALL = 2**16  # numbers: below, a site's kernels take less time than it takes to call them
+_SMALL_ON_GPU = 2**23  # and to launch them
 
 
 def _is_sharded(model: nn.Module, site: Site) -> bool:
