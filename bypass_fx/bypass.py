@@ -51,6 +51,9 @@ class Bypass:
         self._root = surgery.root_of(model)
         self._delta_ids = {id(delta) for delta in self._deltas.values()}
         self._moving = dict(self._moved_beside_d())
+        every = [*self._deltas.values(), *self._moving.values()]
+        plain = all(type(each) in (Tensor, nn.Parameter) and each.device == every[0].device for each in every)
+        self._together = plain and len(every) > len(self._deltas)  # whose sizes are taken at once
         first = next(iter(self._deltas.values()))
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
@@ -126,7 +129,7 @@ class Bypass:
 
     def _walk(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         self.opt1_steps += 1
-        self._exchange(seen.values if seen else self.look(), loss, False, seen)
+        self._exchange(None, loss, seen)
         if self.opt1_steps >= self._course.opt1:
             self._turn_back()
 
@@ -169,18 +172,19 @@ class Bypass:
     def _come_back(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         course, comeback = self._course, self._course.comeback
         measured = self.measures
-        looked = seen.values.clone() if seen else None
+        if seen:
+            seen = Seen(seen.values.clone(), seen.extent)
         for index, (name, delta) in enumerate(self._deltas.items()):
             if name not in self.out:
                 delta.zero_()  # the optimiser's momentum moves even what has no gradient
-                if looked is not None:
-                    looked[index] = 0
-        looked = self.look() if looked is None else looked
-        norms = looked if measured or self._latest is None else self._latest
-        self._latest = norms = self._shrunk(norms, measured)
+                if seen:
+                    seen.values[index] = 0
+        if measured or self._latest is None:
+            self._latest = seen.values if seen else self._norms()
+        self._latest = norms = self._shrunk(self._latest, measured)
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
-        readings = [self._exchange(norms if measured else looked, loss, measured, seen)]
+        readings = [self._exchange(norms if measured else None, loss, seen)]
         if last:
             readings.append(self._looked_at(self._readout.flush()))
         arrived: list[str] = []
@@ -240,7 +244,7 @@ class Bypass:
     def measure(self) -> None:
         """Take the norms as they are now."""
         self._looked_at(self._readout.flush())
-        taken = self._exchange(self._norms(), None, measured=True)
+        taken = self._exchange(self._norms(), None)
         self.norms = taken or self._looked_at(self._readout.flush()) or {}
 
     def those_out(self) -> tuple[Arrival, ...]:
@@ -278,17 +282,31 @@ class Bypass:
             self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
 
     def _exchange(
-        self, values: Tensor, loss: Tensor | float | None, measured: bool, seen: Seen | None = None
+        self, norms: Tensor | None, loss: Tensor | float | None, seen: Seen | None = None
     ) -> dict[str, float] | None:
-        """One number per site on its way to the host, with a look at all that moves; norms that have come, by site."""
-        extent = (seen.extent if seen else whole(get_total_norm(self._moving.values()))).to(self.gamma)
+        """One number per site on its way to the host, with a look at all that moves; norms that have come, by site.
+
+        Args:
+            norms: of the sites, [sites], where they were taken; else whether D is finite is looked at.
+            loss: of the step.
+            seen: what was measured already.
+        """
         if isinstance(loss, Tensor):
             value = loss.detach().to(self.gamma, non_blocking=True)
         else:  # a kernel writes it; a copy to a GPU would be waited for
             value = self.gamma.new_full((), 0.0 if loss is None else float(loss))
-        numbers = torch.cat([values, extent.reshape(1), value.reshape(1)])
+        if seen:
+            parts = [seen.values if norms is None else norms, seen.extent.to(self.gamma).reshape(1)]
+        elif self._together:
+            deltas = [*self._deltas.values()] if norms is None else []
+            sizes = torch._foreach_norm([*deltas, *self._moving.values()])
+            parts = [*([] if norms is None else [norms]), torch.stack([size.to(self.gamma) for size in sizes])]
+        else:
+            extent = whole(get_total_norm(self._moving.values())).to(self.gamma)
+            parts = [self._largest() if norms is None else norms, extent.reshape(1)]
+        numbers = torch.cat([*parts, value.reshape(1)])
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
-        return self._looked_at(self._readout.exchange(numbers, self.phase, step, measured))
+        return self._looked_at(self._readout.exchange(numbers, self.phase, step, norms is not None))
 
     def _looked_at(self, reading: Reading | None) -> dict[str, float] | None:
         """The norms in a reading, if they are norms.
@@ -298,10 +316,11 @@ class Bypass:
         """
         if reading is None:
             return None
-        *numbers, total, cost = reading.numbers
-        by_name = dict(zip(self._deltas, numbers, strict=True))
-        if not all(map(math.isfinite, (*numbers, total, cost))):
-            self._expect_finite(by_name, cost, f"{reading.phase}, step {reading.step}")
+        by_name = dict(
+            zip(self._deltas, reading.numbers, strict=False)
+        )  # behind the sites' come those of what else moves
+        if not all(map(math.isfinite, reading.numbers)):
+            self._expect_finite(by_name, reading.numbers[-1], f"{reading.phase}, step {reading.step}")
         return by_name if reading.measured else None
 
     def _expect_finite(self, norms: Mapping[str, float], loss: float, when: str) -> None:
