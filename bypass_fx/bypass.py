@@ -23,6 +23,7 @@ from bypass_fx.passes.fold import in_fold_order
 from bypass_fx.passes.matrices import placed_like, tensor_named, whole
 from bypass_fx.passes.plan import Plan, Site
 from bypass_fx.readout import Reading, Readout
+from bypass_fx.rescaled import rescale
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +173,13 @@ class Bypass:
     def _come_back(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         course, comeback = self._course, self._course.comeback
         measured = self.measures
+        still: list[Tensor] = [delta for name, delta in self._deltas.items() if name not in self.out]
+        if still:
+            torch._foreach_zero_(still)  # the optimiser's momentum moves even what has no gradient
         if seen:
             seen = Seen(seen.values.clone(), seen.extent)
-        for index, (name, delta) in enumerate(self._deltas.items()):
-            if name not in self.out:
-                delta.zero_()  # the optimiser's momentum moves even what has no gradient
-                if seen:
+            for index, name in enumerate(self._deltas):
+                if name not in self.out:
                     seen.values[index] = 0
         if measured or self._latest is None:
             self._latest = seen.values if seen else self._norms()
@@ -216,13 +218,12 @@ class Bypass:
         # What is within ε already is folded in from where it is; to shrink it first would lose A D b_W.
         factors = torch.where(self._threshold.within(norms), torch.ones_like(factors), factors)
         by_name = dict(zip(self._deltas, factors.unbind(), strict=True))
-        only_d = type(comeback).scale is Comeback.scale
-        for site in self._order:
-            if site.name in self.out and only_d:
-                delta = self._deltas[site.name]
-                delta.mul_(by_name[site.name].to(delta))
-            elif site.name in self.out:
-                comeback.scale(self._root, site, by_name[site.name])
+        if type(comeback).scale is Comeback.scale:
+            rescale({self._deltas[name]: factor for name, factor in by_name.items() if name in self.out})
+        else:
+            for site in self._order:
+                if site.name in self.out:
+                    comeback.scale(self._root, site, by_name[site.name])
         param_group.moved_by_hand(self._optimizer)
         return self._norms() if comeback.moves(self._root) else norms * factors
 
