@@ -22,7 +22,7 @@ from .passes.match import match
 from .passes.matrices import is_sharded, tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
 from .passes.rewrite import Psi
-from .passes.units import ExampleInputs
+from .passes.units import ExampleInputs, as_inputs
 from .usual_inputs import usual_inputs
 
 __all__ = [
@@ -71,7 +71,7 @@ def plan(
     model: nn.Module,
     mode: Mode = "auto",
     select: Select | None = None,
-    example_inputs: ExampleInputs | None = None,
+    example_inputs: ExampleInputs | Tensor | None = None,
     **measuring: Any,
 ) -> Plan:
     """Find where a model can be bypassed, and why not elsewhere; the model is not changed.
@@ -84,9 +84,10 @@ def plan(
         select: a glob pattern over site names, several of them, or a predicate on `Site`; all sites if None. "stuck"
             takes the sites with channels that have stopped learning, and lets D move in these only (`bypass_fx.stuck`);
             "probe" the sites that gained the most in a `bypass_fx.probe`. Both need `loss_fn` and `batches`.
-        example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward, where its optional
-            arguments matter, or where it calls modules from code that no graph holds (`with` blocks, caches): the model is
-            run on them once, in eval mode, to see how these are called. So give them as in training, without a cache.
+        example_inputs: a tuple of positional or a dict of keyword arguments of the model's forward, or its only argument,
+            where optional arguments matter, or where it calls modules from code that no graph holds (`with` blocks,
+            caches): the model is run on them once, in eval mode, to see how these are called. So give them as in training,
+            without a cache.
         **measuring: `loss_fn`, `batches` and further arguments of `bypass_fx.stuck` or `bypass_fx.probe`, for these two.
 
     Raises:
@@ -106,7 +107,10 @@ def plan(
 
 
 def linked_plan(
-    model: nn.Module, mode: Mode = "auto", select: Select | None = None, example_inputs: ExampleInputs | None = None
+    model: nn.Module,
+    mode: Mode = "auto",
+    select: Select | None = None,
+    example_inputs: ExampleInputs | Tensor | None = None,
 ) -> tuple[Linked, Plan]:
     """As `plan`, with the linked graphs of the model that the plan was made from.
 
@@ -115,6 +119,7 @@ def linked_plan(
     """
     model = unwrapped(model)
     _ready_parameters(model)
+    example_inputs = as_inputs(example_inputs)
     linked = Linked(model, example_inputs)
     return linked, _plan(linked, mode, select, example_inputs)
 
@@ -170,7 +175,7 @@ def extend(
     *,
     mode: Mode = "auto",
     select: Select | None = None,
-    example_inputs: ExampleInputs | None = None,
+    example_inputs: ExampleInputs | Tensor | None = None,
     **measuring: Any,
 ) -> Model:
     """Insert a D-activation ψ(z) = σ(z) + D z with D = 0 at every site (*embed*, eq. 10); the function does not change.
@@ -198,6 +203,7 @@ def extend(
     inner = unwrapped(model)
     parameters = _ready_parameters(inner)
     _expect_measuring(select, measuring)
+    example_inputs = as_inputs(example_inputs)
     if plan is None and select in MEASURED:
         plan = _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
     linked = Linked(inner, example_inputs)
@@ -223,7 +229,9 @@ def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
 
 
 @contextmanager
-def extended_with(model: Model, plan: Plan, psi: Psi, example_inputs: ExampleInputs | None = None) -> Iterator[None]:
+def extended_with(
+    model: Model, plan: Plan, psi: Psi, example_inputs: ExampleInputs | Tensor | None = None
+) -> Iterator[None]:
     """Inside, the model runs another ψ at the sites of a plan, called as `activation.psi` is; D stays 0, and asks for no
     gradient.
 
@@ -232,7 +240,7 @@ def extended_with(model: Model, plan: Plan, psi: Psi, example_inputs: ExampleInp
     """
     inner = unwrapped(model)
     _ready_parameters(inner)
-    _insert(Linked(inner, example_inputs), plan, psi)
+    _insert(Linked(inner, as_inputs(example_inputs)), plan, psi)
     try:
         for site in plan.sites:
             delta_of(inner, site).requires_grad_(False)

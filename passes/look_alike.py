@@ -39,12 +39,15 @@ def likeness(module: nn.Module) -> Hashable | None:
     return str(held), tuple(kinds)
 
 
-def stateless_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward of a module that is no more than a function: it holds nothing, or is an activation of torch's."""
+def stateless_forward(module: nn.Module, is_new: bool = False) -> Callable[..., Any] | None:
+    """The forward of a module that is no more than a function: it holds nothing, or is an activation of torch's.
+
+    One that is made anew in every call (`is_new`) may hold settings and children, and is in the mode that it is made in.
+    """
     cls = type(module)
     own = vars(module).keys() - _OF_EVERY_MODULE
-    held = module._parameters or module._buffers or module._modules
-    if held or not acts_as(module, cls) or (own and module_activation(module) is None):
+    held = module._parameters or module._buffers or (module._modules and not is_new)
+    if held or not acts_as(module, cls) or (own and not is_new and module_activation(module) is None):
         return None
     forward = inspect.unwrap(cls.forward)
     if not isinstance(forward, FunctionType):
@@ -53,7 +56,7 @@ def stateless_forward(module: nn.Module) -> Callable[..., Any] | None:
     forwards = [inspect.unwrap(each) for each in own_and_above]  # super().forward may run those above
     functions = [each for function in own_and_above for each in reached(function, cls)]
     asks = any(_names_the_mode(each) for each in (*forwards, *functions) if isinstance(each, FunctionType))
-    return None if asks or trap(forward, functions) else cls.forward
+    return None if (asks and not is_new) or trap(forward, functions) else cls.forward
 
 
 def _names_the_mode(function: FunctionType) -> bool:

@@ -27,6 +27,8 @@ from .hooks import Hook, Hooks
 class Listener(Protocol):
     """What a running trace does with the events."""
 
+    new_modules: dict[int, nn.Module]  # which the forward has made, and may set attributes of; by id
+
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """The forward read an attribute; the answer is what it sees."""
 
@@ -113,19 +115,27 @@ _OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"training"}
 @contextmanager
 def _on_modules(recorder: Recorder) -> Iterator[None]:
     """Reads, calls and writes of torch.nn.Module."""
-    original_setattr, original_call = nn.Module.__setattr__, nn.Module.__call__
+    original_init, original_setattr, original_call = nn.Module.__init__, nn.Module.__setattr__, nn.Module.__call__
 
     def calling(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = recorder.active()
         return original_call(module, *args, **kwargs) if listener is None else listener.called(module, args, kwargs)
 
-    def writing(module: nn.Module, name: str, value: Any) -> None:
+    def starting(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         listener = recorder.active()
         if listener is not None:
+            listener.new_modules[id(module)] = module
+        original_init(module, *args, **kwargs)
+
+    def writing(module: nn.Module, name: str, value: Any) -> None:
+        listener = recorder.active()
+        if listener is not None and id(module) not in listener.new_modules:
             listener.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
         original_setattr(module, name, value)
 
-    on_modules = recorder.hooks.set((nn.Module, "__call__", calling), (nn.Module, "__setattr__", writing))
+    on_modules = recorder.hooks.set(
+        (nn.Module, "__init__", starting), (nn.Module, "__call__", calling), (nn.Module, "__setattr__", writing)
+    )
     with on_modules, _new_patcher() as patcher:
         _patch_wrapped_functions(patcher)
         # What a forward reads from others than the model's is not noted; a class with its own way may ask nn.Module's.

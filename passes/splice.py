@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .errors import SurgeryError, UntraceableError
 from .nodes import new_node, same_code
+from .ranks import rank_of
 
 _FIRST = 6  # axes in the trace that tells which sizes are run over: as many as any part of a size needs
 _NUMBERS = 4  # of axes that are tried, from the fewest that leave an item in each part of the size
@@ -38,24 +39,56 @@ class Sizes:
     """The sizes that a forward runs over in one trace.
 
     Attributes:
-        axes: how many axes the values have whose sizes they are, by the order in which the sizes are met.
-        met: the nodes that read a size, in that order, and the parts of it (slices of slices) that are run over or counted.
+        owner: the module whose children the trace calls.
+        axes: how many axes the values have whose sizes they are, by the order in which they are met; values that have as
+            many whatever their number count once.
+        met: the nodes that read a size, and the parts of it (slices of slices) that are run over or counted.
+        ranks: of each, the number of axes where the graph says it, else the value that has as many.
         items: the nodes that are items: of what, the how manieth, and of how many.
     """
 
+    owner: nn.Module
     axes: tuple[int, ...] = ()
     met: dict[fx.Node, set[Part]] = field(default_factory=dict)
+    ranks: dict[fx.Node, int | fx.Node] = field(default_factory=dict)
     items: dict[fx.Node, tuple[fx.Node, int, int]] = field(default_factory=dict)
 
-    def length(self, node: fx.Node) -> int | None:
-        """How many items a size has in this trace; None where the node is no size, nor a slice of one."""
-        found = _size(node)
+    @property
+    def open(self) -> list[fx.Node]:
+        """The values whose numbers of axes are open, in the order in which they were met."""
+        return [*dict.fromkeys(rank for rank in self.ranks.values() if isinstance(rank, fx.Node))]
+
+    def fewest(self) -> list[int]:
+        """The fewest axes that leave an item in each part, for each of the open values."""
+        return [
+            _fewest({part for read, parts in self.met.items() if self.ranks[read] is value for part in parts})
+            for value in self.open
+        ]
+
+    def length(self, value: Any) -> int | None:
+        """How many items a size has in this trace, or sizes and tuples one behind the other; None where it is neither."""
+        if isinstance(value, tuple | list):
+            return len(value)
+        if not isinstance(value, fx.Node):
+            return None
+        if value.op == "call_function" and value.target is operator.add and not value.kwargs:
+            lengths = [self.length(part) for part in value.args]
+            return None if None in lengths else sum(length or 0 for length in lengths)
+        found = _size(value)
         if found is None:
             return None
         read, part = found
         self.met.setdefault(read, set()).add(part)
-        place = list(self.met).index(read)
+        rank = self.ranks[read] = self.ranks[read] if read in self.ranks else self._rank(read)
+        if isinstance(rank, int):
+            return _length(part, rank)
+        place = self.open.index(rank)
         return _length(part, self.axes[place] if place < len(self.axes) else _FIRST)
+
+    def _rank(self, read: fx.Node) -> int | fx.Node:
+        of = read.args[0]
+        assert isinstance(of, fx.Node), "the size of a value"
+        return rank_of(of, self.owner)
 
 
 def spliced(parts: tuple[Any, ...] | list[Any], at: tuple[tuple[int, int, int], ...]) -> tuple[Any, ...] | list[Any]:
@@ -91,13 +124,13 @@ def joined(first: Sizes, traced: Callable[[tuple[int, ...]], tuple[fx.Graph, Siz
     Raises:
         UntraceableError: what it does depends on the number of axes, or no graph holds it.
     """
-    fewest = [_fewest(parts) for parts in first.met.values()]
+    fewest = first.fewest()
     if _NUMBERS ** len(fewest) > _MOST:
         raise UntraceableError(f"its forward runs over the items of {len(fewest)} sizes, each of its own length")
     graph: fx.Graph | None = None
     for axes in itertools.product(*(range(few, few + _NUMBERS) for few in fewest)):
         found, sizes = traced(axes)
-        if len(sizes.met) != len(fewest):
+        if len(sizes.met) != len(first.met) or len(sizes.open) != len(fewest):
             raise UntraceableError(_DEPENDS)
         written = _Written(found, sizes, fewest).graph
         if graph is not None and not same_code(graph, written):
@@ -116,7 +149,7 @@ class _Written:
     def __init__(self, traced: fx.Graph, sizes: Sizes, fewest: list[int]) -> None:
         self.sizes, self.graph = sizes, fx.Graph()
         self.checked: dict[fx.Node, set[Part]] = {}  # what a run checks the length of
-        self.fewest = dict(zip(sizes.met, fewest, strict=True))
+        self.fewest = dict(zip(sizes.open, fewest, strict=True))
         self.copies: dict[fx.Node, fx.Node] = {}
         for node in traced.nodes:
             if node not in sizes.items:
@@ -125,7 +158,8 @@ class _Written:
                 copy.meta.update(node.meta)
                 if node.op == "call_module" and any(value.target is spliced for value in copy.all_input_nodes):
                     raise UntraceableError("its forward passes a tuple with the items of a traced value to a module")
-        if self.checked != sizes.met:  # nothing would notice a run on values with more axes
+        open_parts = {read: parts for read, parts in sizes.met.items() if isinstance(sizes.ranks[read], fx.Node)}
+        if self.checked != open_parts:  # nothing would notice a run on values with more axes
             raise UntraceableError(_DEPENDS)
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -181,8 +215,11 @@ class _Written:
         found = _size(size)
         assert found is not None, "it was run over as a size"
         read, part = found
+        rank = self.sizes.ranks[read]
+        if isinstance(rank, int):
+            return _length(part, rank), _length(part, rank)
         self.checked.setdefault(read, set()).add(part)
-        few = self.fewest[read]
+        few = self.fewest[rank]
         return _length(part, few), _length(part, few + _NUMBERS - 1)
 
 

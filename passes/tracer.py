@@ -67,7 +67,8 @@ class OwnerTracer(fx.Tracer):
         self.stored: dict[str, StoredTensor] = {}
         self.containers: dict[fx.Node, type] = {}
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
-        self.sizes, self.questions = Sizes(axes), Questions(answers)
+        self.new_modules: dict[int, nn.Module] = {}  # which the forward makes, and may set attributes of
+        self.sizes, self.questions = Sizes(module, axes), Questions(answers)
         self.refused = ""
         self.raised: RaisesError | None = None
         self.kept = Kept(lambda module: names.module("", module) is not None)
@@ -254,7 +255,8 @@ class OwnerTracer(fx.Tracer):
         """A module call becomes a node."""
         path = self.names.module(self.path, module)
         if path is None:
-            forward = stateless_forward(module) if self.names.module("", module) is None else None
+            is_new = id(module) in self.new_modules
+            forward = stateless_forward(module, is_new) if self.names.module("", module) is None else None
             if forward is None:
                 raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
             return forward(module, *args, **kwargs)
@@ -313,12 +315,24 @@ class OwnerTracer(fx.Tracer):
         parts = _parts(node)
         if parts is not None:
             return (value[index] for index in range(parts))
-        count = self.sizes.length(node)
-        if count is None:
+        items = self._items(node)
+        if items is None:
             self.refuse("its forward runs over the items of a traced value")
-        items = [value[index] for index in range(count)]
-        self.sizes.items |= {item.node: (node, index, count) for index, item in enumerate(items)}
         return iter(items)
+
+    def _items(self, value: Any) -> list[Any] | None:
+        """The items of a size, or of sizes and tuples one behind the other, as in `*(x.shape[:-1] + (8,))`."""
+        if isinstance(value, tuple | list):
+            return [self.proxy(item) if isinstance(item, fx.Node) else item for item in value]
+        count = self.sizes.length(value)
+        if count is None:
+            return None
+        if value.target is operator.add:
+            return [item for part in value.args for item in self._items(part) or ()]
+        size: Any = self.proxy(value)
+        items = [size[index] for index in range(count)]
+        self.sizes.items |= {item.node: (value, index, count) for index, item in enumerate(items)}
+        return items
 
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""

@@ -357,3 +357,9 @@ def test_attention_that_a_table_names_is_listed_with_what_would_help() -> None:
     assert refusal.name == "inner.attention" and "without one" in refusal.remedy
     (refusal,) = bypass_fx.plan(Around(), example_inputs=inputs[:1]).refusals
     assert refusal.name == "inner.attention" and refusal.remedy.startswith("split")
+
+
+def test_a_tensor_alone_is_the_only_argument() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 3)
+    assert bypass_fx.plan(net, example_inputs=x) == bypass_fx.plan(net, example_inputs=(x,))
+    assert bypass_fx.sites(bypass_fx.extend(net, example_inputs=x))

@@ -1,5 +1,7 @@
 """Sizes spliced into a shape with `*`: one graph for several numbers of axes, or a refusal."""
 
+# ruff: noqa: RUF005 - sizes joined with `+` are what is tested
+
 from __future__ import annotations
 
 import copy
@@ -72,6 +74,20 @@ class Grouped(Spliced):
         return self.o_proj(out)  # type: ignore[no-any-return]
 
 
+class Classic(Spliced):
+    """Attention in the manner of the first language models: sizes joined with `+`, a softmax made on the spot."""
+
+    def split(self, x: Tensor) -> Tensor:
+        parts = x.size()[:-1] + (2, self.head_dim)
+        return x.view(*parts).permute(0, 2, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        weights = nn.Softmax(dim=-1)(torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.head_dim))
+        out = torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous()
+        return self.o_proj(out.view(*(out.size()[:-2] + (8,))))  # type: ignore[no-any-return]
+
+
 class Own(nn.Module):
     """W and A, for forwards that are tried."""
 
@@ -87,7 +103,11 @@ def net(body: Any) -> Own:
 
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [*itertools.product([Spliced, OwnShapes], [(5, 8), (2, 5, 8), (2, 3, 5, 8)]), (Grouped, (2, 5, 8))],
+    [
+        *itertools.product([Spliced, OwnShapes], [(5, 8), (2, 5, 8), (2, 3, 5, 8)]),
+        (Grouped, (2, 5, 8)),
+        (Classic, (2, 5, 8)),
+    ],
 )
 def test_attention_with_spliced_shapes_is_a_site_and_exact(kind: type[Spliced], shape: tuple[int, ...]) -> None:
     net, x = kind(), torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -107,7 +127,7 @@ def test_attention_with_spliced_shapes_is_a_site_and_exact(kind: type[Spliced], 
         assert one is not None and two is not None and torch.equal(one, two), name
 
 
-@pytest.mark.parametrize("kind", [Spliced, OwnShapes, Grouped])
+@pytest.mark.parametrize("kind", [Spliced, OwnShapes, Grouped, Classic])
 def test_it_comes_back_with_d_not_zero(kind: type[Spliced]) -> None:
     net, x = kind().double(), torch.randn(2, 5, 8, dtype=torch.float64)
     (site,) = bypass_fx.plan(net, mode="strict")
@@ -165,7 +185,7 @@ def counts_what_it_splices(s: Any, x: Any) -> Any:
 
 
 def two_sizes(s: Any, x: Any) -> Any:
-    y = s.a(x)
+    y = s.a(x).squeeze()
     one, two = x.shape[:-1], y.shape[:-1]  # both checked, each by itself
     return y.view(*one, -1) * (2 if len(one) == len(two) else 3) + y.view(*two, -1)
 
@@ -201,7 +221,10 @@ DEPENDS = "by the number of axes"
         (counts_beside_a_splice, DEPENDS),
         (counts_what_it_splices, DEPENDS),
         (two_sizes, DEPENDS),
-        (lambda s, x: [s.a(x).view(*s.a(x).shape[:-1], 8) for _ in range(4)], "items of 4 sizes"),
+        (lambda s, x: [s.a(x).view(*s.a(x).squeeze().shape[:-1], 8) for _ in range(4)], "items of 4 sizes"),
+        (lambda s, x: s.a(x) * sum(x.shape[:-1] + (1,)), "one by one to add"),
+        (lambda s, x: s.a(x) * len(x.shape[:-1] + (1,)), DEPENDS),
+        (lambda s, x: s.a(x).view(*(x + x)), "runs over the items|needs the number"),
         (lambda s, x: s.a(x) * len((*x.sizes, 1)), "runs over the items|no attribute"),
     ],
 )
@@ -221,6 +244,12 @@ def extends_a_list(s: Any, x: Any) -> Any:
     return s.a(x).new_zeros(size=shape) + s.a(x)
 
 
+def four_of_one_rank(s: Any, x: Any) -> Any:
+    y = F.gelu(s.a(x).contiguous())
+    z = s.b(y)
+    return [s.a(x).view(*each.shape[:-1], 2, 4) for each in (x, y, z, z.clone())]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -229,6 +258,11 @@ def extends_a_list(s: Any, x: Any) -> Any:
         lambda s, x: s.a(x).reshape((2, 4, *x.shape[:-1])),
         lambda s, x: s.a(x).expand(*x.shape[:-1], 8) * math.prod(x.shape),
         lambda s, x: (s.a(x), (*x.shape[:-1], 1)),
+        lambda s, x: s.a(x).view(*(x.shape[:-1] + (2, 4))),
+        lambda s, x: s.a(x).view(*(x.size()[:-1] + torch.Size((2,)) + (4,))),
+        lambda s, x: s.a(x).expand(*((1,) + x.shape[:-1] + (8,))),
+        lambda s, x: torch.zeros(*(x.shape[:-1] + s.a(x).shape[-1:])) + s.a(x),
+        four_of_one_rank,
         extends_a_list,
     ],
 )

@@ -14,7 +14,7 @@ from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
 from bypass_fx.passes.multihead import is_multihead_site
 from bypass_fx.passes.plan import Mode, Plan, Site
-from bypass_fx.passes.units import ExampleInputs, Spot
+from bypass_fx.passes.units import ExampleInputs, Spot, as_inputs
 from bypass_fx.passes.value_shapes import ValueShapes
 from bypass_fx.surgery import Select, linked_plan
 from bypass_fx.usual_inputs import usual_inputs
@@ -123,7 +123,8 @@ def inspect(
     linked, found = linked_plan(model, mode, select, example_inputs)
     if plan is not None:
         _check_fit(found, plan)
-    inputs = example_inputs if example_inputs is not None else usual_inputs(linked.model)
+    given = as_inputs(example_inputs)
+    inputs = given if given is not None else usual_inputs(linked.model)
     return Inspection(name or type(linked.model).__name__, model, linked, plan or found, inputs)
 
 
