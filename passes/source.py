@@ -41,6 +41,18 @@ def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[Function
     return list(found)
 
 
+@cache
+def set_by_forward(cls: type[nn.Module]) -> frozenset[str]:
+    """The names of the attributes that a class's forward sets, or a function that it may run."""
+    found = (each for function in reached(cls.forward, cls) for each in nested(function.__code__))
+    return frozenset().union(*map(_set_by, found))
+
+
+@cache
+def _set_by(code: CodeType) -> frozenset[str]:
+    return frozenset(each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR")
+
+
 def mapped_by(functions: Iterable[FunctionType]) -> list[FunctionType]:
     """The functions that stand in mappings which these functions name: in a library's table of attentions, for example.
 

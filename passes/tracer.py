@@ -25,7 +25,7 @@ from .nodes import new_node
 from .outside import Kept
 from .recording import Recorder
 from .records import fields_of
-from .source import Caught, caught, is_tried, nested, raised_by
+from .source import Caught, caught, is_tried, nested, raised_by, set_by_forward
 from .splice import Sizes
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
@@ -277,6 +277,8 @@ class OwnerTracer(fx.Tracer):
             if name == "training" and self.names.module("", module) is not None:
                 self.refuse(f"its forward asks for the mode of a {type(module).__name__} that is not its child")
             return value
+        if where and name in set_by_forward(type(module)):  # type: ignore[arg-type]
+            self.refuse(f"its forward reads the attribute `{name}` of {where}, which the forward of that sets")
         self.kept.keep(module)
         if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
             self.reads[where, name, TENSOR] = None
