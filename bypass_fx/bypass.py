@@ -95,6 +95,11 @@ class Bypass:
         return Plan(tuple(sites)), deltas
 
     @property
+    def deltas(self) -> tuple[nn.Parameter, ...]:
+        """D, one parameter a site."""
+        return tuple(self._deltas.values())
+
+    @property
     def counts(self) -> bool:
         """Whether the coming step of opt2 is a k-th one: its loss has the penalty of all k."""
         return self.opt2_steps % self._course.every == 0

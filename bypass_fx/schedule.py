@@ -287,7 +287,8 @@ class BypassSchedule:
             self._accept.load_state_dict(state["accept"])
         if self._snapshot:
             self._snapshot.discard()
-        self._snapshot = Snapshot.from_state(state["snapshot"]) if state["snapshot"] else None
+        kept, deltas = state["snapshot"], self._bypass.deltas
+        self._snapshot = Snapshot.from_state(kept, self._optimizer, without=deltas) if kept else None
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
         self._readout.load_state_dict(state["under_way"])
