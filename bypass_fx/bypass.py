@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from bypass_fx import constraint, param_group, surgery
+from bypass_fx import constraint, gradient_averaging, param_group, surgery
 from bypass_fx.arrival import Threshold
 from bypass_fx.bypass_report import Arrival, NonFiniteError
 from bypass_fx.comeback import Comeback, Moment
@@ -123,7 +124,10 @@ class Bypass:
 
         Raises:
             NonFiniteError: the loss, a parameter or a site's D is NaN or infinite.
+            SurgeryError: the model was wrapped in DDP since it was extended.
         """
+        if self.opt1_steps + self.opt2_steps == 0 and dist.is_available() and dist.is_initialized():
+            gradient_averaging.expect_none_since(self._model, self.deltas)
         if self.phase == "opt1":
             self._walk(loss, seen)
         else:

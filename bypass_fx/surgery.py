@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from .activation import psi
 from .constraint import residual
 from .extension import delta_of, is_extended, is_marked, mark, root_of, sites, unmark
+from .gradient_averaging import share_gradients
 from .passes import fold, insert, matrices, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
@@ -206,12 +207,7 @@ def extend(
     if not plan.sites:
         raise PlanError(_no_site(plan, select))
     _insert(linked, plan, psi)
-    distributed = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    if distributed or any(map(is_sharded, {type(each): each for each in parameters}.values())):
-        # D came too late for them to average it
-        from .gradient_averaging import average_gradients  # torch.distributed takes a while to import
-
-        average_gradients(delta_of(inner, site) for site in plan.sites)
+    share_gradients(model, parameters, [delta_of(inner, site) for site in plan.sites])
     return model
 
 
