@@ -29,7 +29,7 @@ def average_gradients(deltas: Iterable[nn.Parameter], group: dist.ProcessGroup |
         group: the processes; None takes all.
     """
     for delta in deltas:
-        hooks: dict[int, Callable[..., None]] = delta._post_accumulate_grad_hooks or {}  # type: ignore[assignment]
+        hooks: dict[int, Callable[..., None]] = delta._post_accumulate_grad_hooks or {}
         if not any(getattr(hook, "func", None) is _average for hook in hooks.values()):
             delta.register_post_accumulate_grad_hook(partial(_average, group))  # type: ignore[no-untyped-call]
 
