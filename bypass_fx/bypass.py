@@ -95,6 +95,12 @@ class Bypass:
             raise
         return Plan(tuple(sites)), deltas
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle of a bypass that is over; copies of an optimiser lose the hooks of one under way."""
+        told = "a schedule under way can't be copied or pickled: load its state_dict() into a new one for the copies"
+        expect(self.over, told)
+        return self.__dict__
+
     @property
     def deltas(self) -> tuple[nn.Parameter, ...]:
         """D, one parameter a site."""
@@ -324,9 +330,16 @@ class Bypass:
             raise NonFiniteError(f"{when}: {'; '.join(found)}")
 
     def _moved_beside_d(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimiser holds of the model; without what is not finite at θ* already, such as −∞ in a mask."""
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self._model.named_parameters():
-            if id(parameter) in held and id(parameter) not in self._delta_ids:
+        found = {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) in held and id(parameter) not in self._delta_ids
+        }
+        all_finite = not found or bool(whole(get_total_norm(found.values())).isfinite())
+        for name, parameter in found.items():
+            if all_finite or bool(whole(parameter).isfinite().all()):
                 yield name, parameter
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
 
     name = settings.optimizer
     known = [str(entry) for entry in list_optimizers()]
-    if name.lower().rpartition("_")[2] not in known:
+    around, _, own = name.lower().rpartition("_")
+    if own not in known or around not in ("", "lookahead"):  # timm passes over what else stands before the "_"
         raise SettingsError(f"unknown optimizer {name!r}; {did_you_mean(name.lower(), known, 'take adam, say')}")
     extra: dict[str, Any] = {"fused": True} if settings.fused else {}
     try:

@@ -25,16 +25,22 @@ def expect_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -
     """Check that an optimiser can take D beside the model's parameters.
 
     Raises:
-        BypassError: it is no torch optimiser, holds none of the parameters, or steps matrices only.
+        BypassError: it is no torch optimiser, holds none of the parameters, has no learning rate, or steps matrices only.
     """
     if not isinstance(optimizer, Optimizer):
         raise BypassError(f"{type(optimizer).__name__} is no torch.optim.Optimizer; pass the one that steps the model")
     if isinstance(unwrap(optimizer), torch.optim.Muon):
         raise BypassError("torch's Muon steps matrices only, D is a vector; pass the optimiser that holds the biases")
     ids = {id(parameter) for parameter in parameters}
-    if not any(_holds(group, ids) for group in optimizer.param_groups):
+    holding = [group for group in optimizer.param_groups if _holds(group, ids)]
+    if not holding:
         raise BypassError(
             "the optimizer holds none of the model's parameters; build it from this model's model.parameters()"
+        )
+    if any(group.get("lr") is None for group in holding):
+        raise BypassError(
+            f"{type(optimizer).__name__} goes by no learning rate, by which D must slow down on its way back; give it an lr "
+            "(and relative_step=False, where it has one)"
         )
 
 
@@ -149,12 +155,12 @@ def current_lr(optimizer: Optimizer, delta: nn.Parameter) -> float | Tensor:
     """The learning rate with which the optimiser moves this parameter now.
 
     Raises:
-        BypassError: its group has no learning rate.
+        BypassError: its group has none any more.
     """
     group = next(group for group in reversed(optimizer.param_groups) if _holds(group, {id(delta)}))
     rate: float | Tensor | None = group.get("lr")
     if rate is None:
-        raise BypassError(f"{type(optimizer).__name__} sets no learning rate; give the optimizer an lr")
+        raise BypassError(f"{type(optimizer).__name__} sets no learning rate any more; give D's group an lr")
     return rate
 
 

@@ -36,6 +36,8 @@ class Snapshot:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, where: str | Path = "cpu", without: Iterable[nn.Parameter] = ()
     ) -> None:
+        if not isinstance(where, str | Path):
+            raise BypassError(f"snapshot is {where!r}; give 'cpu', a folder, or None for nowhere")
         left_out = {id(parameter) for parameter in without}
         self._parameters = _parameters(optimizer, left_out)
         tensors: dict[str, Tensor] = {}

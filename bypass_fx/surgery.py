@@ -158,10 +158,14 @@ def _plan(linked: Linked, mode: Mode, select: Select | None, example_inputs: Exa
 
 
 def chosen_by(select: Select) -> Callable[[Site], bool]:
-    """The predicate that a selection means."""
+    """The predicate that a selection means; a PlanError where it means none."""
     if callable(select):
         return select
-    patterns = [select] if isinstance(select, str) else list(select)
+    patterns = [select] if isinstance(select, str) or not isinstance(select, Iterable) else [*select]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise PlanError(
+            f"select={select!r} is no choice of sites; give patterns of site names, or a function of a Site"
+        )
     return lambda site: any(fnmatchcase(site.name, pattern) for pattern in patterns)
 
 
@@ -201,6 +205,8 @@ def extend(
     _expect_measuring(select, measuring)
     if plan is None and select in MEASURED:
         plan = _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
+    if not (plan is None or isinstance(plan, Plan)):
+        raise PlanError(f"plan is a {type(plan).__name__}; give what bypass_fx.plan(model) makes, or Plan.from_json")
     linked = Linked(inner, example_inputs)
     if plan is None:
         plan = _plan(linked, mode, select, example_inputs)
@@ -390,5 +396,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
-    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
+    inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -80,14 +80,14 @@ class Lit(lightning.LightningModule):
         return made if self.count > 1 else made[0]
 
 
-def _lightning(callback: Any, **options: Any) -> Any:
+def _lightning(callbacks: Any, **options: Any) -> Any:
     quiet = {
         "logger": False,
         "enable_checkpointing": options.pop("enable_checkpointing", False),
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet, **options)
+    return lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **quiet, **options)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -221,8 +221,7 @@ def test_lightning_goes_on_after_the_bypass_without_another(tmp_path: Path) -> N
         saving = lightning.callbacks.ModelCheckpoint(tmp_path, "at", every_n_train_steps=10)
         callback = for_lightning.BypassCallback(start=2, opt1=2, opt2=3)
         module = Lit(_net())
-        trainer = _lightning(callback, enable_checkpointing=True)
-        trainer.callbacks.append(saving)
+        trainer = _lightning([callback, saving], enable_checkpointing=True)
         trainer.fit(module, DataLoader(_data(), BATCH), ckpt_path=resume)
         reports.append(callback.report)
         assert len(trainer.optimizers[0].param_groups) == 1
