@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from bypass_fx import constraint, param_group, surgery
+from bypass_fx import constraint, gradient_averaging, param_group, surgery
 from bypass_fx.arrival import Threshold
 from bypass_fx.bypass_report import Arrival, NonFiniteError
 from bypass_fx.comeback import Comeback, Moment
@@ -98,6 +99,17 @@ class Bypass:
             raise
         return Plan(tuple(sites)), deltas
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle of a bypass that is over; copies of an optimiser lose the hooks of one under way."""
+        told = "a schedule under way can't be copied or pickled: load its state_dict() into a new one for the copies"
+        expect(self.over, told)
+        return self.__dict__
+
+    @property
+    def deltas(self) -> tuple[nn.Parameter, ...]:
+        """D, one parameter a site."""
+        return tuple(self._deltas.values())
+
     @property
     def counts(self) -> bool:
         """Whether the coming step of opt2 is a k-th one: its loss has the penalty of all k."""
@@ -122,7 +134,10 @@ class Bypass:
 
         Raises:
             NonFiniteError: the loss, a parameter or a site's D is NaN or infinite.
+            SurgeryError: the model was wrapped in DDP since it was extended.
         """
+        if self.opt1_steps + self.opt2_steps == 0 and dist.is_available() and dist.is_initialized():
+            gradient_averaging.expect_none_since(self._model, self.deltas)
         if self.phase == "opt1":
             self._walk(loss, seen)
         else:
@@ -335,9 +350,16 @@ class Bypass:
             raise NonFiniteError(f"{when}: {'; '.join(found)}")
 
     def _moved_beside_d(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimiser holds of the model; without what is not finite at θ* already, such as −∞ in a mask."""
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self._model.named_parameters():
-            if id(parameter) in held and id(parameter) not in self._delta_ids:
+        found = {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) in held and id(parameter) not in self._delta_ids
+        }
+        all_finite = not found or bool(whole(get_total_norm(found.values())).isfinite())
+        for name, parameter in found.items():
+            if all_finite or bool(whole(parameter).isfinite().all()):
                 yield name, parameter
 
     def state_dict(self) -> dict[str, Any]:

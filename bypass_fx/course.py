@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from torch import Tensor
 
 from bypass_fx import arrival
 from bypass_fx.arrival import Epsilon
 from bypass_fx.comeback import Comeback
-from bypass_fx.gamma import Gamma
+from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.passes.errors import BypassError
 
 AtBudget = Literal["contract", "continue", "rollback"]
@@ -43,14 +46,17 @@ class Course:
             value = getattr(self, name)
             what = "number" if name == "cycles" else "number of steps"
             called = "penalty_every" if name == "every" else name
-            expect(isinstance(value, int) and value >= least, f"{called} is {value!r}; give a {what}, {least} or more")
+            fits = isinstance(value, Integral) and int(value) >= least
+            expect(fits, f"{called} is {value!r}; give a {what}, {least} or more")
         arrival.check(self.epsilon)
         expect(
             self.at_budget in ("contract", "continue", "rollback"),
             f"at_budget is {self.at_budget!r}; choose 'contract', 'continue' or 'rollback'",
         )
         expect(self.unit in ("step", "epoch"), f"unit is {self.unit!r}; choose 'step' or 'epoch'")
-        expect(self.unit == "step" or (self.steps_per_epoch or 0) >= 1, "unit='epoch' needs steps_per_epoch, 1 or more")
+        per_epoch = self.steps_per_epoch
+        counted = isinstance(per_epoch, Integral) and int(per_epoch) >= 1
+        expect(self.unit == "step" or counted, "unit='epoch' needs steps_per_epoch, 1 or more")
         expect(
             self.gamma is not None or not self.comeback.uses_gamma,
             f"the comeback {self.comeback.name!r} needs γ(t); pass gamma=bypass_fx.Linear(0.005), say",
@@ -59,13 +65,15 @@ class Course:
             self.every == 1 or self.comeback.may_skip,
             f"the comeback {self.comeback.name!r} needs the constraint in every step; leave out penalty_every",
         )
-        expect(
-            self.gamma is None or callable(self.gamma),
-            f"gamma is {self.gamma!r}, no function of t; pass bypass_fx.Linear(slope)",
-        )
+        _expect_function(self.gamma)
         for name in ("lr", "delta_lr"):
             rate = getattr(self, name)
-            expect(rate is None or rate > 0, f"{name} is {rate!r}; give a positive learning rate, or None")
+            expect(
+                rate is None or (_is_number(rate) and rate > 0),
+                f"{name} is {rate!r}; give a positive learning rate, or None",
+            )
+        decay = self.delta_weight_decay
+        expect(_is_number(decay) and decay >= 0, f"delta_weight_decay is {decay!r}; give a number from 0 up")
 
     @property
     def every(self) -> int:
@@ -78,7 +86,37 @@ class Course:
         return self.steps_per_epoch if self.unit == "epoch" and self.steps_per_epoch else 1
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _expect_function(gamma: Gamma | None) -> None:
+    expect(gamma is None or callable(gamma), f"gamma is {gamma!r}, no function of t; pass bypass_fx.Linear(slope)")
+    if gamma is None or isinstance(gamma, Adaptive):  # which is asked step by step
+        return
+    try:
+        float(gamma(0.0))
+    except (TypeError, ValueError) as error:
+        raise BypassError(f"gamma gives no number at t = 0 ({error}); pass bypass_fx.Linear(slope), say") from error
+
+
 def expect(holds: bool, message: str) -> None:
     """Raise a BypassError with the message, unless it holds."""
     if not holds:
         raise BypassError(message)
+
+
+def expect_one_number(loss: Any) -> None:
+    """Check the loss of a step, if there is one, without waiting for a GPU.
+
+    Raises:
+        BypassError: it is no single number.
+    """
+    if isinstance(loss, Tensor):
+        shape = list(loss.shape)
+        expect(loss.numel() == 1, f"the loss given to step has shape {shape}; give the step's mean loss, one number")
+    elif loss is not None:
+        try:
+            float(loss)
+        except (TypeError, ValueError):
+            raise BypassError(f"the loss given to step is {loss!r}; give one number, or nothing") from None

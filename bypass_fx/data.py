@@ -42,7 +42,7 @@ class Data:
         collate: makes a minibatch of a list of examples.
 
     Raises:
-        DataError: a set is empty, or a label is no class.
+        DataError: a set is empty or has no length, or a label is no class.
     """
 
     name: str
@@ -55,6 +55,11 @@ class Data:
 
     def __post_init__(self) -> None:
         for part, examples in (("training", self.train), ("test", self.test)):
+            if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+                raise DataError(
+                    f"the {part} set of {self.name} is a {type(examples).__name__}, of which no example can be asked for by "
+                    "its number; a map-style data set is needed, or a list"
+                )
             if size(examples) == 0:
                 raise DataError(f"the {part} set of {self.name} is empty; add examples to it")
             if self.task == "classification" and self.outputs and isinstance(examples, TensorDataset):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from bypass_fx import fsdp, gradient_averaging
 from bypass_fx.feed import Shares
 from bypass_fx.settings import Settings, SettingsError
-from bypass_fx.task import Task
+from bypass_fx.task import Task, TaskError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -130,6 +130,10 @@ class Engine:
                         loss, penalty = runner(batch)
                 except FOREIGN_ERRORS as error:
                     raise describe(error) from error
+                if not loss.requires_grad:
+                    raise TaskError(
+                        "the loss has no gradient: no parameter of the model needs one, or loss_fn detaches or converts it"
+                    )
                 losses.append(loss.detach().clone())  # a CUDA graph writes the next loss over this one
                 if self.sharded:
                     self.accelerator.backward(loss)

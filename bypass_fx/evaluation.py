@@ -71,8 +71,9 @@ def expect_fit(model: nn.Module, data: Data, kind: Task, device: torch.device) -
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         shape = f"inputs of shape {data.shape}" if data.shape else "the minibatches"
+        what = "the model, or loss_fn," if kind.name == "custom" else "the model"
         raise ModelError(
-            f"the model can't take {shape} as {data.name} has them ({reason}); choose another model or other data"
+            f"{what} can't take {shape} as {data.name} has them ({reason}); choose another model or other data"
         ) from error
     finally:
         model.train(was_training)

@@ -15,14 +15,18 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     """The optimiser that timm's factory makes of the settings.
 
     Raises:
-        SettingsError: timm knows no optimiser of that name (the nearest names are offered), or can't make it.
+        SettingsError: timm knows no optimiser of that name (the nearest names are offered), or can't make it, or nothing
+            of the model is to be trained.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
     name = settings.optimizer
     known = [str(entry) for entry in list_optimizers()]
-    if name.lower().rpartition("_")[2] not in known:
+    around, _, own = name.lower().rpartition("_")
+    if own not in known or around not in ("", "lookahead"):  # timm passes over what else stands before the "_"
         raise SettingsError(f"unknown optimizer {name!r}; {did_you_mean(name.lower(), known, 'take adam, say')}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SettingsError("no parameter of the model is to be trained; call requires_grad_() on some")
     extra: dict[str, Any] = {"fused": True} if settings.fused else {}
     try:
         return create_optimizer_v2(

@@ -14,35 +14,55 @@ from torch.optim import LBFGS, Optimizer
 from bypass_fx.passes.errors import BypassError
 
 # What a learning-rate scheduler (torch's or timm's) keeps per group. Rates follow D's own rate, the rest is copied.
-_RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr", "base_values", "warmup_steps")
-_OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr", "base_values", "warmup_steps")
+OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 # Some optimisers count steps per group; D's moments are new, so its count starts anew.
 _OWN = ("params", "param_names", "step")
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 def expect_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Check that an optimiser can take D beside the model's parameters.
 
     Raises:
-        BypassError: it is no torch optimiser, holds none of the parameters, or steps matrices only.
+        BypassError: it is no torch optimiser, holds none of the parameters, has no learning rate, or steps matrices only.
     """
     if not isinstance(optimizer, Optimizer):
         raise BypassError(f"{type(optimizer).__name__} is no torch.optim.Optimizer; pass the one that steps the model")
     if isinstance(unwrap(optimizer), torch.optim.Muon):
         raise BypassError("torch's Muon steps matrices only, D is a vector; pass the optimiser that holds the biases")
     ids = {id(parameter) for parameter in parameters}
-    if not any(_holds(group, ids) for group in optimizer.param_groups):
+    holding = [group for group in optimizer.param_groups if _holds(group, ids)]
+    if not holding:
         raise BypassError(
             "the optimizer holds none of the model's parameters; build it from this model's model.parameters()"
+        )
+    if any(group.get("lr") is None for group in holding):
+        raise BypassError(
+            f"{type(optimizer).__name__} goes by no learning rate, by which D must slow down on its way back; give it an lr "
+            "(and relative_step=False, where it has one)"
         )
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The optimiser whose `step` moves the parameters, inside those of accelerate and of timm's Lookahead."""
-    while isinstance(inner := getattr(optimizer, "optimizer", getattr(optimizer, "_base_optimizer", None)), Optimizer):
+    """The optimiser whose `step` moves the parameters, inside those of accelerate, of Lookahead, of SAM and their like."""
+    passed = {id(optimizer)}
+    while (inner := _inside(optimizer)) is not None and id(inner) not in passed:
         optimizer = inner
+        passed.add(id(inner))
     return optimizer
+
+
+def _inside(optimizer: Optimizer) -> Optimizer | None:
+    """The one optimiser that this one holds for all of its own parameters, if it holds one."""
+    found = {id(value): value for value in vars(optimizer).values() if isinstance(value, Optimizer)}
+    if len(found) != 1:
+        return None
+    (inner,) = found.values()
+    own, its = (
+        {id(parameter) for group in one.param_groups for parameter in group["params"]} for one in (optimizer, inner)
+    )
+    return inner if own <= its else None
 
 
 def base_lr(group: Mapping[str, Any]) -> Any:
@@ -135,12 +155,12 @@ def current_lr(optimizer: Optimizer, delta: nn.Parameter) -> float | Tensor:
     """The learning rate with which the optimiser moves this parameter now.
 
     Raises:
-        BypassError: its group has no learning rate.
+        BypassError: its group has none any more.
     """
     group = next(group for group in reversed(optimizer.param_groups) if _holds(group, {id(delta)}))
     rate: float | Tensor | None = group.get("lr")
     if rate is None:
-        raise BypassError(f"{type(optimizer).__name__} sets no learning rate; give the optimizer an lr")
+        raise BypassError(f"{type(optimizer).__name__} sets no learning rate any more; give D's group an lr")
     return rate
 
 
@@ -254,7 +274,7 @@ def _edit_schedulers(
     optimizer: Optimizer, length: int, edit: Callable[[list[Any], float], list[Any]], ratio: float = 1.0
 ) -> None:
     for scheduler in schedulers(optimizer):
-        for key, by in [*((key, ratio) for key in _RATE_LISTS), *((key, 1.0) for key in _OTHER_LISTS)]:
+        for key, by in [*((key, ratio) for key in RATE_LISTS), *((key, 1.0) for key in OTHER_LISTS)]:
             per_group = scheduler.get(key)
             if isinstance(per_group, list) and len(per_group) == length:
                 scheduler[key] = edit(per_group, by)

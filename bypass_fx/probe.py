@@ -95,7 +95,8 @@ def probe(
         mode, example_inputs: as for `plan`.
 
     Raises:
-        BypassError: there is no site, no batch, or the number of steps is none; the model is as it was.
+        BypassError: there is no site, no batch, or the number of steps is none, or a loss is no 0-dim tensor or has no
+            gradient; the model is as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -183,8 +184,10 @@ class _Trial:
         """‖∂L/∂δ‖ of every site, with D = 0 at all of them, and ‖∂L/∂θ‖ over all parameters."""
         with self.extended(plan) as deltas:
             moving = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-            total = sum(self._loss_fn(self._model, batch) for batch in self._batches) / len(self._batches)
-            assert isinstance(total, Tensor), "a loss is a tensor"
+            losses = [self._loss(batch) for batch in self._batches]
+            total = torch.stack([loss.reshape(()) for loss in losses]).mean()
+            if not total.requires_grad:
+                raise BypassError("the loss has no gradient; have loss_fn return it undetached")
             found = torch.autograd.grad(total, moving, allow_unused=True)
             by_id = {id(p): g for p, g in zip(moving, found, strict=True) if g is not None}
         norms = [float(by_id[id(d)].norm()) if id(d) in by_id else 0.0 for d in deltas]
@@ -206,7 +209,7 @@ class _Trial:
     def _step(self, batch: Any) -> None:
         def closure() -> Tensor:
             self._optimizer.zero_grad()
-            loss = self._loss_fn(self._model, batch)
+            loss = self._loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
@@ -215,7 +218,13 @@ class _Trial:
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss over the batches."""
-        return sum(float(self._loss_fn(self._model, batch)) for batch in self._batches) / len(self._batches)
+        return sum(float(self._loss(batch)) for batch in self._batches) / len(self._batches)
+
+    def _loss(self, batch: Any) -> Tensor:
+        loss = self._loss_fn(self._model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise BypassError("loss_fn must return one number, a 0-dim tensor")
+        return loss
 
 
 def _sets(plan: Plan, sites: tuple[SiteProbe, ...]) -> dict[str, Plan]:

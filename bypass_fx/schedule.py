@@ -20,7 +20,7 @@ from bypass_fx.arrival import Epsilon
 from bypass_fx.bypass import Bypass, Seen, rate_factor
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.choice import Choice, expect_same
-from bypass_fx.course import AtBudget, Course, Unit, expect
+from bypass_fx.course import AtBudget, Course, Unit, expect, expect_one_number
 from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
@@ -212,7 +212,9 @@ class BypassSchedule:
         Raises:
             NonFiniteError: the loss, a parameter, or a site's D or norm is NaN or infinite; names the phase, the step
                 and the site. θ* is back then, unless `snapshot` is None.
+            BypassError: the loss is no single number; the step does not count then.
         """
+        expect_one_number(loss)
         if self.phase == "train3":
             self._rest(loss)
         elif self.phase != "done":
@@ -234,16 +236,14 @@ class BypassSchedule:
         Raises:
             BypassError: there is no snapshot.
         """
-        expect(
-            self._snapshot is not None and self.phase != "done", "there is no bypass under way with a snapshot of θ*"
-        )
+        under_way = self._snapshot is not None and self.phase != "done"
+        expect(under_way, "there is no bypass under way with a snapshot of θ*")
         assert self._snapshot is not None
         if self._bypass.over:
             *earlier, last = self.reports
             self.reports = (*earlier, replace(last, rolled_back=reason))
         else:
-            report = self._reported(self._bypass.those_out() if self._bypass.norms else (), reason)
-            self.reports += (report,)
+            self.reports += (self._reported(self._bypass.those_out() if self._bypass.norms else (), reason),)
             self._bypass.contract(drop=True)
         self._snapshot.restore(self._model, self._optimizer)
         self._end()
@@ -287,7 +287,8 @@ class BypassSchedule:
             self._accept.load_state_dict(state["accept"])
         if self._snapshot:
             self._snapshot.discard()
-        self._snapshot = Snapshot.from_state(state["snapshot"]) if state["snapshot"] else None
+        kept, deltas = state["snapshot"], self._bypass.deltas
+        self._snapshot = Snapshot.from_state(kept, self._optimizer, deltas) if kept else None
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
         self._readout.load_state_dict(state["under_way"])
@@ -396,4 +397,4 @@ class BypassSchedule:
         self.phase, self._returning = "done", False
         if self._snapshot:
             self._snapshot.discard()
-            self._snapshot = None
+        self._snapshot = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from bypass_fx.gamma import Gamma, Linear, PiecewiseLinear
@@ -15,6 +16,7 @@ from bypass_fx.passes.plan import MODES, Mode
 LR_SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 PRECISIONS = ("no", "bf16", "fp16")
 SHARDINGS = ("auto", "ddp", "fsdp2")
+PROBE = "probe"  # a selection that takes steps of its own, which a run has no place for
 STUCK = "stuck"  # the selection of channels that have stopped learning
 ACCEPTS = ("always", "not-worse", "forecast", "baseline")
 AT_BUDGETS = ("contract", "rollback")
@@ -144,12 +146,14 @@ class Settings:
                 raise SettingsError(f"{name} is {value}; give a number from 0 up")
         for name in (*_FROM_ZERO_WHOLE, *_FROM_ONE_WHOLE):
             value, least = getattr(self, name), int(name in _FROM_ONE_WHOLE)
-            if value is not None and value < least:
+            if value is not None and not (isinstance(value, Integral) and int(value) >= least):
                 raise SettingsError(f"{name} is {value}; give a whole number from {least} up")
         if self.seed >= 2**32:
             raise SettingsError(f"seed is {self.seed}; give a whole number below 2**32")
         if not 0 <= self.ema < 1:
             raise SettingsError(f"ema is {self.ema}; give a decay from 0 (none) to below 1, such as 0.9998")
+        if self.select == PROBE:
+            raise SettingsError("select is 'probe'; run a probe first, and give a pattern of the sites that it names")
         _expect_choice("accept", self.accept, ACCEPTS)
         _expect_choice("at_budget", self.at_budget, AT_BUDGETS)
         _expect_choice("mode", self.mode, MODES)

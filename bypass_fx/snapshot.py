@@ -12,46 +12,57 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bypass_fx import param_group
+from bypass_fx.kept_values import back, is_plain, keep
 from bypass_fx.passes.errors import BypassError
-from bypass_fx.passes.matrices import placed_like, whole
-
-_TENSOR = "tensor of the snapshot"
+from bypass_fx.passes.matrices import placed_like
 
 
 class Snapshot:
     """The parameters and buffers of a model, and the state of its optimiser and of the LR schedulers that drive it.
 
     Tensors are copied to the CPU, or to a safetensors file; the rest (step counts, hyper-parameters, learning rates) is
-    small and stays in memory.
+    small and stays in memory. What the optimiser holds only since then (a further group, the D of another model) has
+    nothing to go back to and stays as it is.
 
     Args:
         model, optimizer: what is kept; parameters of the optimiser that are none of the model's too.
         where: "cpu", or a folder in which a file is made.
         without: parameters to leave out, those of D, which won't be there when it is put back.
+
+    Raises:
+        BypassError: there is nothing to keep, as the model is on the meta device, or the folder can't be written.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, where: str | Path = "cpu", without: Iterable[nn.Parameter] = ()
     ) -> None:
+        if not isinstance(where, str | Path):
+            raise BypassError(f"snapshot is {where!r}; give 'cpu', a folder, or None for nowhere")
         left_out = {id(parameter) for parameter in without}
+        self._parameters = _parameters(optimizer, left_out)
         tensors: dict[str, Tensor] = {}
-        for name, tensor in _tensors(model, optimizer, left_out):
-            _keep(tensor, name, tensors)
+        for name, tensor in _tensors(model, self._parameters, left_out):
+            if tensor.is_meta:
+                raise BypassError(f"{name} is on the meta device and has no values: give the model weights first")
+            keep(tensor, name, tensors)
         states = [
             {
-                str(index): _keep(holder.state[parameter], f"state.{number}.{index}", tensors)
-                for index, parameter in enumerate(_parameters(optimizer, left_out))
+                str(index): keep(holder.state[parameter], f"state.{number}.{index}", tensors)
+                for index, parameter in enumerate(self._parameters)
                 if parameter in holder.state
             }
             for number, holder in enumerate(_holders(optimizer))
         ]
+        own = [index for index, group in enumerate(optimizer.param_groups) if not _only_holds(group, left_out)]
         groups = [
-            _keep({key: value for key, value in group.items() if key not in _OF_D}, f"group.{index}", tensors)
-            for index, group in enumerate(_groups(optimizer, left_out))
-        ]
+            keep({key: value for key, value in optimizer.param_groups[i].items() if key not in _OF_D}, f"group.{i}", tensors)
+            for i in own
+        ]  # fmt: skip
+        self._groups = _members(optimizer, own, left_out)
+        self._drivers = list(_drivers(optimizer))
         drivers = [
-            _keep(_plain_part(attributes), f"driver.{index}", tensors)
-            for index, attributes in enumerate(_drivers(optimizer))
+            keep(_at(_plain_part(attributes), own, len(optimizer.param_groups)), f"driver.{index}", tensors)
+            for index, attributes in enumerate(self._drivers)
         ]
         self._rest: dict[str, Any] = {"states": states, "groups": groups, "drivers": drivers}
         self._tensors: dict[str, Tensor] | None = tensors
@@ -60,11 +71,18 @@ class Snapshot:
             self._path, self._tensors = _to_file(tensors, Path(where)), None
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The snapshot that `state_dict` described."""
+    def from_state(cls, state: Mapping[str, Any], optimizer: Optimizer, without: Iterable[nn.Parameter] = ()) -> Self:
+        """The snapshot that `state_dict` described, for an optimiser whose groups are as they were when it was taken, with
+        those of D beside them.
+        """
         made = cls.__new__(cls)
+        left_out = {id(parameter) for parameter in without}
         made._rest, made._tensors = copy.deepcopy(state["rest"]), state["tensors"]
         made._path = Path(state["path"]) if state["path"] else None
+        made._parameters = _parameters(optimizer, left_out)
+        own = [index for index, group in enumerate(optimizer.param_groups) if not _only_holds(group, left_out)]
+        made._groups = _members(optimizer, own[: len(made._rest["groups"])], left_out)
+        made._drivers = []
         return made
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,33 +97,71 @@ class Snapshot:
             BypassError: the file of the snapshot is gone.
         """
         tensors = self._read()
-        for name, tensor in _tensors(model, optimizer, set()):
-            tensor.copy_(placed_like(tensor, tensors[name]))
+        for name, tensor in _tensors(model, self._parameters, set()):
+            if name in tensors:
+                tensor.copy_(placed_like(tensor, tensors[name]))
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
-        parameters = _parameters(optimizer, set())
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for holder, states in zip(_holders(optimizer), self._rest["states"], strict=True):
-            for index, parameter in enumerate(parameters):
-                if str(index) in states:
-                    holder.state[parameter] = _back(states[str(index)], tensors, holder.state.get(parameter))
+            for index, parameter in enumerate(self._parameters):
+                if str(index) in states and id(parameter) in held:
+                    holder.state[parameter] = back(states[str(index)], tensors, holder.state.get(parameter))
                 else:
                     holder.state.pop(parameter, None)
-        for group, kept in zip(optimizer.param_groups, self._rest["groups"], strict=True):
+        places = self._places(optimizer)
+        for index, place in places.items():
+            group, kept = optimizer.param_groups[place], self._rest["groups"][index]
             for key in group.keys() - kept.keys() - _OF_D:
                 del group[key]
-            group.update({key: _back(value, tensors, group.get(key)) for key, value in kept.items()})
-        kept_drivers = list(self._rest["drivers"])
-        for attributes in _drivers(optimizer):
-            own = _plain_part(attributes)
-            match = next((index for index, kept in enumerate(kept_drivers) if kept.keys() == own.keys()), None)
-            if match is not None:  # one that was made during the bypass has nothing to go back to
-                attributes.update(_back(kept_drivers.pop(match), tensors, None))
+            group.update({key: back(value, tensors, group.get(key)) for key, value in kept.items()})
+        for attributes, kept in self._paired(optimizer):
+            for key, value in kept.items():
+                put = back(value, tensors, attributes.get(key))
+                attributes[key] = _put_at(put, places, attributes.get(key)) if key in _PER_GROUP else put
 
     def discard(self) -> None:
         """Forget the tensors and delete the file."""
-        self._tensors = {}
+        self._tensors, self._parameters, self._groups, self._drivers = {}, [], [], []
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+    def _places(self, optimizer: Optimizer) -> dict[int, int]:
+        """Where each kept group is now: the one that holds its parameters, if there is one still."""
+        found: dict[int, int] = {}
+        for index, members in enumerate(self._groups):
+            for place, group in enumerate(optimizer.param_groups):
+                same = _only_holds(group, members) if members else not group["params"]
+                if (same or _holds(group, members)) and place not in found.values():
+                    found[index] = place
+                    break
+        return found
+
+    def _paired(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+        """The schedulers that are there now, each with what was kept of it.
+
+        In the process that took the snapshot they are the same objects; in another one, those that are most alike. One
+        that was made during the bypass has nothing to go back to.
+        """
+        kept = dict(enumerate(self._rest["drivers"]))
+        known = {id(attributes): index for index, attributes in enumerate(self._drivers)}
+        strange = []
+        for attributes in _drivers(optimizer):
+            if id(attributes) in known:
+                yield attributes, kept.pop(known[id(attributes)])
+            else:
+                strange.append(attributes)
+        if self._drivers:
+            return
+        for attributes in strange:
+            own = keep(_plain_part(attributes), "", {})
+            alike = {
+                index: sum(own[key] == other[key] for key in own)
+                for index, other in kept.items()
+                if other.keys() == own.keys()
+            }
+            if alike:
+                yield attributes, kept.pop(max(alike, key=alike.__getitem__))
 
     def _read(self) -> Mapping[str, Tensor]:
         if self._path is None:
@@ -119,6 +175,7 @@ class Snapshot:
 
 
 _OF_D = {"params", "param_names"}
+_PER_GROUP = {*param_group.RATE_LISTS, *param_group.OTHER_LISTS}
 
 
 def _to_file(tensors: Mapping[str, Tensor], folder: Path) -> Path:
@@ -127,14 +184,19 @@ def _to_file(tensors: Mapping[str, Tensor], folder: Path) -> Path:
 
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix="theta-star-", suffix=".safetensors", dir=folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix="theta-star-", suffix=".safetensors", dir=folder)
+    except OSError as error:
+        raise BypassError(
+            f"snapshot={str(folder)!r} can't be written ({error}); give another folder, or 'cpu'"
+        ) from error
     os.close(handle)
     save_file({key: value.contiguous() for key, value in tensors.items()}, name)
     return Path(name).resolve()
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer, left_out: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, stepped: Iterable[nn.Parameter], left_out: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers (those too that no state dict has), then what else the optimiser steps."""
     own = set()
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
@@ -142,18 +204,22 @@ def _tensors(model: nn.Module, optimizer: Optimizer, left_out: set[int]) -> Iter
             own.add(id(tensor))
             if id(tensor) not in left_out:
                 yield f"{kind}.{name}", tensor
-    for index, parameter in enumerate(_parameters(optimizer, left_out)):
+    for index, parameter in enumerate(stepped):
         if id(parameter) not in own:
             yield f"other.{index}", parameter
 
 
-def _groups(optimizer: Optimizer, left_out: set[int]) -> list[dict[str, Any]]:
-    """The optimiser's groups without those that hold D alone."""
-    return [
-        group
-        for group in optimizer.param_groups
-        if not group["params"] or any(id(parameter) not in left_out for parameter in group["params"])
-    ]
+def _only_holds(group: Mapping[str, Any], ids: set[int]) -> bool:
+    return bool(group["params"]) and all(id(parameter) in ids for parameter in group["params"])
+
+
+def _holds(group: Mapping[str, Any], ids: set[int]) -> bool:
+    return any(id(parameter) in ids for parameter in group["params"])
+
+
+def _members(optimizer: Optimizer, indices: Iterable[int], left_out: set[int]) -> list[set[int]]:
+    """The parameters of each of these groups, without D."""
+    return [{id(p) for p in optimizer.param_groups[index]["params"]} - left_out for index in indices]
 
 
 def _parameters(optimizer: Optimizer, left_out: set[int]) -> list[nn.Parameter]:
@@ -176,39 +242,23 @@ def _drivers(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
 
 
 def _plain_part(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in attributes.items() if _is_plain(value)}
+    return {key: value for key, value in attributes.items() if is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(inner) for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)
+def _at(attributes: dict[str, Any], own: list[int], count: int) -> dict[str, Any]:
+    """The attributes, of what lists one entry a group those of these groups."""
+    for key in _PER_GROUP & attributes.keys():
+        if isinstance(listed := attributes[key], list) and len(listed) == count:
+            attributes[key] = [listed[index] for index in own]
+    return attributes
 
 
-def _keep(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The value with every tensor in it put aside under a key."""
-    if isinstance(value, Tensor):
-        tensors[key] = whole(value.detach()).to("cpu", copy=True)
-        return {_TENSOR: key, "device": str(value.device)}
-    if isinstance(value, Mapping):
-        return {name: _keep(inner, f"{key}.{name}", tensors) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_keep(inner, f"{key}.{index}", tensors) for index, inner in enumerate(value))
-    return copy.deepcopy(value)
-
-
-def _back(value: Any, tensors: Mapping[str, Tensor], current: Any) -> Any:
-    """The value with its tensors; in the tensors that are there now where they fit, as a captured step reads those."""
-    if isinstance(value, Mapping):
-        if _TENSOR in value:
-            kept = tensors[value[_TENSOR]]
-            if isinstance(current, Tensor) and (current.shape, current.dtype) == (kept.shape, kept.dtype):
-                return current.copy_(placed_like(current, kept))
-            return kept.to(value["device"], copy=True)
-        inside = current if isinstance(current, Mapping) else {}
-        return {name: _back(inner, tensors, inside.get(name)) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_back(inner, tensors, None) for inner in value)
-    return copy.deepcopy(value)
+def _put_at(put: Any, places: Mapping[int, int], current: Any) -> Any:
+    """The entries of the groups at their places in the list that is there now."""
+    if not (isinstance(put, list) and isinstance(current, list)):
+        return put
+    merged = list(current)
+    for index, place in places.items():
+        if index < len(put) and place < len(merged):
+            merged[place] = put[index]
+    return merged

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from .activation import psi
 from .constraint import residual
 from .extension import delta_of, is_extended, is_marked, mark, root_of, sites, unmark
+from .gradient_averaging import share_gradients
 from .passes import fold, insert, matrices, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
@@ -162,10 +163,14 @@ def _plan(linked: Linked, mode: Mode, select: Select | None, example_inputs: Exa
 
 
 def chosen_by(select: Select) -> Callable[[Site], bool]:
-    """The predicate that a selection means."""
+    """The predicate that a selection means; a PlanError where it means none."""
     if callable(select):
         return select
-    patterns = [select] if isinstance(select, str) else list(select)
+    patterns = [select] if isinstance(select, str) or not isinstance(select, Iterable) else [*select]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise PlanError(
+            f"select={select!r} is no choice of sites; give patterns of site names, or a function of a Site"
+        )
     return lambda site: any(fnmatchcase(site.name, pattern) for pattern in patterns)
 
 
@@ -206,18 +211,15 @@ def extend(
     example_inputs = as_inputs(example_inputs)
     if plan is None and select in MEASURED:
         plan = _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
+    if not (plan is None or isinstance(plan, Plan)):
+        raise PlanError(f"plan is a {type(plan).__name__}; give what bypass_fx.plan(model) makes, or Plan.from_json")
     linked = Linked(inner, example_inputs)
     if plan is None:
         plan = _plan(linked, mode, select, example_inputs)
     if not plan.sites:
         raise PlanError(_no_site(plan, select))
     _insert(linked, plan, psi)
-    distributed = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    if distributed or any(map(is_sharded, {type(each): each for each in parameters}.values())):
-        # D came too late for them to average it
-        from .gradient_averaging import average_gradients  # torch.distributed takes a while to import
-
-        average_gradients(delta_of(inner, site) for site in plan.sites)
+    share_gradients(model, parameters, [delta_of(inner, site) for site in plan.sites])
     return model
 
 
@@ -402,5 +404,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
-    inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, _WRAPPERS) else None)
+    inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model

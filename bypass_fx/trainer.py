@@ -21,6 +21,7 @@ from bypass_fx.history import Event, History
 from bypass_fx.interrupt import noticed
 from bypass_fx.models import ModelError
 from bypass_fx.optimizers import make_optimizer
+from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.run import Run
@@ -57,7 +58,8 @@ class Trainer:
         example_inputs: as for `bypass_fx.plan`, where it takes a run on them to see how modules are called.
 
     Raises:
-        BypassError: the model has no site or can't take the data, or a setting names something unknown.
+        BypassError: an argument is of another kind, the model has no site or can't take the data, or a setting names
+            something unknown.
 
     Example:
         >>> from bypass_fx import data, models, settings
@@ -81,6 +83,9 @@ class Trainer:
         about: dict[str, Any] | None = None,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
+        for name, given, kind in (("model", model, nn.Module), ("data", data, Data), ("settings", settings, Settings)):
+            if not isinstance(given, kind) and (name, given) != ("settings", None):
+                raise BypassError(f"{name} is a {type(given).__name__}; give a {kind.__module__}.{kind.__qualname__}")
         self._accept = resolve(accept)
         self.settings = settings or Settings()
         self.model, self.data, self.on_event = model, data, on_event

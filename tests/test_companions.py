@@ -30,6 +30,36 @@ def layer_wise(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
+class SAM(Optimizer):
+    """Sharpness-aware minimisation as it is mostly written: around an optimiser of the same groups, in two steps."""
+
+    def __init__(self, params: Any, base: type[Optimizer], rho: float = 0.05, **arguments: Any) -> None:
+        super().__init__(params, {"rho": rho, **arguments})
+        self.base_optimizer = base(self.param_groups, **arguments)
+        self.param_groups = self.base_optimizer.param_groups
+        self.defaults.update(self.base_optimizer.defaults)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["old"] = parameter.clone()
+                parameter.add_(parameter.grad, alpha=group["rho"])
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["old"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        closure()
+        self.first_step()
+        closure()
+        self.second_step()
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd with momentum": lambda m: torch.optim.SGD(m.parameters(), 0.02, momentum=0.9, nesterov=True),
     "adamw fused": lambda m: torch.optim.AdamW(m.parameters(), 0.01, fused=True),
@@ -37,6 +67,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), 0.05),
     "lbfgs": lambda m: torch.optim.LBFGS(m.parameters(), 0.02, max_iter=2),
     "layer-wise rates": layer_wise,
+    "sam": lambda m: SAM(m.parameters(), torch.optim.AdamW, lr=0.01),
     "timm nadamw": lambda m: timm.optim.create_optimizer_v2(m, "nadamw", lr=0.01),
     "timm lookahead": lambda m: timm.optim.create_optimizer_v2(m, "lookahead_adamw", lr=0.01),
 }
@@ -68,6 +99,48 @@ def test_every_return_comes_home_on_time_with_every_optimiser(
     assert [len(group["params"]) for group in optimizer.param_groups] == groups
     assert nn.functional.mse_loss(model(X), Y).item() < start
     mlp().load_state_dict(model.state_dict())
+
+
+def test_the_optimiser_inside_sam_steps_with_lambda_prime_and_is_rolled_back() -> None:
+    model = mlp()
+    optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.01)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            for half in (optimizer.first_step, optimizer.second_step):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(X), Y).backward()
+                half()
+
+    steps(3)
+    weights = [*model.parameters()]
+    moments = [optimizer.base_optimizer.state[parameter]["exp_avg"].clone() for parameter in weights]
+    schedule = BypassSchedule(model, optimizer, 1, 5, lr=1e-9)
+    steps(1)
+    schedule.step()
+    before = [parameter.clone() for parameter in weights]
+    steps(1)
+    schedule.step()
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(before, weights, strict=True))
+    schedule.rollback()
+    now = [optimizer.base_optimizer.state[parameter]["exp_avg"] for parameter in weights]
+    assert len(optimizer.base_optimizer.state) == len(now) and all(map(torch.equal, moments, now))
+
+
+def test_an_optimiser_that_holds_another_for_a_part_of_the_model_is_scaled_whole() -> None:
+    class Halves(torch.optim.SGD):
+        def __init__(self, params: Any, other: Any) -> None:
+            super().__init__([*params, *other], 0.1)
+            self.aside = torch.optim.Adam(other, 0.1)
+
+    model = mlp()
+    optimizer = Halves([*model[0].parameters()], [*model[2].parameters()])
+    schedule = BypassSchedule(model, optimizer, 0, 5, lr=1e-9)
+    before = model[0].weight.clone()
+    nn.functional.mse_loss(model(X), Y).backward()
+    optimizer.step()
+    schedule.step()
+    assert torch.allclose(before, model[0].weight, atol=1e-7)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -223,3 +224,12 @@ def test_what_timm_cannot_open_or_augment_is_named(tmp_path: Path, name: str, au
     _pictures(tmp_path)
     with pytest.raises(DataError, match=message):
         load(name.format(tmp_path), augment=augment)
+
+
+def test_a_set_without_numbered_examples_is_refused() -> None:
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(3))
+
+    with pytest.raises(DataError, match=r"training set of stream is a Stream.*a map-style data set is needed"):
+        Data("stream", Stream(), Stream(), "custom")

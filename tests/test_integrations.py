@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -79,14 +80,14 @@ class Lit(lightning.LightningModule):
         return made if self.count > 1 else made[0]
 
 
-def _lightning(callback: Any, **options: Any) -> Any:
+def _lightning(callbacks: Any, **options: Any) -> Any:
     quiet = {
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": options.pop("enable_checkpointing", False),
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], **quiet, **options)
+    return lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **quiet, **options)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -147,10 +148,11 @@ class InOrder(transformers.Trainer):
 def _transformers(model: nn.Module, callback: Any, folder: Path, data: Any, **options: Any) -> Any:
     given = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 0.01, "max_grad_norm": 0.0}
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    evaluated = options.pop("eval_dataset", None)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), lr_scheduler_type="constant", **{**given, **quiet, **options}
     )
-    return InOrder(model=model, args=arguments, train_dataset=data, callbacks=[callback])
+    return InOrder(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated, callbacks=[callback])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -163,6 +165,74 @@ def test_transformers_leads_a_model_through_the_bypass(by_hand: dict[str, Tensor
     _transformers(model, callback, tmp_path, data, **options).train()
     _expect_same(model.net, by_hand)
     assert callback.report and callback.report.opt2_steps == 6
+
+
+def _saved_and_gone_on(tmp_path: Path, way: dict[str, Any]) -> tuple[Any, Any, Wrapped, Wrapped]:
+    data = [{"x": x, "labels": y} for x, y in _data()]
+    callbacks, models = [], []
+    for resume in (None, str(tmp_path / "checkpoint-10")):
+        callbacks.append(for_transformers.BypassCallback(start=2, **way))
+        models.append(Wrapped(_net()))
+        options = {"save_strategy": "steps", "save_steps": 5}
+        _transformers(models[-1], callbacks[-1], tmp_path, data, **options).train(resume_from_checkpoint=resume)
+    return callbacks[0], callbacks[1], models[0], models[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_goes_on_after_the_bypass_without_another(tmp_path: Path) -> None:
+    first, second, whole, resumed = _saved_and_gone_on(tmp_path, {"opt1": 2, "opt2": 3})
+    assert second.report == first.report and second.report is not None
+    _expect_same(resumed.net, whole.net.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_saves_no_extended_model_and_takes_none_for_the_best(tmp_path: Path) -> None:
+    data = [{"x": x, "labels": y} for x, y in _data()]
+    model = Wrapped(_net())
+    callback = for_transformers.BypassCallback(start=2, opt1=100, opt2=6, delta_lr=0.5)  # the extended one learns fast
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    stopping = transformers.EarlyStoppingCallback(1, 10.0)
+    trainer = _transformers(
+        model, callback, tmp_path, data, eval_dataset=data, load_best_model_at_end=True, **options,
+    )  # fmt: skip
+    trainer.add_callback(stopping)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.state.best_global_step == 2
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert model.state_dict().keys() == best.keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in best.items())
+    for folder in tmp_path.glob("checkpoint-*"):
+        assert load_file(folder / "model.safetensors").keys() == best.keys()
+
+
+def test_transformers_saving_at_every_best_metric_is_refused(tmp_path: Path) -> None:
+    data = [{"x": x, "labels": y} for x, y in _data()]
+    options = {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}
+    callback = for_transformers.BypassCallback(start=2, opt1=1, opt2=1)
+    trainer = _transformers(Wrapped(_net()), callback, tmp_path, data, eval_dataset=data, **options)
+    with pytest.raises(bypass_fx.BypassError, match="take 'steps' or 'epoch'"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_goes_on_after_the_bypass_without_another(tmp_path: Path) -> None:
+    reports = []
+    for resume in (None, str(tmp_path / "at.ckpt")):
+        saving = lightning.callbacks.ModelCheckpoint(tmp_path, "at", every_n_train_steps=10)
+        callback = for_lightning.BypassCallback(start=2, opt1=2, opt2=3)
+        module = Lit(_net())
+        trainer = _lightning([callback, saving], enable_checkpointing=True)
+        trainer.fit(module, DataLoader(_data(), BATCH), ckpt_path=resume)
+        reports.append(callback.report)
+        assert len(trainer.optimizers[0].param_groups) == 1
+        assert callback._guide.schedule is None or resume is None
+    assert reports[0] == reports[1] and reports[0] is not None
+
+
+@pytest.mark.parametrize("start", [-1, 1.5, "now"])
+def test_a_start_that_is_no_step_is_refused(start: Any) -> None:
+    with pytest.raises(bypass_fx.BypassError, match="start is"):
+        for_lightning.BypassCallback(start=start, opt1=3, opt2=3)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,8 +8,8 @@ from torch import nn
 
 from bypass_fx import surgery
 from bypass_fx.accept import Accept
-from bypass_fx.schedule import NonFiniteError
-from tests.bypasses import X, Y, begin, deltas, mlp, train_step
+from bypass_fx.schedule import BypassSchedule, NonFiniteError
+from tests.bypasses import X, Y, begin, deltas, mlp, train_step, until_done
 
 pytestmark = pytest.mark.usefixtures("small_heap")
 BROKEN = pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -58,6 +58,15 @@ def test_the_loss_in_train3() -> None:
     with pytest.raises(NonFiniteError, match="train3, step 2: the loss is nan"):
         schedule.step(float("nan"))
     assert at_the_start(model)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_was_infinite_at_theta_star_is_no_reason_to_stop(frozen: bool) -> None:
+    model = mlp()
+    model.mask = nn.Parameter(torch.tensor([0.0, -float("inf")]), requires_grad=not frozen)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    until_done(model, optimizer, BypassSchedule(model, optimizer, 3, 5))
+    assert model.mask.tolist() == [0.0, -float("inf")]
 
 
 @pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 2"), (5, "opt2, step 3")])

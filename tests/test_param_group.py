@@ -194,6 +194,17 @@ def test_ds_own_rate_keeps_its_ratio_under_a_scheduler(schedule: Callable[[torch
         assert own == pytest.approx(3 * rate)
 
 
+def test_ds_own_rate_keeps_its_ratio_where_weights_are_averaged() -> None:
+    weight, delta = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
+    param_group.add(optimizer, [delta], like=[weight], lr=1.0)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.1])
+
+
 def test_ds_own_rate_and_weight_decay_are_taken() -> None:
     params, d = parameters(), deltas()
     optimizer = torch.optim.AdamW(params, 0.1)

@@ -166,3 +166,19 @@ def test_a_loss_that_is_no_number_is_the_worst_candidate() -> None:
 
     report: ProbeReport = probe(mlp(), breaks, BATCHES)
     assert report.candidates[-1].name == "1"
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda model, batch: model(batch[0]), "one number, a 0-dim tensor"),
+        (lambda model, batch: 1.0, "one number, a 0-dim tensor"),
+        (lambda model, batch: model(batch[0]).sum().detach(), "the loss has no gradient"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused_and_changes_nothing(loss_fn: Any, message: str) -> None:
+    model = mlp()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(BypassError, match=message):
+        probe(model, loss_fn, [(X, Y)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bypass_fx import surgery
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule
-from tests.bypasses import adam, mlp
+from tests.bypasses import adam, begin, mlp, train_step, until_done
+
+with warnings.catch_warnings(action="ignore"):  # of what it imports in turn
+    from transformers.optimization import Adafactor
 
 pytestmark = pytest.mark.usefixtures("small_heap")
 
@@ -39,6 +45,13 @@ pytestmark = pytest.mark.usefixtures("small_heap")
         ({"accept": 0.5}, "accept is 0.5; give bypass_fx.NotWorse"),
         ({"snapshot": None, "at_budget": "rollback"}, "no way back to θ"),
         ({"select": "probe"}, "pass loss_fn="),
+        ({"select": 3}, "select=3 is no choice of sites; give patterns"),
+        ({"plan": 3}, "plan is a int; give what bypass_fx.plan"),
+        ({"snapshot": False}, "snapshot is False; give 'cpu', a folder, or None"),
+        ({"lr": "fast"}, "lr is 'fast'; give a positive"),
+        ({"delta_weight_decay": -0.1}, "delta_weight_decay is -0.1; give a number from 0 up"),
+        ({"unit": "epoch", "steps_per_epoch": 2.5}, "needs steps_per_epoch, 1 or more"),
+        ({"gamma": lambda t: "steep", "comeback": "proximal"}, "gamma gives no number at t = 0"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_refused_with_the_fix_and_changes_nothing(
@@ -68,3 +81,37 @@ def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again()
     assert not surgery.is_extended(model)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_whole_numbers_of_numpy_are_numbers_of_steps() -> None:
+    model = mlp()
+    assert BypassSchedule(model, adam(model), np.int64(3), np.int64(5)).phase == "opt1"
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(torch.ones(16, 2), r"shape \[16, 2\]; give the step's mean loss"), ("low", "'low'; give one number")],
+)
+def test_a_loss_that_is_no_number_is_refused_and_the_step_does_not_count(loss: Any, message: str) -> None:
+    model, optimizer, schedule = begin()
+    with pytest.raises(BypassError, match=message):
+        schedule.step(loss)
+    assert schedule.steps == 0
+    train_step(model, optimizer, schedule)
+    assert schedule.steps == 1
+
+
+def test_an_optimiser_that_makes_up_its_own_rate_is_refused() -> None:
+    model = mlp()
+    optimizer = Adafactor(model.parameters(), lr=None, relative_step=True)
+    with pytest.raises(BypassError, match=r"Adafactor goes by no learning rate.*give it an lr"):
+        BypassSchedule(model, optimizer, 3, 5)
+    assert not surgery.is_extended(model) and len(optimizer.param_groups) == 1
+
+
+def test_a_schedule_under_way_is_not_copied_and_one_that_is_done_is() -> None:
+    model, optimizer, schedule = begin()
+    with pytest.raises(BypassError, match=r"can't be copied or pickled: load its state_dict\(\)"):
+        copy.deepcopy((optimizer, schedule))
+    until_done(model, optimizer, schedule)
+    assert copy.deepcopy((model, optimizer, schedule))[2].report == schedule.report

@@ -1,13 +1,14 @@
 """The trainer: two arms that differ in the bypass alone, the phases in order, and clear ends to bad runs."""
 
 import copy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from bypass_fx.data import Data, load
@@ -283,3 +284,42 @@ def test_the_device_is_found_by_name() -> None:
 def test_data_that_ends_on_one_example_is_evaluated_whole() -> None:
     data = digits()
     assert sum(len(y) for (_, y), _ in in_order(data.train, 512)) == 1437
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((lambda x: x, digits(), short()), r"model is a function; give a torch\.nn\.modules\.module\.Module"),
+        ((mlp(digits()), digits().train, short()), r"data is a TensorDataset; give a bypass_fx\.data\.Data"),
+        ((mlp(digits()), digits(), {"train1": 2}), r"settings is a dict; give a bypass_fx\.settings\.Settings"),
+        (
+            (mlp(digits()).requires_grad_(False), digits(), short()),
+            r"no parameter of the model is to be trained; call requires_grad_",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(BypassError, match=message):
+        Trainer(*arguments)
+
+
+def test_a_loss_without_a_gradient_is_refused_and_the_model_is_as_it_was() -> None:
+    model = mlp(digits())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = replace(digits(), task="custom")
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]).detach()
+
+    with pytest.raises(BypassError, match="the loss has no gradient"):
+        Trainer(model, data, short(), loss_fn=loss_fn).fit()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"train1": 2.5}, "train1 is 2.5; give a whole number"), ({"select": "probe"}, "run a probe first")],
+)
+def test_settings_that_no_run_can_follow_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings(**change)

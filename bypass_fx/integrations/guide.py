@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,24 +21,43 @@ class Guide:
     Args:
         start: the step of the loop at which the bypass begins.
         arguments: those of `BypassSchedule`, after the model and the optimiser.
+
+    Raises:
+        BypassError: `opt1` or `opt2` is missing, or `start` is no number of steps.
     """
 
     def __init__(self, start: int, arguments: dict[str, Any]) -> None:
         missing = [name for name in ("opt1", "opt2") if name not in arguments]
         if missing:
             raise BypassError(f"BypassCallback needs {missing[0]}, a number of steps; see bypass_fx.BypassSchedule")
+        if not (isinstance(start, int) and start >= 0):
+            raise BypassError(f"BypassCallback's start is {start!r}; give a number of steps, 0 or more")
         self._start, self._arguments = start, arguments
+        self._earlier: ScheduleReport | None = None  # of the bypass of the run that is gone on with
         self._model: nn.Module | None = None
         self.schedule: BypassSchedule | None = None
 
     @property
     def report(self) -> ScheduleReport | None:
         """How the bypass went, once it is over."""
-        return self.schedule.report if self.schedule else None
+        return self.schedule.report if self.schedule else self._earlier
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the bypass has begun and is not over."""
+        return self.schedule is not None and self.schedule.phase != "done"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should say of the bypass: its report, once it is over."""
+        return {"report": self.report.state_dict()} if self.report is not None and not self.under_way else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a run whose checkpoint said this: a bypass that is over does not begin again."""
+        self._earlier = ScheduleReport.from_state(state["report"]) if "report" in state else None
 
     def before_step(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Begin the bypass when its step has come."""
-        if self.schedule is not None or step < self._start:
+        if self.schedule is not None or self._earlier is not None or step < self._start:
             return
         self._model = model
         self.schedule = BypassSchedule(model, optimizer, **self._arguments)

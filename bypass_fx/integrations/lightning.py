@@ -16,14 +16,16 @@ class BypassCallback(Callback):
     """Leads a LightningModule through one bypass; for automatic optimisation with one optimiser.
 
     Contracts at the end of the training at the latest. A checkpoint that Lightning writes during the bypass holds D, so
-    it loads into the extended model only.
+    it loads into the extended model only. A run that goes on from one written after it makes no further bypass. Lightning's
+    averages of the weights pair parameters by their order, which D changes: begin them after the bypass.
 
     Args:
         start: the global step at which the bypass begins.
         **arguments: those of `bypass_fx.BypassSchedule`: `opt1` and `opt2` in steps, `comeback`, `mode` and so on.
 
     Raises:
-        BypassError: from `fit`: the module has several optimisers, or can't be bypassed.
+        BypassError: `opt1` or `opt2` is missing, or `start` is no number of steps; from `fit`: the module has several
+            optimisers, or can't be bypassed.
 
     Example:
         >>> callback = BypassCallback(start=1000, opt1=300, opt2=600)
@@ -39,6 +41,14 @@ class BypassCallback(Callback):
     def report(self) -> ScheduleReport | None:
         """How the bypass went, once it is over."""
         return self._guide.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should say of the bypass."""
+        return self._guide.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint said."""
+        self._guide.load_state_dict(state_dict)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the bypass when its step has come."""

@@ -141,6 +141,7 @@ def test_a_warning_is_one_line(run: Run) -> None:
         (["--weights", "nowhere.pt"], "no file 'nowhere.pt'"),
         (["--weights", "other.safetensors"], "give the --model it was saved from"),
         (["--optimizer", "adma"], "did you mean adam"),
+        (["--optimizer", "lookahaed_adam"], "unknown optimizer 'lookahaed_adam'"),
         (["--comeback", "homotpy"], "did you mean .?homotopy"),
         (["--device", "tpu9"], "can't be used here"),
         (["--gamma", "quick"], "write a slope"),
