@@ -114,6 +114,8 @@ class Calls:
         if self.run is None:
             return Reason(text, "pass example_inputs")
         met = list(dict.fromkeys(shape for shape, _ in self.run.calls.get(spot, ())))
+        if met == [()]:
+            return Reason("its input is a single number, which has no channels")
         if len(met) > 1:
             return Reason(
                 f"{text}, and its calls have none in common: {met[0]}, {met[1]}", "give each call a module of its own"

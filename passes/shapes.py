@@ -186,7 +186,7 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor) and value.dim():
+        if n in self.wanted and isinstance(value, Tensor):
             self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
             self.complex |= set(self.wanted[n]) if value.is_complex() else set()
         return value

@@ -198,6 +198,8 @@ def test_a_wrong_width_is_an_error_and_never_a_broadcast() -> None:
     z = torch.ones(2, 1)
     with pytest.raises(bypass_fx.BypassError, match="met 1 channels"):
         psi(z, z, torch.zeros(3), -1)
+    with pytest.raises(bypass_fx.BypassError, match="met 0 channels"):
+        psi(z.sum(), z.sum(), torch.zeros(1), -1)
 
 
 def test_parts_that_were_extended_one_by_one_are_not_mixed_up() -> None:
