@@ -129,24 +129,6 @@ def test_what_outlives_the_call_keeps_nothing_of_a_trace_or_of_a_run_on_examples
     assert (LOG, CACHE, model.state.h, model.seen, model.log) == ([], {}, None, {"h": []}, [])
 
 
-def test_a_container_of_traced_values_that_a_property_makes_does_not_lead_to_the_tracer() -> None:
-    class Making(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.out, self.scale = nn.Linear(4, 6), nn.Linear(6, 4), nn.Parameter(torch.ones(6))
-
-        @property
-        def made(self) -> dict[str, Tensor]:
-            return {"scale": self.scale}
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(torch.relu(self.fc(x) * self.made["scale"]))  # type: ignore[no-any-return]
-
-    model = Making()
-    before = model(X)
-    assert torch.equal(bypass_fx.extend(model, mode="all")(X), before)
-
-
 def test_texts_for_people_are_no_obstacle() -> None:
     def forward(self: Any, x: Any) -> Any:
         torch._assert(x.dim() == 2, f"two axes, not {x.dim()}")
