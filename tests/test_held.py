@@ -172,3 +172,15 @@ def test_equal_owners_with_different_objects_are_told_apart() -> None:
     assert {(refusal.owner, refusal.activation) for refusal in plan.refusals} == {
         ("0", "relu"), ("2", "relu"), ("2", "tanh")
     }  # fmt: skip
+
+
+class Irregular(tuple[Any, ...]):
+    """A tuple that does not say how long it is."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_container_may_refuse_to_say_its_length() -> None:
+    model = Holder(Irregular([Branching()]), lambda s, held, x: s.b(torch.relu(s.a(x))))
+    assert [site.activation for site in bypass_fx.plan(model, mode="all")] == ["relu"]
