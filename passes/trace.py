@@ -25,7 +25,7 @@ from .held import Held, held_code, names_in, reached_through
 from .names import ModelNames
 from .nodes import same_code
 from .recording import Recorder, read_plainly
-from .source import activations_in, activations_named, codes, mapped_by, reached, trap
+from .source import activations_in, activations_named, codes, is_left_out, mapped_by, reached, trap
 from .splice import Sizes, joined
 from .tracer import MISSING, NONE_KNOWN, TENSOR, OwnerTracer, Read, Returns, fingerprint, inherited
 
@@ -253,7 +253,8 @@ class Tracing:
                 found.setdefault(activation, f"`{function.__qualname__}`, reached through `{attribute}`")
         for value, attribute in through.values.values():
             foreign = isinstance(value, nn.Module) and self.names.module("", value) is None
-            for activation in activations_in(type(value) if foreign else value) if attribute not in traced else ():
+            known = _activations_below(value) if foreign else activations_in(value)
+            for activation in known if attribute not in traced else ():
                 found.setdefault(activation, f"what `{attribute}` holds")
         return found
 
@@ -368,6 +369,16 @@ class Tracing:
             )
         except AttributeError:
             return False
+
+
+def _activations_below(module: nn.Module) -> list[str]:
+    """The activations that a module which is no part of the model is, calls, or holds."""
+    found: list[str] = []
+    for cls in dict.fromkeys(type(inner) for inner in module.modules()):
+        found += activations_in(cls)
+        own = cls.forward if not is_left_out(cls) else None
+        found += activations_named(reached(own, cls), cls) if own else ()
+    return found
 
 
 def module_at(module: nn.Module, path: str) -> nn.Module:

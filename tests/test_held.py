@@ -184,3 +184,25 @@ class Irregular(tuple[Any, ...]):
 def test_a_container_may_refuse_to_say_its_length() -> None:
     model = Holder(Irregular([Branching()]), lambda s, held, x: s.b(torch.relu(s.a(x))))
     assert [site.activation for site in bypass_fx.plan(model, mode="all")] == ["relu"]
+
+
+class Apart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x))
+
+
+class Further(Apart):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+def test_activations_of_modules_in_a_plain_list_are_listed() -> None:
+    """They are no part of the model, so they get no D; nor are their weights trained with it."""
+    model = Holder([[Further()], [nn.Sequential(nn.Tanh())]], lambda s, held, x: held[1][0](held[0][0](x)))
+    plan = bypass_fx.plan(model, mode="all")
+    assert not plan.sites and {refusal.activation for refusal in plan.refusals} == {"relu", "tanh"}
+    assert "is not its child" in plan.refusals[0].reason
