@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -135,3 +136,27 @@ def test_what_children_return_is_asked_of_each_owner_anew() -> None:
     model = nn.Sequential(one, other)
     before = model(X)
     assert torch.equal(bypass_fx.extend(model, mode="all")(X), before)
+
+
+class Unseen(Pair):
+    """Returns a pair that no graph shows."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with nullcontext():
+            return super().forward(x)
+
+
+def test_where_a_graph_does_not_run_the_refusal_says_so_and_other_activations_are_sites() -> None:
+    class Rolling(Asking):
+        def forward(self, x: Tensor) -> Any:
+            (first, *rest), form = tree_flatten(self.child(x))
+            return tree_unflatten([torch.relu(first.roll(1, -1)), *rest], form)[0]
+
+    class Rolled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x.roll(1, -1))
+
+    plan = bypass_fx.plan(nn.Sequential(Rolling(Unseen()), Rolled()), mode="all", example_inputs=(X,))
+    assert [site.name for site in plan] == ["1.tanh"]
+    assert "its graph does not run on what the model passes (AttributeError" in plan.refusals[0].reason
+    assert "split the forward" in plan.refusals[0].remedy
