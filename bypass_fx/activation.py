@@ -188,9 +188,10 @@ def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[i
 
 
 def _along(delta: Tensor, z: Tensor, axis: int) -> Tensor:
-    if z.shape[axis] != len(delta):
+    met = z.shape[axis] if -z.dim() <= axis < z.dim() else 0
+    if met != len(delta):
         raise BypassError(
-            f"a D-activation with {len(delta)} coefficients met {z.shape[axis]} channels on axis {axis}: "
+            f"a D-activation with {len(delta)} coefficients met {met} channels on axis {axis}: "
             "contract the model, and extend it with example_inputs, or with select to leave this site out"
         )
     behind = z.dim() - 1 - axis if axis >= 0 else -1 - axis

@@ -16,7 +16,7 @@ from .choices import pick, step_of
 from .complex_values import is_complex, may_hold_complex
 from .link import Linked
 from .mixing import is_attention
-from .outcome import Reason
+from .outcome import SPLIT, Reason
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
 from .trace import OwnerGraph
@@ -114,10 +114,14 @@ class Calls:
         if self.run is None:
             return Reason(text, "pass example_inputs")
         met = list(dict.fromkeys(shape for shape, _ in self.run.calls.get(spot, ())))
+        if met == [()]:
+            return Reason("its input is a single number, which has no channels")
         if len(met) > 1:
             return Reason(
                 f"{text}, and its calls have none in common: {met[0]}, {met[1]}", "give each call a module of its own"
             )
+        if spot.unit in self.run.broken:
+            return Reason(f"its graph does not run on what the model passes ({self.run.broken[spot.unit]})", SPLIT)
         why = f"the model does not run on them ({self.run.failure})" if self.run.failure else "they do not reach it"
         return Reason(f"{text}, nor from the example inputs: {why}", "pass other example_inputs")
 

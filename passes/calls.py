@@ -143,12 +143,12 @@ def argument_of(value: Any) -> Argument:
         if not any(isinstance(leaf, fx.Node | Tensor) for leaf in leaves(value)):
             return Constant(value)
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return Items(_plain_type(value), tuple((key, argument_of(item)) for key, item in items))
+        return Items(plain_type(value), tuple((key, argument_of(item)) for key, item in items))
     plain = value is None or isinstance(value, bool | int | float | str) or type(value).__module__ == "torch"
     return Constant(value) if plain else Value(type(value))
 
 
-def _plain_type(value: Any) -> type:
+def plain_type(value: Any) -> type:
     """`list` for fx's immutable list, and so on."""
     return next(plain for plain in (list, tuple, dict) if isinstance(value, plain))
 

@@ -108,9 +108,10 @@ def _inherited(thing: Any, names: frozenset[str]) -> Iterator[Any]:
 
 
 def _items(container: Any) -> list[Any]:
-    if len(container) > _LONGEST:
+    kind: Any = next(each for each in _CONTAINERS if isinstance(container, each))  # a class below it may do otherwise
+    if kind.__len__(container) > _LONGEST:
         return []
-    return list(container.values() if isinstance(container, dict) else container)
+    return list(kind.values(container) if kind is dict else kind.__iter__(container))
 
 
 def _may_hold_code(value: Any, depth: int = 0) -> bool:

@@ -17,7 +17,7 @@ from .infinities import may_be_infinite
 from .link import Linked
 from .multihead import is_multihead, value_path_inside
 from .otherwise import WITHOUT, objects_in
-from .outcome import Match, Reason
+from .outcome import SPLIT, Match, Reason
 from .plan import Mode, Plan, Refusal, Site
 from .strict import strict
 from .units import ExampleInputs, Spot, Unit
@@ -90,7 +90,7 @@ def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
 
 def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
     """Activations, and attention, called as functions in forwards that have no graph."""
-    remedy = "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"
+    remedy = SPLIT
     if linked.observed is None and not linked.failures.keys() <= {""}:
         remedy = f"pass example_inputs, or {remedy}"
     if linked.observed and any(objects_in(call) for found in linked.observed.calls.values() for call in found):

@@ -30,3 +30,4 @@ class Reason:
 
 
 LEAVES = Reason("its result leaves the code that can be seen")
+SPLIT = "split the forward so that the activation is a module of its own, e.g. torch.nn.ReLU()"

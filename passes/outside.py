@@ -8,7 +8,7 @@ from functools import _lru_cache_wrapper
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .source import codes
 
@@ -98,6 +98,8 @@ def inherited_values(cls: type) -> Iterator[Any]:
 
 
 def _is_plain_object(thing: Any) -> bool:
+    if issubclass(type(thing), fx.Proxy):
+        return False  # a value of the trace: it leads to the tracer, and so to what is kept
     library = type(thing).__module__.split(".")[0]
     own = not isinstance(thing, type) and library not in ("torch", "builtins", "numpy", "functools")
     return own and isinstance(getattr(thing, "__dict__", None), dict)

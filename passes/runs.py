@@ -116,21 +116,23 @@ def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
 
 @contextmanager
 def _values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put the values of these tensors back that a run changes: one on fakes may change them too."""
+    """Put the values of these tensors back that a run changes: one on fakes may change them too. Some get another size."""
     before = [(tensor, tensor.clone()) for tensor in tensors]
     try:
         yield
     finally:
         for tensor, value in before:
+            if tensor.shape != value.shape:
+                tensor.resize_(value.shape)
             tensor.copy_(value)
 
 
 def _may_be_written(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that a forward may write into: buffers, others that modules hold, and parameters that are not trained,
-    as a teacher's are, whose values are a mean of the student's.
+    """The tensors that a forward may write into: buffers, others that modules hold, and parameters: a teacher's are a
+    mean of the student's, and some start at what the first batch tells. No shards that are trained: they are large.
     """
     yield from model.buffers()
-    yield from (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    yield from (each for each in model.parameters() if not (each.requires_grad and is_sharded(each)))
     registered = {"_parameters", "_buffers", "_modules"}
     held = [value for module in model.modules() for name, value in vars(module).items() if name not in registered]
     yield from (leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor))

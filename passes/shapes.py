@@ -33,6 +33,7 @@ class Run:
         calls: the shapes that each activation's input had, over all calls, and the axes that were told.
         complex: the activations whose input was complex in some call.
         failure: why the run ended early, if it did; "" otherwise.
+        broken: why the graphs of some units do not run on what the model passes.
     """
 
     def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
@@ -40,6 +41,7 @@ class Run:
         self.calls: dict[Spot, dict[Call, None]] = {}
         self.complex: set[Spot] = set()
         self.failure = ""
+        self.broken: dict[Unit, str] = {}
         self._replayed: set[Hashable] = set()
         self._axes = ChannelAxes()
         wanted: dict[Unit, list[Spot]] = {}
@@ -64,7 +66,7 @@ class Run:
         kwargs: dict[str, Any],
     ) -> str:
         """Note the calls that a run shows; the answer is why it ended early."""
-        self.calls, self._replayed, self._axes = {}, set(), ChannelAxes()
+        self.calls, self.broken, self._replayed, self._axes = {}, {}, set(), ChannelAxes()
         return attempt(linked.tracing, way, args, kwargs, self._watched(linked, wanted))
 
     @contextmanager
@@ -85,7 +87,13 @@ class Run:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if signature is None or not self._is_new(linked, unit, signature, args, kwargs):
                 return
-            replay = _replay(linked, module, spots, signature, args, kwargs, self._axes)
+            try:
+                replay = _replay(linked, module, spots, signature, args, kwargs, self._axes)
+            except Exception as error:  # the graph is not what the forward does, on these arguments: that does go on
+                self.broken[unit] = (
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                )
+                return
             self.complex |= replay.complex
             for spot, call in replay.found.items():
                 self.calls.setdefault(spot, {})[call] = None
@@ -186,7 +194,7 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor) and value.dim():
+        if n in self.wanted and isinstance(value, Tensor):
             self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
             self.complex |= set(self.wanted[n]) if value.is_complex() else set()
         return value

@@ -342,6 +342,8 @@ def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
                 yield value
             if not hasattr(nn.Module, name):
                 yield next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+            elif name == "forward" and "super" in code.co_names:
+                yield from (vars(base)["forward"] for base in cls.__mro__[1:] if "forward" in vars(base))
             for space in spaces:
                 yield getattr(space, name, None) if not _foreign(space) else None
     for cell in function.__closure__ or ():

@@ -25,9 +25,9 @@ from .held import Held, held_code, names_in, reached_through
 from .names import ModelNames
 from .nodes import same_code
 from .recording import Recorder, read_plainly
-from .source import activations_in, activations_named, codes, mapped_by, reached, trap
+from .source import activations_in, activations_named, codes, is_left_out, mapped_by, reached, trap
 from .splice import Sizes, joined
-from .tracer import MISSING, TENSOR, OwnerTracer, Read, fingerprint, inherited
+from .tracer import MISSING, NONE_KNOWN, TENSOR, OwnerTracer, Read, Returns, fingerprint, inherited
 
 
 class OwnerGraph:
@@ -143,8 +143,12 @@ class Tracing:
             self._of_classes[key] = function_of(module, name)
         return self._of_classes[key]
 
-    def trace(self, path: str, call: Call | None = None, method: str = "forward") -> OwnerGraph:
+    def trace(
+        self, path: str, call: Call | None = None, method: str = "forward", returns: Returns = NONE_KNOWN
+    ) -> OwnerGraph:
         """The graph of a method of the module at `path`, called as `call` says (as its defaults say, if None).
+
+        `returns` says what calls of its children return, by their paths, where that is more than a value.
 
         Raises:
             UntraceableError: the method can't be written down as a graph; the message says why.
@@ -155,7 +159,7 @@ class Tracing:
             raise UntraceableError(f"{where}: its forward is not plain Python code")
         call = call or default_call(signature)
         held = fingerprint(module.__dict__.get(method), self.names, path)
-        key = (type(module), method, call.key(), held, self.names.aliases(path))
+        key = (type(module), method, call.key(), held, self.names.aliases(path), str(sorted(returns.items())))
         for known in reversed(self._graphs.get(key, ())):  # equal blocks follow each other
             if self._read_same(path, known.reads) and self._resolves(path, known):
                 return known
@@ -164,7 +168,7 @@ class Tracing:
                 raise UntraceableError(f"{where}: {reason}")
         noted = Noted()
         try:
-            traced = self._trace(path, noted, self._function(module, method), signature, call)
+            traced = self._trace(path, noted, self._function(module, method), signature, call, returns)
         except UntraceableError as error:
             self._failures.setdefault(key, []).append((tuple(noted.reads), str(error)))
             raise UntraceableError(f"{where}: {error}") from error
@@ -249,19 +253,26 @@ class Tracing:
                 found.setdefault(activation, f"`{function.__qualname__}`, reached through `{attribute}`")
         for value, attribute in through.values.values():
             foreign = isinstance(value, nn.Module) and self.names.module("", value) is None
-            for activation in activations_in(type(value) if foreign else value) if attribute not in traced else ():
+            known = _activations_below(value) if foreign else activations_in(value)
+            for activation in known if attribute not in traced else ():
                 found.setdefault(activation, f"what `{attribute}` holds")
         return found
 
     def _trace(
-        self, path: str, noted: Noted, forward: Function, signature: inspect.Signature, call: Call
+        self,
+        path: str,
+        noted: Noted,
+        forward: Function,
+        signature: inspect.Signature,
+        call: Call,
+        returns: Returns,
     ) -> OwnerGraph:
         module = self.modules[path]
         walk = self._walk(forward, module)
         functions = walk.functions
         if walk.why is not None:
             raise UntraceableError(walk.why)
-        graph = self._graph(path, noted, forward, functions, signature, call)
+        graph = self._graph(path, noted, forward, functions, signature, call, returns)
         asked = {where for where, name, _ in noted.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(noted.reads), frozenset(noted.typed))
@@ -272,7 +283,7 @@ class Tracing:
         for each in modules:
             each.__dict__["training"] = not now
         try:
-            other = self._graph(path, noted, forward, functions, signature, call)
+            other = self._graph(path, noted, forward, functions, signature, call, returns)
         finally:
             for each in modules:
                 each.__dict__["training"] = now
@@ -291,13 +302,14 @@ class Tracing:
         functions: list[FunctionType],
         signature: inspect.Signature,
         call: Call,
+        returns: Returns,
     ) -> fx.Graph:
         """The graph of a run; where it asks for traced values that of several, for all answers, and where it runs over the
         items of sizes for several numbers of axes.
         """
 
         def run(axes: tuple[int, ...], answers: Answers) -> OwnerTracer:
-            other = OwnerTracer(self.names, self._recorder, path, self.modules[path], axes, answers)
+            other = OwnerTracer(self.names, self._recorder, path, self.modules[path], axes, answers, returns)
             try:
                 other.run(forward, functions, signature, call)
             except RaisesError as error:
@@ -357,6 +369,16 @@ class Tracing:
             )
         except AttributeError:
             return False
+
+
+def _activations_below(module: nn.Module) -> list[str]:
+    """The activations that a module which is no part of the model is, calls, or holds."""
+    found: list[str] = []
+    for cls in dict.fromkeys(type(inner) for inner in module.modules()):
+        found += activations_in(cls)
+        own = cls.forward if not is_left_out(cls) else None
+        found += activations_named(reached(own, cls), cls) if own else ()
+    return found
 
 
 def module_at(module: nn.Module, path: str) -> nn.Module:

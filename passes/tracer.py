@@ -6,8 +6,8 @@ import inspect
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -30,6 +30,8 @@ from .splice import Sizes
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
 Read = tuple[str, str, Any]
+Returns = Mapping[str, Argument]
+NONE_KNOWN: Returns = MappingProxyType({})
 TRACED = (TracedValue, TracedAttribute, StoredTensor)
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -59,9 +61,11 @@ class OwnerTracer(fx.Tracer):
         module: nn.Module,
         axes: tuple[int, ...] = (),
         answers: Answers = (),
+        returns: Returns = NONE_KNOWN,
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
         self.names, self.recorder, self.path, self.root = names, recorder, path, module
+        self.returns = returns  # what children are known to return, by their paths
         self.reads: dict[Read, None] = {}
         self.typed: set[str] = set()
         self.stored: dict[str, StoredTensor] = {}
@@ -161,7 +165,7 @@ class OwnerTracer(fx.Tracer):
         return self.unpacked(proxy, argument)
 
     def unpacked(self, whole: fx.Proxy, argument: Items) -> Any:
-        """A list, tuple or dict of the method's arguments: constants as they are, the other items taken out of it."""
+        """A list, tuple or dict that the method gets: constants as they are, the other items taken out of it."""
 
         def item(key: Any, inner: Argument) -> Any:
             if isinstance(inner, Constant):
@@ -264,7 +268,10 @@ class OwnerTracer(fx.Tracer):
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:
                 signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
-        return self.create_proxy("call_module", path, args, kwargs)
+        result, known = self.create_proxy("call_module", path, args, kwargs), self.returns.get(path)
+        if isinstance(known, Constant):
+            return known.value
+        return self.unpacked(result, known) if isinstance(known, Items) else result
 
     def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor from nothing, or what a function of another library makes of a value, becomes a node."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +14,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
 from .callables import is_held
-from .calls import Call, call_of, default_call
+from .calls import Argument, Call, call_of, default_call
 from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .observed import Observed, observed
 from .otherwise import objects_in
+from .results import result_of, result_of_attention, settled
 from .trace import OwnerGraph, Tracing
 
 
@@ -161,7 +164,7 @@ class Units:
             return known
         unit = Unit(path, len(self.variants(path)))
         try:
-            self._add(unit, self.tracing.trace(path, call))
+            self._add(unit, self._settled(unit, self.tracing.trace(path, call)))
         except UntraceableError as error:
             self.failures[path] = error
             self._enter_methods(path)
@@ -181,10 +184,11 @@ class Units:
 
     def _enter_method(self, path: str, method: str) -> None:
         try:
-            graph = self.tracing.trace(path, method=method)
+            unit = Unit(path, 0, method)
+            graph = self._settled(unit, self.tracing.trace(path, method=method))
         except UntraceableError:
             return
-        self._add(Unit(path, 0, method), graph)
+        self._add(unit, graph)
 
     def unit_for_call(self, method: str, arguments: Arguments) -> Unit:
         """The unit of the whole model's method for one more way of calling it.
@@ -199,8 +203,31 @@ class Units:
         signature = self.tracing.signature("", method)
         call = call_of(signature, arguments.args, arguments.kwargs) if signature else None
         unit = Unit("", len(self.methods("")), method)
-        self._add(unit, self.tracing.trace("", call, method))
+        self._add(unit, self._settled(unit, self.tracing.trace("", call, method)))
         return unit
+
+    def _settled(self, unit: Unit, graph: OwnerGraph) -> OwnerGraph:
+        """The graph of a unit with all that it may go by of what its children return."""
+
+        def again(returns: Mapping[str, Argument]) -> OwnerGraph:
+            return self.tracing.trace(unit.path, graph.call, unit.method, returns)
+
+        return settled(graph, again, partial(self._result, unit), partial(self._is_opaque, unit))
+
+    def _result(self, unit: Unit, node: fx.Node) -> Argument | None:
+        """What a call of a child returns, where its graph tells, and is the same in both modes."""
+        child = self.child(unit, node)
+        module = self.modules[child]
+        if self._is_leaf(child) or module._forward_hooks or isinstance(module, nn.MultiheadAttention):
+            return result_of_attention(module, node)
+        callee = self._enter(child, self._call_of(child, node))
+        return result_of(self.graphs[callee]) if callee else None
+
+    def _is_opaque(self, unit: Unit, node: fx.Node) -> bool:
+        """Whether a node calls what no graph shows."""
+        if node.op == "call_module":
+            return self._is_leaf(self.child(unit, node))
+        return node.op != "output" and node.target is not operator.getitem
 
     def _add(self, unit: Unit, graph: OwnerGraph) -> None:
         self.graphs[unit] = graph

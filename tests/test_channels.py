@@ -120,10 +120,17 @@ def test_the_channels_are_those_that_all_calls_have(shapes: list[tuple[int, ...]
     assert torch.equal(bypass_fx.extend(model, plan)(x), before)
 
 
-@pytest.mark.parametrize("shapes", [[(2, 8, 4, 4), (2, 4, 4, 4)], [(2, 8, 4, 4), (2, 32)], [(2, 3), (2, 4)]])
+@pytest.mark.parametrize(
+    "shapes", [[(2, 8, 4, 4), (2, 4, 4, 4)], [(2, 8, 4, 4), (2, 32)], [(2, 3), (2, 4)], [(1, 1), ()]]
+)
 def test_calls_without_channels_in_common_are_refused(shapes: list[tuple[int, ...]]) -> None:
     plan = bypass_fx.plan(Sharing(*shapes), mode="all", example_inputs=(torch.randn(300),))
     assert not plan.sites and f"none in common: {shapes[0]}, {shapes[1]}" in plan.refusals[0].reason
+
+
+def test_a_single_number_has_no_channels() -> None:
+    plan = bypass_fx.plan(Sharing(()), mode="all", example_inputs=(torch.randn(300),))
+    assert not plan.sites and "a single number" in plan.refusals[0].reason
 
 
 def test_a_hook_that_a_forward_sets_is_gone_after_a_run_and_the_model_still_runs() -> None:

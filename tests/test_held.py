@@ -172,3 +172,37 @@ def test_equal_owners_with_different_objects_are_told_apart() -> None:
     assert {(refusal.owner, refusal.activation) for refusal in plan.refusals} == {
         ("0", "relu"), ("2", "relu"), ("2", "tanh")
     }  # fmt: skip
+
+
+class Irregular(tuple[Any, ...]):
+    """A tuple that does not say how long it is."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_container_may_refuse_to_say_its_length() -> None:
+    model = Holder(Irregular([Branching()]), lambda s, held, x: s.b(torch.relu(s.a(x))))
+    assert [site.activation for site in bypass_fx.plan(model, mode="all")] == ["relu"]
+
+
+class Apart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x))
+
+
+class Further(Apart):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+def test_activations_of_modules_in_a_plain_list_are_listed() -> None:
+    """They are no part of the model, so they get no D; nor are their weights trained with it."""
+    model = Holder([[Further()], [nn.Sequential(nn.Tanh())]], lambda s, held, x: held[1][0](held[0][0](x)))
+    plan = bypass_fx.plan(model, mode="all")
+    assert not plan.sites and {refusal.activation for refusal in plan.refusals} == {"relu", "tanh"}
+    assert "is not its child" in plan.refusals[0].reason

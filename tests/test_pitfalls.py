@@ -198,6 +198,8 @@ def test_a_wrong_width_is_an_error_and_never_a_broadcast() -> None:
     z = torch.ones(2, 1)
     with pytest.raises(bypass_fx.BypassError, match="met 1 channels"):
         psi(z, z, torch.zeros(3), -1)
+    with pytest.raises(bypass_fx.BypassError, match="met 0 channels"):
+        psi(z.sum(), z.sum(), torch.zeros(1), -1)
 
 
 def test_parts_that_were_extended_one_by_one_are_not_mixed_up() -> None:
@@ -299,3 +301,39 @@ def test_a_shape_is_read_where_the_forward_reads_it() -> None:
     own, x = net(body), torch.randn(3, 4)
     graph = torch.fx.GraphModule(own, Tracing(own).trace("").graph)
     assert torch.equal(graph(x), own(x)) and len(own(x)) == 3
+
+
+def test_a_container_of_traced_values_that_a_property_makes_does_not_lead_to_the_tracer() -> None:
+    class Making(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out, self.scale = nn.Linear(4, 6), nn.Linear(6, 4), nn.Parameter(torch.ones(6))
+
+        @property
+        def made(self) -> dict[str, Tensor]:
+            return {"scale": self.scale}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.fc(x) * self.made["scale"]))  # type: ignore[no-any-return]
+
+    model, x = Making(), torch.randn(3, 4)
+    before = model(x)
+    assert torch.equal(bypass_fx.extend(model, mode="all")(x), before)
+
+
+def test_what_a_forward_asks_of_its_base_class_is_seen() -> None:
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            return F.silu(self.fc(x)) if x is other else torch.relu(self.fc(x))
+
+    class Derived(Base):
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            return super().forward(x, x if other is None else other)
+
+    plan = bypass_fx.plan(Derived(), mode="all")
+    assert not plan.sites and {refusal.activation for refusal in plan.refusals} == {"silu", "relu"}
+    assert "the same object" in plan.refusals[0].reason

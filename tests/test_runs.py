@@ -66,6 +66,35 @@ class Teaching(Net):
         return x @ self.teacher
 
 
+class Starting(Net):
+    """Sets its scale by the first batch, as layers that normalise a flow do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("started", torch.tensor(False))
+
+    def before(self, x: Tensor) -> Tensor:
+        if not self.started:
+            self.scale.data.copy_(1 / x.flatten(0, -2).std(0))
+            self.started.fill_(True)
+        return x * self.scale
+
+
+class Observing(Net):
+    """Holds a range that has no entries before the first batch, as observers for quantisation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor([]))
+        self.register_buffer("high", torch.tensor(0.0))
+
+    def before(self, x: Tensor) -> Tensor:
+        self.low.resize_(8).copy_(x.flatten(0, -2).amin(0))
+        self.high.fill_(x.max())
+        return x
+
+
 class Drawing(Net):
     """Draws from a generator of its own, from NumPy's, and from Python's."""
 
@@ -77,7 +106,7 @@ class Drawing(Net):
         return x + torch.rand((), generator=self.generator) + np.random.rand() + random.random() + torch.rand(())
 
 
-@pytest.mark.parametrize("kind", [Net, Merging, Teaching, Drawing])
+@pytest.mark.parametrize("kind", [Net, Merging, Teaching, Starting, Observing, Drawing])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_run_changes_no_values_and_no_generator(kind: type[Net], training: bool) -> None:
     model = kind()
