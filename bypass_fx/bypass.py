@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from bypass_fx import constraint, gradient_averaging, param_group, surgery
@@ -20,8 +19,9 @@ from bypass_fx.comeback import Comeback, Moment
 from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep, HeldStill
 from bypass_fx.gamma import Adaptive
+from bypass_fx.moving import Moving
 from bypass_fx.passes.fold import in_fold_order
-from bypass_fx.passes.matrices import placed_like, tensor_named, whole
+from bypass_fx.passes.matrices import placed_like, tensor_named
 from bypass_fx.passes.plan import Plan, Site
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.rescaled import rescale
@@ -52,13 +52,10 @@ class Bypass:
         self.plan, self._deltas = self._embed(plan, as_plan)
         self._root = surgery.root_of(model)
         self._delta_ids = {id(delta) for delta in self._deltas.values()}
-        self._moving = dict(self._moved_beside_d())
-        every = [*self._deltas.values(), *self._moving.values()]
-        plain = all(type(each) in (Tensor, nn.Parameter) and each.device == every[0].device for each in every)
-        self._together = plain and len(every) > len(self._deltas)  # whose sizes are taken at once
         first = next(iter(self._deltas.values()))
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
+        self._moving = Moving(model, optimizer, self._deltas, like=self.gamma)
         self._threshold = Threshold(course.epsilon, [*self._deltas], like=self.gamma)
         self._order = in_fold_order(self.plan)
         self._readout = Readout(first.device)
@@ -313,13 +310,8 @@ class Bypass:
             value = self.gamma.new_full((), 0.0 if loss is None else float(loss))
         if seen:
             parts = [seen.values if norms is None else norms, seen.extent.to(self.gamma).reshape(1)]
-        elif self._together:
-            deltas = [*self._deltas.values()] if norms is None else []
-            sizes = torch._foreach_norm([*deltas, *self._moving.values()])
-            parts = [*([] if norms is None else [norms]), torch.stack([size.to(self.gamma) for size in sizes])]
         else:
-            extent = whole(get_total_norm(self._moving.values())).to(self.gamma)
-            parts = [self._largest() if norms is None else norms, extent.reshape(1)]
+            parts = [self._moving.sizes(with_d=True)] if norms is None else [norms, self._moving.sizes(with_d=False)]
         numbers = torch.cat([*parts, value.reshape(1)])
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
         return self._looked_at(self._readout.exchange(numbers, self.phase, step, norms is not None))
@@ -332,9 +324,7 @@ class Bypass:
         """
         if reading is None:
             return None
-        by_name = dict(
-            zip(self._deltas, reading.numbers, strict=False)
-        )  # behind the sites' come those of what else moves
+        by_name = dict(zip(self._deltas, reading.numbers, strict=False))  # behind them are those of what else moves
         if not all(map(math.isfinite, reading.numbers)):
             self._expect_finite(by_name, reading.numbers[-1], f"{reading.phase}, step {reading.step}")
         return by_name if reading.measured else None
@@ -343,24 +333,10 @@ class Bypass:
         found = [] if math.isfinite(loss) else [f"the loss is {loss}"]
         sites = [(name, norm) for name, norm in norms.items() if not math.isfinite(norm)]
         found += [f"D of site {name!r} is not finite (norm {norm})" for name, norm in sites[:1]]
-        # a norm may overflow where no number does
-        broken = [name for name, parameter in self._moving.items() if not bool(whole(parameter).isfinite().all())]
-        found += [f"{name} is not finite, and so was its gradient" for name in broken[:1]]
+        if broken := self._moving.broken():
+            found.append(f"{broken} is not finite, and so was its gradient")
         if found:
             raise NonFiniteError(f"{when}: {'; '.join(found)}")
-
-    def _moved_beside_d(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimiser holds of the model; without what is not finite at θ* already, such as −∞ in a mask."""
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        found = {
-            name: parameter
-            for name, parameter in self._model.named_parameters()
-            if id(parameter) in held and id(parameter) not in self._delta_ids
-        }
-        all_finite = not found or bool(whole(get_total_norm(found.values())).isfinite())
-        for name, parameter in found.items():
-            if all_finite or bool(whole(parameter).isfinite().all()):
-                yield name, parameter
 
     def state_dict(self) -> dict[str, Any]:
         """What this bypass needs to go on exactly, beside the states of the model and the optimiser."""

@@ -111,12 +111,14 @@ def _spread(d: Tensor, z: Tensor, axis: int) -> Tensor:
     return d.to(z.dtype).view(-1, *[1] * (z.dim() - 1 - axis))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def trust(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust:
     """Which kernels of an activation can be built here and compute what torch's do; found out once, on random numbers."""
     if torch.cuda.is_current_stream_capturing():
         return Trust(False, False)  # numbers can't be looked at now
     return _trust(kernel, dtype, device)
+
+
+vars(trust)["_dynamo_marked_constant"] = True  # as torch.compiler.assume_constant_result does, which imports the compiler
 
 
 @cache

@@ -22,9 +22,10 @@ from .passes.link import Linked
 from .passes.match import match
 from .passes.matrices import is_sharded, tensor_named
 from .passes.plan import MODES, Mode, Plan, Site
+from .passes.plan_text import no_site
 from .passes.rewrite import Psi
-from .passes.units import ExampleInputs, as_inputs
-from .usual_inputs import usual_inputs
+from .passes.units import ExampleInputs
+from .usual_inputs import as_inputs, usual_inputs
 
 __all__ = [
     "ContractionReport",
@@ -217,7 +218,7 @@ def extend(
     if plan is None:
         plan = _plan(linked, mode, select, example_inputs)
     if not plan.sites:
-        raise PlanError(_no_site(plan, select))
+        raise PlanError(no_site(plan, select))
     _insert(linked, plan, psi)
     share_gradients(model, parameters, [delta_of(inner, site) for site in plan.sites])
     return model
@@ -249,17 +250,6 @@ def extended_with(
         yield
     finally:
         _take_out(inner, sites(inner))  # there is nothing to fold, and b_A + 0 · b_W may be other bits than b_A
-
-
-def _no_site(plan: Plan, select: Select | None) -> str:
-    if select is not None:
-        return f"select={select!r} names no site of this model: see bypass_fx.plan(model).sites"
-    if not plan.refusals:
-        return "this model calls no element-wise activation that can be seen, so there is nothing to bypass"
-    reasons = sorted({f"{refusal.name}: {refusal.reason}" for refusal in plan.refusals})
-    more = f" (and {len(reasons) - 2} more)" if len(reasons) > 2 else ""
-    remedy = "" if plan.mode == "all" else "; mode='all' takes every activation whose channels are known"
-    return f"mode={plan.mode!r} finds no site in this model: {'; '.join(reasons[:2])}{more}{remedy}"
 
 
 def _check_fit(model: nn.Module, site: Site) -> None:

@@ -1,4 +1,4 @@
-"""The inputs that a library's models usually take, for models that say which: an adapter for each library."""
+"""Inputs to run a model on: those that the user gives, or that a library's models usually take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .passes.units import ExampleInputs
+
+
+def as_inputs(given: ExampleInputs | Tensor | None) -> ExampleInputs | None:
+    """Example inputs as the user gives them: a tensor alone is the only argument."""
+    return (given,) if isinstance(given, Tensor) else given
 
 
 def usual_inputs(model: nn.Module) -> tuple[Any, ...] | None:

@@ -57,3 +57,15 @@ def as_html(plan: Plan) -> str:
     )
     refused = f"<details><summary>{len(plan.refusals)} refused</summary><ul>{items}</ul></details>" if items else ""
     return f"<p>{html.escape(summary(plan))} (mode {plan.mode})</p>{table}{refused}"
+
+
+def no_site(plan: Plan, select: object) -> str:
+    """Why a plan has no site, and what to do."""
+    if select is not None:
+        return f"select={select!r} names no site of this model: see bypass_fx.plan(model).sites"
+    if not plan.refusals:
+        return "this model calls no element-wise activation that can be seen, so there is nothing to bypass"
+    reasons = sorted({f"{refusal.name}: {refusal.reason}" for refusal in plan.refusals})
+    more = f" (and {len(reasons) - 2} more)" if len(reasons) > 2 else ""
+    remedy = "" if plan.mode == "all" else "; mode='all' takes every activation whose channels are known"
+    return f"mode={plan.mode!r} finds no site in this model: {'; '.join(reasons[:2])}{more}{remedy}"

@@ -85,6 +85,20 @@ class Sizes:
         place = self.open.index(rank)
         return _length(part, self.axes[place] if place < len(self.axes) else _FIRST)
 
+    def run_over(self, value: Any, traced: Callable[[fx.Node], Any]) -> list[Any] | None:
+        """The items of a size, or of sizes and tuples one behind the other, as in `*(x.shape[:-1] + (8,))`, as `traced`."""
+        if isinstance(value, tuple | list):
+            return [traced(item) if isinstance(item, fx.Node) else item for item in value]
+        count = self.length(value)
+        if count is None:
+            return None
+        if value.target is operator.add:
+            return [item for part in value.args for item in self.run_over(part, traced) or ()]
+        size = traced(value)
+        items = [size[index] for index in range(count)]
+        self.items |= {item.node: (value, index, count) for index, item in enumerate(items)}
+        return items
+
     def _rank(self, read: fx.Node) -> int | fx.Node:
         of = read.args[0]
         assert isinstance(of, fx.Node), "the size of a value"

@@ -324,24 +324,10 @@ class OwnerTracer(fx.Tracer):
         parts = _parts(node)
         if parts is not None:
             return (value[index] for index in range(parts))
-        items = self._items(node)
+        items = self.sizes.run_over(node, self.proxy)
         if items is None:
             self.refuse("its forward runs over the items of a traced value")
         return iter(items)
-
-    def _items(self, value: Any) -> list[Any] | None:
-        """The items of a size, or of sizes and tuples one behind the other, as in `*(x.shape[:-1] + (8,))`."""
-        if isinstance(value, tuple | list):
-            return [self.proxy(item) if isinstance(item, fx.Node) else item for item in value]
-        count = self.sizes.length(value)
-        if count is None:
-            return None
-        if value.target is operator.add:
-            return [item for part in value.args for item in self._items(part) or ()]
-        size: Any = self.proxy(value)
-        items = [size[index] for index in range(count)]
-        self.sizes.items |= {item.node: (value, index, count) for index, item in enumerate(items)}
-        return items
 
     def check_unchanged(self, held: Any, copied: Any) -> None:
         """A method may put values that come from parameters alone into a dict: it computes them again at every call."""

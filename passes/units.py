@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
@@ -31,11 +31,6 @@ class Arguments(NamedTuple):
 
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
-
-
-def as_inputs(given: ExampleInputs | Tensor | None) -> ExampleInputs | None:
-    """Example inputs as the user gives them: a tensor alone is the only argument."""
-    return (given,) if isinstance(given, Tensor) else given
 
 
 def arguments_of(inputs: ExampleInputs) -> Arguments:

@@ -14,10 +14,10 @@ from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
 from bypass_fx.passes.multihead import is_multihead_site
 from bypass_fx.passes.plan import Mode, Plan, Site
-from bypass_fx.passes.units import ExampleInputs, Spot, as_inputs
+from bypass_fx.passes.units import ExampleInputs, Spot
 from bypass_fx.passes.value_shapes import ValueShapes
 from bypass_fx.surgery import Select, linked_plan
-from bypass_fx.usual_inputs import usual_inputs
+from bypass_fx.usual_inputs import as_inputs, usual_inputs
 
 from .facts import Costs, Facts, Shape, batch_of, costs, facts
 
