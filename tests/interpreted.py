@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from bypass_fx import fused, triton_psi
+
 
 @triton.jit
 def _exp(x):  # type: ignore[no-untyped-def]
@@ -24,10 +26,6 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
-libdevice.exp, libdevice.erf, libdevice.tanh = _exp, _erf, _tanh  # the interpreter has none of a GPU's library
-
-from bypass_fx import fused, triton_psi  # noqa: E402
-
 KERNELS = (
     ("relu", 0.0, 0.0), ("leaky_relu", 0.1, 0.0), ("hardtanh", 0.0, 6.0), ("silu", 0.0, 0.0), ("gelu", 0.0, 0.0),
     ("gelu_tanh", 0.0, 0.0),
@@ -36,6 +34,7 @@ KERNELS = (
 
 def main() -> None:
     """Print, for each kernel and type, whether forward and backward agree with torch's."""
+    libdevice.exp, libdevice.erf, libdevice.tanh = _exp, _erf, _tanh  # the interpreter has none of a GPU's library
     if "few" in sys.argv:  # programs, so that each has several tiles
         triton_psi.PROGRAMS = 4
     found = {}
@@ -45,4 +44,5 @@ def main() -> None:
     print(json.dumps(found))
 
 
-main()
+if __name__ == "__main__":
+    main()
