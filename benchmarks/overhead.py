@@ -18,7 +18,7 @@ import bypass_fx
 
 from . import beside, growth, penalty_cost, psi_cost
 from .results_file import ResultsFile
-from .stopwatch import interleaved, peak_memory, ratios, seconds, turn
+from .stopwatch import SHORT, interleaved, peak_memory, ratios, seconds, turn
 from .workloads import WORKLOADS, Workload
 
 REPEATS = 7
@@ -162,10 +162,11 @@ def summary(file: ResultsFile) -> str:
     rows = {row["name"]: row for row in file}
     on_gpu = any(row["device"] != "cpu" for row in file)
     precision = "bfloat16, channels-last" if on_gpu else "float32"
+    once = f"as many steps as take {1000 * SHORT:.0f} ms" if on_gpu else "one step"
     arms = ["opt1", *RETURNS]
     lines = [
         f"Training steps against those of the same model without D, in one run: the median over {REPEATS} "
-        f"rounds ({REPEATS_OF_LONG} where a step takes more than {LONG:.0f} s) of one step of each, {precision}, "
+        f"rounds ({REPEATS_OF_LONG} where a step takes more than {LONG:.0f} s) of {once} of each, {precision}, "
         f"{', '.join(sorted({row['device'] for row in file}))}. A step is forward, loss, backward, SGD with momentum, and "
         "the schedule's own. opt2 is with the default return, which takes the norms, and with the published penalty, which "
         "takes norms and a gradient; in every step and in every 8th. "

@@ -9,7 +9,6 @@ from . import fused
 from .passes.derivatives import ELEMENTWISE, Parameter, name_of
 from .passes.errors import BypassError
 from .passes.heads import with_heads_of
-from .psi_op import psi_op
 
 
 def psi(
@@ -53,6 +52,8 @@ def psi(
     if name and isinstance(channels, int) and torch.compiler.is_compiling():
         kernel = fused.fits(z, name, given) if _alone(z, delta, channels) else None
         if kernel:
+            from .psi_op import psi_op  # an operator takes a while to register, and few need it
+
             return psi_op(z, _along(delta, z, channels), z.dim() - 1, *kernel)  # type: ignore[no-any-return]
     elif name and isinstance(channels, int) and _as_one_step(z, delta):
         return Within.apply(z, _along(delta, z, channels), name, given)  # type: ignore[no-any-return]

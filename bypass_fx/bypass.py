@@ -148,14 +148,8 @@ class Bypass:
 
     def _largest(self) -> Tensor:
         """max |δ| of every site, [sites]: not finite where any of them is not."""
-        deltas = [tensor_named(self._root, site.parameter) for site in self.plan]
-        batched = torch._C._are_functorch_transforms_active()  # they know no kernel of many tensors
-        largest = (
-            [torch.linalg.vector_norm(delta, math.inf) for delta in deltas]
-            if batched
-            else torch._foreach_norm(deltas, math.inf)
-        )
-        return torch.stack([norm.to(self.gamma) for norm in largest])
+        deltas = (tensor_named(self._root, site.parameter) for site in self.plan)
+        return torch.stack([torch.linalg.vector_norm(delta, math.inf).to(self.gamma) for delta in deltas])
 
     def _turn_back(self) -> None:
         comeback = self._course.comeback
