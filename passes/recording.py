@@ -41,6 +41,9 @@ class Listener(Protocol):
     def is_instance(self, value: Any, classes: Any) -> bool | None:
         """The forward asked isinstance(); None leaves the answer to Python."""
 
+    def wrote(self, module: nn.Module, name: str, value: Any) -> None:
+        """The forward sets an attribute; it is set when this returns."""
+
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward called a module; the answer is the result that it sees."""
 
@@ -130,8 +133,9 @@ def _on_modules(recorder: Recorder) -> Iterator[None]:
     def writing(module: nn.Module, name: str, value: Any) -> None:
         listener = recorder.active()
         if listener is not None and id(module) not in listener.new_modules:
-            listener.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
-        original_setattr(module, name, value)
+            listener.wrote(module, name, value)
+        else:
+            original_setattr(module, name, value)
 
     on_modules = recorder.hooks.set(
         (nn.Module, "__init__", starting), (nn.Module, "__call__", calling), (nn.Module, "__setattr__", writing)

@@ -258,6 +258,22 @@ def _grows(taken: slice) -> bool:
     return plain and (start is None or start >= 0 or stop is None or stop < 0)
 
 
+_SPLITS: set[Any] = {
+    "chunk", "split", "tensor_split", "split_with_sizes", torch.chunk, torch.split, torch.tensor_split,
+    torch.split_with_sizes,
+}  # fmt: skip
+
+
+def parts_of(node: fx.Node) -> int | None:
+    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`."""
+    if node.target not in _SPLITS:
+        return None
+    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if isinstance(how, list | tuple):
+        return len(how) + ("tensor_split" in str(node.target))
+    return how if isinstance(how, int) and "chunk" in str(node.target) else None
+
+
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 

@@ -25,6 +25,7 @@ from .held import Held, held_code, names_in, reached_through
 from .names import ModelNames
 from .nodes import same_code
 from .recording import Recorder, read_plainly
+from .set_attributes import refuse_memory
 from .source import activations_in, activations_named, codes, is_left_out, mapped_by, reached, trap
 from .splice import Sizes, joined
 from .tracer import MISSING, NONE_KNOWN, TENSOR, OwnerTracer, Read, Returns, fingerprint, inherited
@@ -93,9 +94,10 @@ class OwnerGraph:
 
 @dataclass(slots=True)
 class Noted:
-    """What the traces of one forward read, and of which arguments they asked for the Python type."""
+    """What the traces of one forward read and set, and of which arguments they asked for the Python type."""
 
     reads: dict[Read, None] = field(default_factory=dict)
+    sets: set[str] = field(default_factory=set)
     typed: set[str] = field(default_factory=set)
 
 
@@ -273,6 +275,7 @@ class Tracing:
         if walk.why is not None:
             raise UntraceableError(walk.why)
         graph = self._graph(path, noted, forward, functions, signature, call, returns)
+        refuse_memory(noted.reads, noted.sets)
         asked = {where for where, name, _ in noted.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(noted.reads), frozenset(noted.typed))
@@ -287,6 +290,7 @@ class Tracing:
         finally:
             for each in modules:
                 each.__dict__["training"] = now
+        refuse_memory(noted.reads, noted.sets)
         reads = tuple(read for read in noted.reads if read[1] != "training")
         typed = frozenset(noted.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
@@ -317,6 +321,7 @@ class Tracing:
             finally:
                 noted.reads |= other.reads
                 noted.typed |= other.typed
+                noted.sets |= other.set.names
             return other
 
         def answered(answers: Answers) -> tuple[fx.Graph | RaisesError, int]:

@@ -25,8 +25,9 @@ from .nodes import new_node
 from .outside import Kept
 from .recording import Recorder
 from .records import fields_of
+from .set_attributes import OWN, SetAttributes
 from .source import Caught, caught, is_tried, nested, raised_by, set_by_forward
-from .splice import Sizes
+from .splice import Sizes, parts_of
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 
 Read = tuple[str, str, Any]
@@ -75,6 +76,7 @@ class OwnerTracer(fx.Tracer):
         self.sizes, self.questions = Sizes(module, axes), Questions(answers)
         self.refused = ""
         self.raised: RaisesError | None = None
+        self.set = SetAttributes(module)
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
@@ -101,6 +103,8 @@ class OwnerTracer(fx.Tracer):
             ):
                 args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
+                for name, value in self.set.values():
+                    self.create_node("call_function", setattr, (OWN, name, self.create_arg(value)), {})
                 self.create_node("output", "output", (self.create_arg(result),), {})
         except UntraceableError:
             raise
@@ -109,6 +113,7 @@ class OwnerTracer(fx.Tracer):
             why = f"its forward does not trace ({type(error).__name__}: {text})"
             raise (RaisesError(why, error) if raised_by(error, functions) else UntraceableError(why)) from error
         finally:
+            self.set.put_back()
             changed = self.kept.put_back()
             drew = self.recorder.dice_rolled()
         if self.refused:
@@ -284,6 +289,8 @@ class OwnerTracer(fx.Tracer):
             if name == "training" and self.names.module("", module) is not None:
                 self.refuse(f"its forward asks for the mode of a {type(module).__name__} that is not its child")
             return value
+        if not where and name in self.set:
+            return value
         if where and name in set_by_forward(type(module)):  # type: ignore[arg-type]
             self.refuse(f"its forward reads the attribute `{name}` of {where}, which the forward of that sets")
         self.kept.keep(module)
@@ -294,6 +301,11 @@ class OwnerTracer(fx.Tracer):
         if type(value) in (dict, list, set):
             return self.handed.setdefault(id(value), (value, type(value)(value)))[1]
         return value
+
+    def wrote(self, module: nn.Module, name: str, value: Any) -> None:
+        """Only attributes of the module itself hold what its forward sets."""
+        if module is not self.root or not self.set.take(name, value):
+            self.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
 
     def asked_for_shape(self, path: str, tensor: Tensor) -> None:
         """Note that the method asked for the shape of a parameter or buffer, and may go by it."""
@@ -321,7 +333,7 @@ class OwnerTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value: Any = obj
         node = obj.node
-        parts = _parts(node)
+        parts = parts_of(node)
         if parts is not None:
             return (value[index] for index in range(parts))
         items = self.sizes.run_over(node, self.proxy)
@@ -342,21 +354,6 @@ class OwnerTracer(fx.Tracer):
 
 # Calls that do not fail: what a value says of itself, and comparisons, which no forward tries for their errors.
 _SAFE = {getattr, truth, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
-
-_SPLITS: set[Any] = {
-    "chunk", "split", "tensor_split", "split_with_sizes", torch.chunk, torch.split, torch.tensor_split,
-    torch.split_with_sizes,
-}  # fmt: skip
-
-
-def _parts(node: fx.Node) -> int | None:
-    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`."""
-    if node.target not in _SPLITS:
-        return None
-    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-    if isinstance(how, list | tuple):
-        return len(how) + ("tensor_split" in str(node.target))
-    return how if isinstance(how, int) and "chunk" in str(node.target) else None
 
 
 def _from_parameters(node: fx.Node) -> bool:

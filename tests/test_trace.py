@@ -126,7 +126,7 @@ class Branches(Owner):
 
 class Writes(Owner):
     def forward(self, x: Tensor) -> Tensor:
-        self.last = x
+        self.fc.last = x
         return self.fc(x)
 
 
