@@ -185,7 +185,17 @@ def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[i
     if isinstance(channels, tuple):
         z = with_heads_of(z, activated.shape)
     d = _along(d, z, channels) if isinstance(channels, int) else _shaped(d, activated, z, channels)
-    return torch.addcmul(activated, z.to(activated.dtype), d)
+    z = z.to(activated.dtype)
+    if torch.compiler.is_compiling() and activated.dim() == 4 and _by_token(activated):
+        # Heads of attention lie token by token in memory; in any other order a compiler would copy ψ for the layer behind
+        d = d.transpose(0, 1) if d.dim() == 3 else d
+        return torch.addcmul(activated.transpose(1, 2), z.transpose(1, 2), d).transpose(1, 2)
+    return torch.addcmul(activated, z, d)
+
+
+def _by_token(heads: Tensor) -> bool:
+    """Whether (batch, heads, tokens, head channels) lies in memory as (batch, tokens, heads, head channels)."""
+    return not heads.is_contiguous() and heads.transpose(1, 2).is_contiguous()
 
 
 def _along(delta: Tensor, z: Tensor, axis: int) -> Tensor:
