@@ -18,7 +18,7 @@ import bypass_fx
 
 from . import beside, growth, penalty_cost, psi_cost
 from .results_file import ResultsFile
-from .stopwatch import SHORT, interleaved, peak_memory, ratios, seconds, turn
+from .stopwatch import SHORT, interleaved, kernels_take, peak_memory, ratios, seconds, turn
 from .workloads import WORKLOADS, Workload
 
 REPEATS = 7
@@ -117,6 +117,7 @@ def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
         seconds(arms.steps["base"], device)
         once = seconds(arms.steps["base"], device)
         times = interleaved(arms.steps, REPEATS_OF_LONG if once > LONG else REPEATS, device)
+        kernels = {arm: kernels_take(step) for arm, step in arms.steps.items()} if device == "cuda" else {}
         peaks = {arm: peak_memory(arms.steps[arm], device) + arms.held(arm) for arm in arms.steps}
     row: dict[str, Any] = {
         "batch": (workload.on_gpu if device == "cuda" else workload.on_cpu),
@@ -127,6 +128,8 @@ def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
         "ratios": ratios(times, "base"),
         "memory": {arm: peak / peaks["base"] for arm, peak in peaks.items() if arm != "base"},
     }
+    if kernels:
+        row["kernels"] = {arm: took / kernels["base"] for arm, took in kernels.items() if arm != "base"}
     if compiled:
         row["compile"] = {"base": first["base"], "ratio": first["opt1"] / first["base"]}
     return row
@@ -173,15 +176,17 @@ def summary(file: ResultsFile) -> str:
         + ("" if on_gpu else "Batches are small, for two cores; the constraint costs the same for any batch. ")
         + "compiled: torch.compile of the model; the penalty and the schedule run beside it.",
         "",
-        f"| model | way | batch | strict + relaxed sites | a step | {' | '.join(f'{arm}' for arm in arms)} |",
-        "|---|---|---|---|---|" + "---|" * len(arms),
+        f"| model | way | on | batch | strict + relaxed sites | a step | {' | '.join(f'{arm}' for arm in arms)} |",
+        "|---|---|---|---|---|---|" + "---|" * len(arms),
     ]
     steps = [row for name, row in rows.items() if name.startswith("step:")]
     for row in steps:
         _, model, way = row["name"].split(":")
         sites = f"{row['sites']['folded'] + row['sites']['augmented']} + {row['sites']['zero']}"
         numbers = " | ".join(f"{row['ratios'][arm]:.3f}" for arm in arms)
-        lines.append(f"| {model} | {way} | {_by(row['batch'])} | {sites} | {row['seconds']:.3f} s | {numbers} |")
+        on = f"{row['device'].split(' 80GB')[0]} | {_by(row['batch'])}"
+        lines.append(f"| {model} | {way} | {on} | {sites} | {row['seconds']:.3f} s | {numbers} |")
+    lines += _of_kernels(steps, arms)
     lines += ["", "Peak memory of a step (parameters, momenta, gradients, activations) against the same:", ""]
     lines += [f"| model | way | {' | '.join(arms)} | first step, compiling |", "|---|---|" + "---|" * (len(arms) + 1)]
     for row in steps:
@@ -193,6 +198,20 @@ def summary(file: ResultsFile) -> str:
     return "\n".join(
         [*lines, psi_cost.summary(rows), penalty_cost.summary(rows), growth.summary(rows), beside.summary(rows)]
     )
+
+
+def _of_kernels(steps: list[dict[str, Any]], arms: list[str]) -> list[str]:
+    """What a GPU is busy with, where it was looked at."""
+    shown = [row for row in steps if "kernels" in row]
+    if not shown:
+        return []
+    about = "What the GPU's kernels take, one after another, against the same: without the waits for the host."
+    lines = ["", about, "", f"| model | way | {' | '.join(arms)} |", "|---|---|" + "---|" * len(arms)]
+    for row in shown:
+        _, model, way = row["name"].split(":")
+        cells = " | ".join(f"{row['kernels'][arm]:.3f}" if arm in row["kernels"] else "" for arm in arms)
+        lines.append(f"| {model} | {way} | {cells} |")
+    return lines
 
 
 def _by(batch: list[int]) -> str:

@@ -64,6 +64,16 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, float]:
     }
 
 
+def kernels_take(action: Action, runs: int = 3) -> float:
+    """Seconds that a GPU's kernels take in a run, one after another, as torch's profiler sees them: no waits for the host."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(runs):
+            action()
+        torch.cuda.synchronize()
+    took = sum(event.device_time for event in profile.events() if event.device_type.name == "CUDA")
+    return float(1e-6 * took / runs)
+
+
 def peak_memory(action: Action, device: str = "cpu") -> int:
     """The most bytes allocated at once during a run, beyond those before it."""
     gc.collect()
