@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bypass_fx import fsdp, gradient_averaging
+from bypass_fx import fsdp, gradient_averaging, inductor
 from bypass_fx.feed import Shares
 from bypass_fx.settings import Settings, SettingsError
 from bypass_fx.task import Task, TaskError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bypass_fx.schedule import BypassSchedule
 
 FOREIGN_ERRORS = (IndexError, TypeError, ValueError, RuntimeError)  # what models and losses raise of their own
+_WITH_MODES: dict[str, Any] = {"inductor": "inductor", "bypass_fx": inductor.backend}  # backends that know torch's modes
 _GRAPHED = ("reduce-overhead", "max-autotune")  # the modes of torch.compile with CUDA graphs; on a CPU it skips them
 
 
@@ -97,9 +98,10 @@ class Engine:
             for name in ("forward", "_original_forward"):
                 runner.__dict__.pop(name, None)
         if self._settings.compile:
-            mode, backend = self._settings.compile, self._settings.compile_backend
+            name = self._settings.compile_backend
+            mode = self._settings.compile if name in _WITH_MODES and self._settings.compile != "default" else None
             # dynamic=False: another size of minibatch is a mistake here, and must not make a slower graph of all
-            wrapped.compile(fullgraph=self.shares.world == 1, dynamic=False, backend=backend, mode=_mode(mode, backend))
+            wrapped.compile(fullgraph=self.shares.world == 1, dynamic=False, backend=_WITH_MODES.get(name, name), mode=mode)
         return wrapped
 
     def shard(self, model: nn.Module) -> None:
@@ -267,7 +269,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _mode(mode: str, backend: str) -> str | None:
-    return None if mode == "default" or backend != "inductor" else mode

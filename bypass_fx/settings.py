@@ -72,8 +72,8 @@ class Settings:
         precision: "bf16" or "fp16" autocast, or "no".
         accumulate: parts into which each process splits its share of a minibatch, for memory.
         sharding: "ddp", "fsdp2", or "auto", which takes what `accelerate launch` was configured for.
-        compile, compile_backend: mode of torch.compile, "" for none, and its backend. "reduce-overhead" takes CUDA graphs,
-            where there is CUDA: for small models.
+        compile, compile_backend: mode of torch.compile, "" for none, and its backend: "bypass_fx" is Inductor with what
+            suits graphs with D. "reduce-overhead" takes CUDA graphs, where there is CUDA: for small models.
         channels_last, tf32, gradient_checkpointing: as torch and the model know them.
         workers: processes that load data, beside each training process.
         checkpoint_seconds, keep: how often a run with a folder is saved, and how many checkpoints stay.
@@ -126,7 +126,7 @@ class Settings:
     accumulate: int = 1
     sharding: str = "auto"
     compile: str = ""
-    compile_backend: str = "inductor"
+    compile_backend: str = "bypass_fx"
     channels_last: bool = False
     tf32: bool = False
     gradient_checkpointing: bool = False

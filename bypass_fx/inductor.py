@@ -1,0 +1,57 @@
+"""A backend for torch.compile: Inductor, told how to treat graphs with ψ in them.
+
+The gradients of ψ need z, which a compiler can compute again from what the layer before keeps anyway. Left to itself,
+Inductor keeps z at the ends of residual blocks, as it is used far apart there, and writes it out in the backward, as
+more than four tensors are read for it: what is saved by a larger activation function is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from . import activation
+
+WRITTEN_FROM = 8  # reads: a value that is used again, and computed from more than these, is written out
+_PSI = str(Path(activation.__file__))
+
+
+def backend(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """What `torch.compile(model, backend="bypass_fx")` calls with each graph; others than those with ψ are Inductor's alone.
+
+    Args:
+        graph: as torch.compile makes it.
+        example_inputs: its inputs.
+        mode: of torch.compile: "reduce-overhead", "max-autotune", …
+        options: Inductor's settings, over what the mode and this backend set.
+
+    Example:
+        >>> import bypass_fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> fast = torch.compile(bypass_fx.extend(net), backend="bypass_fx")
+    """
+    from torch._functorch import config as of_autograd
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    settings = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    if not computes_psi(graph):
+        return compile_fx(graph, example_inputs, config_patches=settings)
+    with of_autograd.patch(ban_recompute_used_far_apart=False):
+        return compile_fx(
+            graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings}
+        )
+
+
+def computes_psi(graph: fx.GraphModule) -> bool:
+    """Whether a graph of torch.compile's holds a D-activation: by the file that its calls stand in."""
+    return any(_PSI in (node.stack_trace or "") for node in graph.graph.nodes)

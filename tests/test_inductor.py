@@ -1,0 +1,133 @@
+"""The backend for torch.compile: what graphs with ψ keep for their backward, and that it computes the same."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import list_backends
+
+import bypass_fx
+from bypass_fx import inductor
+from tests.runs import trainer
+
+can_build = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+builds = pytest.mark.skipif(not can_build, reason="Inductor needs a C++ compiler and Python's headers")
+
+
+class Residual(nn.Module):
+    """A block of a ResNet: the sum at its end is used far apart, by the next block's first layer and in its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.norm1, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + x)
+
+
+def _blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *(Residual() for _ in range(3)))
+
+
+def _extended() -> nn.Module:
+    model = bypass_fx.extend(_blocks())
+    with torch.no_grad():
+        for site in bypass_fx.sites(model):
+            bypass_fx.surgery.delta_of(model, site).fill_(0.1)
+    return model
+
+
+def _step(model: nn.Module, x: Tensor, **how: Any) -> tuple[int, dict[str, Tensor]]:
+    """Bytes that a compiled forward keeps for the backward beside the model's own, and the gradients."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, **how)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = compiled(x).square().mean()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return sum(size for at, size in kept.items() if at not in own), gradients
+
+
+@builds
+def test_nothing_more_is_kept_than_without_d() -> None:
+    x = torch.randn(4, 3, 16, 16)
+    plain, _ = _step(_blocks(), x)
+    extended, gradients = _step(_extended(), x, backend="bypass_fx")
+    numbers = 4 * 8 * 16 * 16 * 4
+    assert extended < plain + numbers // 2, "a z of its own was kept"
+    _, right = _step(_extended(), x, backend="eager")
+    assert gradients.keys() == right.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, right[name], rtol=1e-3, atol=1e-5), name
+
+
+@builds
+def test_graphs_without_psi_are_inductor_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch import config as of_autograd
+    from torch._inductor import compile_fx
+
+    seen: list[tuple[dict[str, Any], bool]] = []
+    original = compile_fx.compile_fx
+
+    def looking(graph: Any, inputs: Any, **how: Any) -> Any:
+        if "config_patches" in how:  # it calls itself without them
+            seen.append((how["config_patches"], of_autograd.ban_recompute_used_far_apart))
+        return original(graph, inputs, **how)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", looking)
+    x, before = torch.randn(2, 3, 8, 8), of_autograd.ban_recompute_used_far_apart
+    _step(_blocks(), x, backend="bypass_fx")
+    _step(_extended(), x, backend="bypass_fx", options={"realize_reads_threshold": 5, "max_fusion_size": 32})
+    _step(_extended(), x, backend="bypass_fx", mode="reduce-overhead")
+    (plain, kept), (chosen, apart), (graphs, also) = seen
+    assert plain == {} and kept is before
+    assert chosen == {"realize_reads_threshold": 5, "max_fusion_size": 32} and apart is also is False
+    assert graphs["realize_reads_threshold"] == inductor.WRITTEN_FROM and graphs["triton.cudagraphs"]
+    assert of_autograd.ban_recompute_used_far_apart is before
+
+
+def test_torch_knows_it_by_name() -> None:
+    assert "bypass_fx" in list_backends()
+
+
+def test_a_model_is_known_by_what_is_traced_of_it() -> None:
+    found: list[bool] = []
+
+    def looking(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(inductor.computes_psi(graph))
+        return graph.forward
+
+    model, x = _blocks(), torch.randn(2, 3, 8, 8)
+    for change in (None, bypass_fx.extend, bypass_fx.contract):
+        if change is not None:
+            change(model)
+        torch.compiler.reset()
+        torch.compile(model, backend=looking)(x)
+    assert found == [False, True, False]
+
+
+@builds
+def test_a_run_is_compiled_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    original = inductor.computes_psi
+    monkeypatch.setattr(inductor, "computes_psi", lambda graph: found.append(original(graph)) or found[-1])
+    torch.compiler.reset()
+    history = trainer(compile="default", train1=1, opt1=1, opt2=1, train3=1, device="cpu").fit()
+    assert len(history.records) > 3 and set(found) == {False, True}
