@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from bypass_fx.accept import Accept
 from bypass_fx.course import AtBudget
+from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.plan import Plan
+from bypass_fx.passes.plan_text import no_site
 from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.schedule import BypassSchedule
 from bypass_fx.settings import Settings, parse_gamma
@@ -59,6 +61,8 @@ def embedded(
 
     With "baseline" that is where the bypass becomes NaN: the run must live to keep the other arm.
     """
+    if not plan.sites:
+        raise PlanError(no_site(plan, settings.pattern))
     at_budget = cast(AtBudget, settings.at_budget)
     comes_back = accept or at_budget == "rollback" or settings.accept == "baseline"
     return BypassSchedule(
@@ -74,8 +78,6 @@ def embedded(
         unit="epoch" if settings.gamma_unit == "epoch" else "step",
         steps_per_epoch=lengths.epoch,
         plan=plan,
-        mode=settings.mode,
-        select=settings.pattern,
         example_inputs=example_inputs,
         at_budget=at_budget,
         accept=accept,

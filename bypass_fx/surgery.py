@@ -215,12 +215,13 @@ def extend(
     if not (plan is None or isinstance(plan, Plan)):
         raise PlanError(f"plan is a {type(plan).__name__}; give what bypass_fx.plan(model) makes, or Plan.from_json")
     linked = Linked(inner, example_inputs)
-    if plan is None:
-        plan = _plan(linked, mode, select, example_inputs)
-    if not plan.sites:
-        raise PlanError(no_site(plan, select))
-    _insert(linked, plan, psi)
-    share_gradients(model, parameters, [delta_of(inner, site) for site in plan.sites])
+    chosen = _plan(linked, mode, select, example_inputs) if plan is None else plan
+    if not chosen.sites:
+        raise PlanError(no_site(chosen, select))
+    if plan is not None and select not in MEASURED and (select is not None or mode != "auto"):
+        raise PlanError("mode and select say which sites to plan, and a plan is given: leave them out, or the plan")
+    _insert(linked, chosen, psi)
+    share_gradients(model, parameters, [delta_of(inner, site) for site in chosen.sites])
     return model
 
 

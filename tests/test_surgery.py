@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -277,6 +278,15 @@ def test_a_model_without_a_site_is_refused_with_the_reason_and_the_way_out() -> 
         bypass_fx.extend(mlp(), select="nothing*")
     with pytest.raises(bypass_fx.PlanError, match="none of"):
         bypass_fx.plan(mlp(), mode="loose")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("choice", [{"mode": "all"}, {"select": "1"}, {"select": lambda site: True}], ids=str)
+def test_a_plan_and_a_choice_of_sites_are_one_too_many(choice: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = bypass_fx.plan(net)
+    with pytest.raises(bypass_fx.PlanError, match="leave them out, or the plan"):
+        bypass_fx.extend(net, plan, **choice)
+    assert not bypass_fx.surgery.is_extended(net)
 
 
 def test_a_plan_for_another_model_is_refused_by_name() -> None:
