@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from .calls import bound_to_placeholders, leaves
+from .set_attributes import returning
 from .units import Spot, Unit, Units
 
 if TYPE_CHECKING:
@@ -120,12 +121,28 @@ class Linked(Units):
             if here in seen:
                 continue
             seen.add(here)
+            if here.node.name in self._kept_in_eval(here.unit) and self._in_first_version(here):
+                yield None
             for user in here.node.users:
                 steps = self._use_steps(here, user)
                 if steps is None:
                     yield Spot(here.unit, user) if user.op != "output" else None
                 else:
                     todo += steps
+
+    def _kept_in_eval(self, unit: Unit) -> Set[str]:
+        """The names of the values that the graph in eval mode, where it is another, reads to set attributes."""
+        if unit not in self._known_kept:
+            in_eval = self.graphs[unit].in_eval
+            graph = in_eval.graph if in_eval is not None else fx.Graph()
+            staying = returning(graph)
+            apart = set(graph.nodes).difference(staying)
+            self._known_kept[unit] = {node.name for node in staying if not apart.isdisjoint(node.users)}
+        return self._known_kept[unit]
+
+    @cached_property
+    def _known_kept(self) -> dict[Unit, Set[str]]:
+        return {}
 
     def _use_steps(self, spot: Spot, user: fx.Node) -> list[Spot] | None:
         """Where a wire leads: into the callee's placeholders, or out to the callers; None where `user` is no wire."""

@@ -77,6 +77,15 @@ def refuse_memory(reads: Iterable[tuple[str, str, Any]], names: Set[str]) -> Non
         raise UntraceableError(f"its forward reads the attribute `{name}` that a call before it has set")
 
 
+def returning(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a graph but for those that set attributes, and what is computed for these alone."""
+    left: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.target is setattr or (node.users and left.issuperset(node.users) and node.op != "placeholder"):
+            left.add(node)
+    return [node for node in graph.nodes if node not in left]
+
+
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from .activations import acts_as
 from .choices import Step, step_of
+from .set_attributes import returning
 from .trace import OwnerGraph
 
 
@@ -40,11 +41,14 @@ _SWITCHED = {*_DROPOUTS, F.batch_norm, F.scaled_dot_product_attention}
 
 
 def modes_agree(owned: OwnerGraph) -> bool:
-    """Whether eval mode runs the same graph as training mode, but for the flags of dropout and normalisation."""
+    """Whether eval mode runs the same graph as training mode, but for the flags of dropout and normalisation, and for what
+    is kept to be looked at.
+    """
     if owned.in_eval is None:
         return not any(map(always_drops, owned.graph.nodes))
-    pairs = list(zip(owned.graph.nodes, owned.in_eval.graph.nodes, strict=False))
-    if len(owned.graph.nodes) != len(owned.in_eval.graph.nodes) or any(map(always_drops, owned.in_eval.graph.nodes)):
+    in_training, in_eval = returning(owned.graph), returning(owned.in_eval.graph)
+    pairs = list(zip(in_training, in_eval, strict=False))
+    if len(in_training) != len(in_eval) or any(map(always_drops, in_eval)):
         return False
     return all(
         (one.op, one.target, one.name) == (two.op, two.target, two.name)

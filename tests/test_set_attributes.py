@@ -134,6 +134,19 @@ def test_what_is_kept_of_psi_must_not_change_when_it_leaves() -> None:
     assert [site.constraint for site in sites[0]] == ["zero"] and [site.constraint for site in sites[1]] == ["folded"]
 
 
+class KeepsHiddenInEval(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.fc1(x))
+        if not self.training:
+            self.kept = 2 * y
+        return self.fc2(y)  # type: ignore[no-any-return]
+
+
+def test_what_one_mode_alone_keeps_parts_the_modes_only_where_psi_is_read() -> None:
+    sites = bypass_fx.plan(KeepsInTraining()), bypass_fx.plan(KeepsHiddenInEval(), mode="all")
+    assert [site.constraint for site in sites[0]] == ["folded"] and [site.constraint for site in sites[1]] == ["zero"]
+
+
 class Counts(Base):
     def forward(self, x: Tensor) -> Tensor:
         self.kept = (self.kept or 0) + 1
