@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bypass_fx
+from bypass_fx import inductor
 
 from . import beside, growth, penalty_cost, psi_cost
 from .results_file import ResultsFile
@@ -23,7 +24,7 @@ from .workloads import WORKLOADS, Workload
 
 REPEATS = 7
 LONG, REPEATS_OF_LONG = 2.0, 4  # seconds of a step
-BACKEND = "bypass_fx"  # without D it is Inductor as it comes
+BACKEND = inductor.backend  # without D it is Inductor as it comes
 WAYS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "compiled": {},
@@ -106,6 +107,7 @@ def _compiled(model: nn.Module, way: str) -> Any:
 def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
     """Ratios of time and memory to the model without D; with a compiler, seconds of the first step as well."""
     workload, compiled = WORKLOADS[name], WAYS[way] is not None
+    torch.set_float32_matmul_precision("high")  # on a GPU the penalty's products are in TF32, as compilers ask for; no other
     if compiled:  # the compiler's own start belongs to neither arm
         first_of_all = torch.compile(nn.Linear(2, 2).to(device), backend=BACKEND)
         first_of_all(torch.ones(1, 2, device=device)).sum().backward()

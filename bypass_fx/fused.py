@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,19 +80,26 @@ def fits(z: Tensor, name: str, parameters: tuple[Parameter, ...]) -> Kernel | No
     return kernel if kernel and trust(kernel, z.dtype, z.device).backward else None
 
 
-def forward(z: Tensor, d: Tensor, axis: int, kernel: Kernel, exact: bool = True) -> Tensor:
-    """ψ(z); δ of shape (channels,), z's channels along `axis`. Where it need not be `exact`, σ may differ by rounding."""
+def forward(
+    z: Tensor, d: Tensor, axis: int, kernel: Kernel, exact: bool = True, seen: Callable[[Any], Any] | None = None
+) -> Tensor:
+    """ψ(z); δ of shape (channels,), z's channels along `axis`. Where it need not be `exact`, σ may differ by rounding.
+
+    `seen` lets a compiler see the launch of a kernel.
+    """
     matrix = lies(z, axis) if z.is_cuda and (trust(kernel, z.dtype, z.device).forward or not exact) else None
     if matrix:
         from . import triton_psi
 
-        return triton_psi.forward(z, d, kernel, matrix)
+        return triton_psi.forward(z, d, kernel, matrix, seen or triton_psi.as_it_is)
     sigma, parameters = torch_s_own(kernel)
     activated = sigma.value(z, *parameters)
     return torch.addcmul(activated, z, _spread(d, z, axis), out=activated)
 
 
-def backward(g: Tensor, z: Tensor, d: Tensor, axis: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
+def backward(
+    g: Tensor, z: Tensor, d: Tensor, axis: int, kernel: Kernel, seen: Callable[[Any], Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """The gradients of z and, in its dtype, of δ."""
     matrix = lies(z, axis) if z.is_cuda else None
     if matrix:
@@ -99,7 +107,7 @@ def backward(g: Tensor, z: Tensor, d: Tensor, axis: int, kernel: Kernel) -> tupl
 
         if g.stride() != z.stride() or g.dtype != z.dtype:
             g = torch.empty_like(z).copy_(g)
-        of_z, of_d = triton_psi.backward(g, z, d, kernel, matrix)
+        of_z, of_d = triton_psi.backward(g, z, d, kernel, matrix, seen or triton_psi.as_it_is)
         return of_z, of_d.to(d.dtype)
     sigma, parameters = torch_s_own(kernel)
     slope = sigma.derivative(g, z, *parameters)

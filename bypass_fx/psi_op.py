@@ -1,6 +1,7 @@
 """ψ as an operator that torch.compile leaves whole: between two matrix products, where it has no neighbour to be fused with.
 
-Inductor makes the δ-gradient there a pass of its own over z and its gradient; the operator's kernel sums on the way.
+Inductor makes the δ-gradient there a pass of its own over z and its gradient; the operator's kernel sums on the way. The
+compiler sees its launches, and makes them its own.
 """
 
 from __future__ import annotations
@@ -13,26 +14,17 @@ from torch import Tensor
 from . import fused
 
 
-@torch.library.custom_op("bypass_fx::psi", mutates_args=())
+@torch.library.triton_op("bypass_fx::psi", mutates_args=())
 def psi_op(z: Tensor, d: Tensor, axis: int, name: str, p: float, q: float) -> Tensor:
     """σ(z) + D z, z's channels along `axis`, counted from 0; `name`, `p` and `q` are those of `fused.kernel_of`."""
-    return fused.forward(z, d, axis, (name, p, q), exact=False)  # nor is σ exact as Inductor writes it
+    exact = False  # nor is σ exact as Inductor writes it
+    return fused.forward(z, d, axis, (name, p, q), exact, torch.library.wrap_triton)
 
 
-@torch.library.custom_op("bypass_fx::psi_backward", mutates_args=())
+@torch.library.triton_op("bypass_fx::psi_backward", mutates_args=())
 def psi_backward_op(g: Tensor, z: Tensor, d: Tensor, axis: int, name: str, p: float, q: float) -> tuple[Tensor, Tensor]:
     """The gradients of z and δ."""
-    return fused.backward(g, z, d, axis, (name, p, q))
-
-
-@psi_op.register_fake
-def _(z: Tensor, d: Tensor, axis: int, name: str, p: float, q: float) -> Tensor:
-    return torch.empty_like(z)
-
-
-@psi_backward_op.register_fake
-def _(g: Tensor, z: Tensor, d: Tensor, axis: int, name: str, p: float, q: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(d)
+    return fused.backward(g, z, d, axis, (name, p, q), torch.library.wrap_triton)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

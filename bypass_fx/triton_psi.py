@@ -6,7 +6,8 @@ the channels lie innermost, as behind a dense layer or in channels-last images; 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,9 +17,27 @@ from triton.language.extra import libdevice
 
 Kernel = tuple[str, float, float]  # the name of σ, and its parameters
 
-TILE, WARPS = 2048, 4  # numbers that a program has at hand
-WIDEST_BY_COLUMN, WIDEST_BY_ROW = 256, 1024  # of a tile
-PROGRAMS = 1024  # of a backward, where there are as many tiles: several for each multiprocessor
+class Launch(NamedTuple):
+    """How a kernel is cut into programs.
+
+    Attributes:
+        numbers: that a program has at hand.
+        by_column, by_row: the widest tile, in columns, where δ has an entry for each column, and for each row.
+        warps: of a program.
+        programs: of a backward, where there are as many tiles: several for each multiprocessor.
+        stages: tiles that a program of a backward has on the way.
+    """
+
+    numbers: int
+    by_column: int
+    by_row: int
+    warps: int
+    programs: int = 0
+    stages: int = 1
+
+
+FORWARD = Launch(2048, 256, 1024, 4)
+BACKWARD = Launch(2048, 256, 1024, 4, programs=1024, stages=4)
 
 
 @triton.jit
@@ -86,7 +105,7 @@ def psi_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def psi_backward_kernel(  # type: ignore[no-untyped-def]
     g_at, z_at, d_at, of_z_at, sums_at, rows, columns, channels, p, q,
-    strip, name: tl.constexpr, by_column: tl.constexpr, high: tl.constexpr, wide: tl.constexpr,
+    strip, name: tl.constexpr, by_column: tl.constexpr, high: tl.constexpr, wide: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """σ'(z) g + d g, and Σ g z: over strips of rows for each column, or over strips of columns for each row."""
     dtype = z_at.dtype.element_ty
@@ -101,7 +120,7 @@ def psi_backward_kernel(  # type: ignore[no-untyped-def]
         mine = first_row + tl.arange(0, high)
         d = tl.load(d_at + mine % channels, mask=mine < rows, other=0.0).to(dtype).to(tl.float32)[:, None]
         step = wide
-    for start in range(0, strip, step):
+    for start in tl.range(0, strip, step, num_stages=stages):
         row, column = first_row + tl.arange(0, high), first_column + tl.arange(0, wide)
         if by_column:
             row += start
@@ -129,37 +148,45 @@ class Matrix(NamedTuple):
     channels: int
     by_column: bool
 
-    def tile(self) -> tuple[int, int]:
+    def tile(self, launch: Launch) -> tuple[int, int]:
         """Rows and columns that a program has at hand, powers of 2."""
-        wide = min(triton.next_power_of_2(self.columns), WIDEST_BY_COLUMN if self.by_column else WIDEST_BY_ROW)
-        return TILE // wide, wide
+        wide = min(triton.next_power_of_2(self.columns), launch.by_column if self.by_column else launch.by_row)
+        return launch.numbers // wide, wide
 
 
-def forward(z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix) -> Tensor:
-    """ψ(z), laid out as z; δ of shape (channels,)."""
+def as_it_is(kernel: Any) -> Any:
+    """How a kernel is launched outside of a compiler."""
+    return kernel
+
+
+def forward(z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix, seen: Callable[[Any], Any] = as_it_is) -> Tensor:
+    """ψ(z), laid out as z; δ of shape (channels,). `seen`: what lets a compiler see the launch."""
     name, p, q = kernel
-    high, wide = lies.tile()
+    high, wide = lies.tile(FORWARD)
     out = torch.empty_like(z)
     grid = (triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide))
-    psi_kernel[grid](z, d, out, *lies[:3], p, q, name, lies.by_column, high, wide, num_warps=WARPS)
+    seen(psi_kernel)[grid](z, d, out, *lies[:3], p, q, name, lies.by_column, high, wide, num_warps=FORWARD.warps)
     return out
 
 
-def backward(g: Tensor, z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix) -> tuple[Tensor, Tensor]:
+def backward(
+    g: Tensor, z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix, seen: Callable[[Any], Any] = as_it_is
+) -> tuple[Tensor, Tensor]:
     """The gradients of z, laid out as z, and of δ, in float32; g must be laid out as z."""
     name, p, q = kernel
-    high, wide = lies.tile()
+    high, wide = lies.tile(BACKWARD)
     down, across = triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide)
     if lies.by_column:
-        strip = triton.cdiv(down, max(1, PROGRAMS // across)) * high
+        strip = triton.cdiv(down, max(1, BACKWARD.programs // across)) * high
         grid = (triton.cdiv(lies.rows, strip), across)
         sums = torch.empty(grid[0], lies.channels, dtype=torch.float32, device=z.device)
     else:
-        strip = triton.cdiv(across, max(1, PROGRAMS // down)) * wide
+        strip = triton.cdiv(across, max(1, BACKWARD.programs // down)) * wide
         grid = (down, triton.cdiv(lies.columns, strip))
         sums = torch.empty(lies.rows // lies.channels, lies.channels, grid[1], dtype=torch.float32, device=z.device)
     of_z = torch.empty_like(z)
-    psi_backward_kernel[grid](
-        g, z, d, of_z, sums, *lies[:3], p, q, strip, name, lies.by_column, high, wide, num_warps=WARPS
+    seen(psi_backward_kernel)[grid](
+        g, z, d, of_z, sums, *lies[:3], p, q, strip, name, lies.by_column, high, wide, BACKWARD.stages,
+        num_warps=BACKWARD.warps
     )
     return of_z, sums.sum([0, 2] if sums.dim() == 3 else 0)

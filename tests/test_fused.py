@@ -69,7 +69,9 @@ def test_the_kernels_can_be_built_for_a_gpu_that_is_not_here(name: str) -> None:
     from bypass_fx import triton_psi
 
     for kernel in (triton_psi.psi_kernel, triton_psi.psi_backward_kernel):
-        chosen = {"name": name, "by_column": name != "gelu", "high": 16, "wide": 256}
+        chosen: dict[str, Any] = {"name": name, "by_column": name != "gelu", "high": 16, "wide": 256}
+        if kernel is triton_psi.psi_backward_kernel:
+            chosen["stages"] = triton_psi.BACKWARD.stages
         kinds = {
             "z_at": "*bf16",
             "g_at": "*bf16",
