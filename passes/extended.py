@@ -21,11 +21,11 @@ from .multihead_source import multihead_source
 from .otherwise import differences, stands_alike
 from .outcome import LEAVES, Match
 from .plan import Site
+from .reads import PLAIN, fingerprint
 from .rewrite import Psi, runnable
 from .strict import strict
 from .subclass import Code, is_extended_owner, original_class, subclass
 from .trace import OwnerGraph
-from .tracer import PLAIN, fingerprint
 from .units import Arguments, Spot, Unit
 
 
