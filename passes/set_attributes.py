@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
@@ -14,6 +14,9 @@ from .errors import UntraceableError
 from .lent import containers_in
 from .source import changed_by_forward, set_by_forward
 from .traced import StoredTensor
+
+if TYPE_CHECKING:
+    from .trace import OwnerGraph
 
 CONTAINERS = (list, dict, set, deque)
 
@@ -115,6 +118,17 @@ def refuse_shared(name: str, value: Any, others: Iterable[Any]) -> None:
     held = {id(each) for each in containers_in(value)}
     if any(id(each) in held for other in others for each in containers_in(other)):
         raise UntraceableError(f"its forward sets the attribute `{name}` to a list or dict that others hold as well")
+
+
+def refuse_mixed(graphs: Iterable[OwnerGraph], new: OwnerGraph) -> None:
+    """Refuse a forward that, called in one way, reads what it has set when it was called in another.
+
+    Raises:
+        UntraceableError: it does so, in the new graph or in those that are known.
+    """
+    known = list(graphs)
+    refuse_memory(new.reads, names_set(version for graph in known for version in graph.versions))
+    refuse_memory((read for graph in known for read in graph.reads), names_set(new.versions))
 
 
 def names_set(graphs: Iterable[fx.Graph | None]) -> set[str]:

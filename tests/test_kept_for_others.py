@@ -261,11 +261,43 @@ def _reading(child: type[Base], read: Callable[[Any], Any]) -> type[Base]:
     return ReadsItsChild
 
 
+class ReadsInOneWay(Base):
+    """Called in one way it sets an attribute, and in another it reads it."""
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        if again:
+            return self.core(x) * (1 if self.kept is None else self.kept)
+        self.kept = x.shape[0]
+        return self.core(x)
+
+
+class TracesInOneWay(Base):
+    def prepare(self) -> None:
+        self.kept = []
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        if again:
+            self.kept.append(1)
+        return self.core(x)
+
+
+def _calling(child: type[Base]) -> type[Base]:
+    class CallsInTwoWays(Base):
+        def prepare(self) -> None:
+            self.child = child()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.core(self.child(self.child(x), again=True))
+
+    return CallsInTwoWays
+
+
 ALL = [
     *(AChildLooks, AHookLooks, AChildFillsAList, AChildAddsToAList, AChildFillsWhatIsKept, ChangesWhatIsReturned),
     *(LooksAtItsDict, LooksAtItsVars, WritesItsDict, WritesPastItsClass, Deletes, ReadsASibling, KeepsInSlots),
     *(CountsInATensor, CountsInATensorByName, _reading(SetsByName, lambda kept: kept)),
     *(_reading(FillsItsDict, lambda kept: kept["loss"]), _reading(FillsItsList, sum)),
+    *(_calling(ReadsInOneWay), _calling(TracesInOneWay)),
 ]
 
 
@@ -332,6 +364,15 @@ class KeepsTheTime(Base):
 def test_what_is_another_number_in_each_run_is_no_constant() -> None:
     with pytest.raises(UntraceableError, match="sets the attribute `kept` to something else at each call"):
         Tracing(KeepsTheTime()).trace("")
+
+
+def test_a_call_in_another_way_that_reads_what_was_set_is_refused_when_it_comes() -> None:
+    net, x = bypass_fx.extend(ReadsInOneWay(), mode="all"), torch.ones(2, 4)
+    net(x)
+    with pytest.raises(bypass_fx.BypassError, match="does not leave `kept` as a call in another way has it"):
+        net(x, again=True)
+    net(torch.ones(3, 4))
+    assert net.kept == 3
 
 
 class ReadsAProperty(Base):
