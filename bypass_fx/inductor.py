@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import _TorchCompileInductorWrapper, fx
 
 from . import activation
 
@@ -34,22 +34,22 @@ def backend(
         mode: of torch.compile: "reduce-overhead", "max-autotune", …
         options: Inductor's settings, over what the mode and this backend set.
 
+    Raises:
+        RuntimeError: Inductor has no such mode or setting, or the setting is of another type; the message names it.
+
     Example:
         >>> import bypass_fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> fast = torch.compile(bypass_fx.extend(net), backend="bypass_fx")
     """
     from torch._functorch import config as of_autograd
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    settings = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    settings = _TorchCompileInductorWrapper(mode, options, None).config  # refuses settings that Inductor does not have
     if not computes_psi(graph):
         return compile_fx(graph, example_inputs, config_patches=settings)
     with of_autograd.patch(ban_recompute_used_far_apart=False):
-        return compile_fx(
-            graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings}
-        )
+        return compile_fx(graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings})
 
 
 def computes_psi(graph: fx.GraphModule) -> bool:

@@ -78,3 +78,18 @@ def _taking_the_module(held: Function) -> Function:
     call.__signature__ = inspect.Signature([kind("self", kind.POSITIONAL_ONLY), *own])  # type: ignore[attr-defined]
     call.__wrapped__ = held  # type: ignore[attr-defined]
     return call
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the module is known by its class: torch's own forward, and no children but its parametrisations."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    forward = getattr(type(module).forward, "__module__", "")
+    if "forward" in module.__dict__:
+        return False
+    return str(forward).startswith("torch.nn.modules") and module._modules.keys() <= {"parametrizations"}
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether the module is one of torch's lists or dicts, which are not called."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)

@@ -21,11 +21,12 @@ from .multihead_source import multihead_source
 from .otherwise import differences, stands_alike
 from .outcome import LEAVES, Match
 from .plan import Site
+from .reads import PLAIN, fingerprint
 from .rewrite import Psi, runnable
+from .set_attributes import names_set
 from .strict import strict
 from .subclass import Code, is_extended_owner, original_class, subclass
 from .trace import OwnerGraph
-from .tracer import PLAIN, fingerprint
 from .units import Arguments, Spot, Unit
 
 
@@ -145,10 +146,18 @@ def _rewrite_for_call(
             raise SurgeryError(
                 f"{original.__name__}.{lost[0].call} is no strict site when called like this{how}: {advice}"
             )
+        owned = linked.graphs[unit]
+        sets = names_set(graph for each in known.variants for graph in (each.graph, each.in_eval))
+        again = names_set(owned.versions) & made.flags.keys() | sets & _flags([owned]).keys()
+        if again:
+            raise SurgeryError(
+                f"called with these arguments{how}, its forward does not leave `{min(again)}` as a call in another way "
+                f"has it: {advice}"
+            )
         variants = (*known.variants, variant)
         methods = {**made.methods, method: replace(known, variants=variants)}
-        flags = {**made.flags, **_flags([linked.graphs[unit]])}
-        watched = {**made.watched, **_watched(module, [linked.graphs[unit]])}
+        flags = {**made.flags, **_flags([owned])}
+        watched = {**made.watched, **_watched(module, [owned])}
         extended = extended_class(original, replace(made, methods=methods, flags=flags, watched=watched))
     finally:
         for each, its_class in below.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from functools import _lru_cache_wrapper
-from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
+from functools import _lru_cache_wrapper, cache
+from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -59,12 +60,12 @@ class Kept:
             self._kept[id(thing)] = (thing, items)
             for value in (items.values() if isinstance(thing, dict) else items) if len(items) <= _LONGEST else ():
                 self.keep(value, depth + 1)
-        elif isinstance(thing, nn.Module) or _is_plain_object(thing):
+        elif isinstance(thing, nn.Module) or is_plain_object(thing):
             known = not isinstance(thing, nn.Module) or self._is_known(thing)
             if depth and known and isinstance(thing, nn.Module):
                 return
-            self._kept[id(thing)] = (thing, dict(thing.__dict__))
-            for value in (*thing.__dict__.values(), *(() if known else inherited_values(type(thing)))):
+            self._kept[id(thing)] = (thing, _items(thing))
+            for value in (*_items(thing).values(), *(() if known else inherited_values(type(thing)))):
                 self.keep(value, depth + 1)
 
     def keep_surroundings(self, function: FunctionType) -> None:
@@ -76,16 +77,20 @@ class Kept:
             if cell != CellType():
                 self.keep(cell.cell_contents)
 
-    def put_back(self) -> list[tuple[Any, list[Any]]]:
-        """Give everything the contents that it had; the answer is what had others, and the values that came new."""
-        changed: list[tuple[Any, list[Any]]] = []
+    def put_back(self) -> list[Any]:
+        """Give everything the contents that it had; the answer is what had others.
+
+        What a descriptor of a module's class puts there for later, such as a cached property, does not count.
+        """
+        changed: list[Any] = []
         for thing, before in self._kept.values():
             if isinstance(thing, _lru_cache_wrapper):
                 if thing.cache_info() != before:
                     thing.cache_clear()  # it may hold what is no real value
                 continue
             if not _same(_held(thing), before):
-                changed.append((thing, _added(_items(thing), before)))
+                if not isinstance(thing, nn.Module) or not _caches(type(thing), _held(thing), before):
+                    changed.append(thing)
                 _refill(thing, before)
         return changed
 
@@ -97,25 +102,47 @@ def inherited_values(cls: type) -> Iterator[Any]:
             yield from vars(each).values()
 
 
-def _is_plain_object(thing: Any) -> bool:
+def is_plain_object(thing: Any) -> bool:
+    """Whether a thing is of a class that is neither torch's nor Python's, and keeps its attributes in a dict."""
     if issubclass(type(thing), fx.Proxy):
         return False  # a value of the trace: it leads to the tracer, and so to what is kept
     library = type(thing).__module__.split(".")[0]
     own = not isinstance(thing, type) and library not in ("torch", "builtins", "numpy", "functools")
-    return own and isinstance(getattr(thing, "__dict__", None), dict)
+    return own and (isinstance(getattr(thing, "__dict__", None), dict) or bool(_slots(type(thing))))
 
 
 def _items(thing: Any) -> Any:
     if isinstance(thing, dict):
         return dict(_way(thing).items(thing))
-    return list(thing) if isinstance(thing, list | deque | set) else dict(thing.__dict__)
+    return list(thing) if isinstance(thing, list | deque | set) else _attributes(thing)
 
 
 def _held(thing: Any) -> Any:
     """As `_items`, not copied where that is not needed."""
     if isinstance(thing, dict | list | deque | set):
         return thing if type(thing) is dict else _items(thing)
-    return thing.__dict__
+    return _attributes(thing)
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    """The attributes of an object, in its dict and in its slots."""
+    slots = {name: slot.__get__(thing) for name, slot in _slots(type(thing)).items() if hasattr(thing, name)}
+    return {**getattr(thing, "__dict__", {}), **slots}
+
+
+def _slots(cls: type) -> dict[str, MemberDescriptorType]:
+    return _slots_along(cls.__mro__)
+
+
+@cache
+def _slots_along(bases: tuple[type, ...]) -> dict[str, MemberDescriptorType]:
+    return {
+        name: slot
+        for base in bases
+        if "__slots__" in vars(base)
+        for name, slot in vars(base).items()
+        if isinstance(slot, MemberDescriptorType)
+    }
 
 
 def _way(thing: dict[Any, Any]) -> type[dict[Any, Any]]:
@@ -129,10 +156,11 @@ def _same(now: Any, before: Any) -> bool:
     return len(now) == len(before) and all(one is other for one, other in zip(now, before, strict=True))
 
 
-def _added(now: Any, before: Any) -> list[Any]:
-    values = list(now.values() if isinstance(now, dict) else now)
-    known = {id(value) for value in (before.values() if isinstance(before, dict) else before)}
-    return [value for value in values if id(value) not in known]
+def _caches(cls: type, now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether all that is other than before is what a descriptor of the class put there, such as a cached property."""
+    others = (name for name in now.keys() | before.keys() if now.get(name, _ABSENT) is not before.get(name, _ABSENT))
+    put = ((inspect.getattr_static(cls, name, None), now.get(name)) for name in others)
+    return all(hasattr(each, "__get__") and not isinstance(value, fx.Proxy) for each, value in put)
 
 
 def _refill(thing: Any, before: Any) -> None:
@@ -147,5 +175,12 @@ def _refill(thing: Any, before: Any) -> None:
         thing.clear()
         thing.update(before) if isinstance(thing, set) else thing.extend(before)
     else:
-        thing.__dict__.clear()
-        thing.__dict__.update(before)
+        slots = _slots(type(thing))
+        for name, slot in slots.items():
+            if name in before:
+                slot.__set__(thing, before[name])
+            elif hasattr(thing, name):
+                slot.__delete__(thing)
+        if hasattr(thing, "__dict__"):
+            thing.__dict__.clear()
+            thing.__dict__.update({name: value for name, value in before.items() if name not in slots})

@@ -38,6 +38,9 @@ class Listener(Protocol):
     def read_missing(self, module: nn.Module, name: str) -> None:
         """The forward looked for an attribute that the module does not have."""
 
+    def read_all(self, module: nn.Module) -> None:
+        """The forward took the dict of a module's attributes."""
+
     def is_instance(self, value: Any, classes: Any) -> bool | None:
         """The forward asked isinstance(); None leaves the answer to Python."""
 
@@ -156,6 +159,8 @@ def _reading(recorder: Recorder, way: Callable[[nn.Module, str], Any]) -> Callab
     def reading(module: nn.Module, name: str) -> Any:
         value = way(module, name)
         if recorder.listener is None or name in of_every_module:
+            if name == "__dict__" and recorder.active() and asked_by_a_forward():
+                recorder.listener.read_all(module)  # type: ignore[union-attr]  # it is the active one
             return value
         listener = recorder.active()
         if listener is None or issubclass(type(value), fx.Proxy):  # a traced value was reported further in

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterable, Iterator, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from .calls import leaves
 from .errors import UntraceableError
+from .lent import containers_in
+from .source import changed_by_forward, set_by_forward
 from .traced import StoredTensor
+
+if TYPE_CHECKING:
+    from .trace import OwnerGraph
+
+CONTAINERS = (list, dict, set, deque)
 
 
 class _Own:
@@ -32,6 +41,8 @@ class SetAttributes:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._before: dict[str, Any] = {}
+        self.looked_at = False  # all attributes at once, by `vars(self)` or `self.__dict__`
+        self.constants: dict[str, str] = {}  # the numbers and texts in what was set last, as a text, by name
 
     @property
     def names(self) -> frozenset[str]:
@@ -53,9 +64,19 @@ class SetAttributes:
         return True
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        """What was set last, by name."""
+        """What was set last, by name.
+
+        Raises:
+            UntraceableError: the forward may also have read what a call before it has set.
+        """
+        if self._before and self.looked_at:
+            raise UntraceableError("its forward sets attributes, and looks at the dict that holds them")
         for name in self._before:
-            yield name, vars(self._module)[name]
+            value = vars(self._module)[name]
+            constants = [leaf for leaf in leaves(value) if type(leaf) in (int, float, str)]
+            if constants:
+                self.constants[name] = repr(constants)
+            yield name, value
 
     def put_back(self) -> None:
         """Give the module what it had."""
@@ -84,6 +105,55 @@ def returning(graph: fx.Graph) -> list[fx.Node]:
         if node.target is setattr or (node.users and left.issuperset(node.users) and node.op != "placeholder"):
             left.add(node)
     return [node for node in graph.nodes if node not in left]
+
+
+def refuse_change(once: dict[str, str], again: dict[str, str]) -> None:
+    """Refuse a forward that sets an attribute to another number or text in each run: the time, or a count of its calls.
+
+    Raises:
+        UntraceableError: the constants of two traces are not the same.
+    """
+    name = next((name for name in once if again.get(name) != once[name]), None)
+    if name is not None:
+        raise UntraceableError(f"its forward sets the attribute `{name}` to something else at each call")
+
+
+def refuse_shared(name: str, value: Any, others: Iterable[Any]) -> None:
+    """Refuse to keep a list or dict that others hold too: the graph makes one for each, and a change would reach but one.
+
+    Raises:
+        UntraceableError: there is one in the value that is among the others as well.
+    """
+    held = {id(each) for each in containers_in(value)}
+    if any(id(each) in held for other in others for each in containers_in(other)):
+        raise UntraceableError(f"its forward sets the attribute `{name}` to a list or dict that others hold as well")
+
+
+def refuse_mixed(graphs: Iterable[OwnerGraph], new: OwnerGraph) -> None:
+    """Refuse a forward that, called in one way, reads what it has set when it was called in another.
+
+    Raises:
+        UntraceableError: it does so, in the new graph or in those that are known.
+    """
+    known = list(graphs)
+    refuse_memory(new.reads, names_set(version for graph in known for version in graph.versions))
+    refuse_memory((read for graph in known for read in graph.reads), names_set(new.versions))
+
+
+def names_set(graphs: Iterable[fx.Graph | None]) -> set[str]:
+    """The names of the attributes that graphs set."""
+    named = (node.args[-2] for graph in graphs if graph is not None for node in graph.nodes if _sets(node))
+    return {str(name) for each in named for name in (each.args[1:] if isinstance(each, fx.Node) else (each,))}
+
+
+def _sets(node: fx.Node) -> bool:
+    return setattr in (node.target, getattr(node.target, "within", None))
+
+
+def is_set_by(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether the forward of a module sets an attribute of it, or changes the container that stands there."""
+    cls: Any = type(module)
+    return name in set_by_forward(cls) or (isinstance(value, CONTAINERS) and name in changed_by_forward(cls))
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()

@@ -50,7 +50,35 @@ def set_by_forward(cls: type[nn.Module]) -> frozenset[str]:
 
 @cache
 def _set_by(code: CodeType) -> frozenset[str]:
-    return frozenset(each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR")
+    named = code.co_consts if "setattr" in code.co_names else ()
+    stored = (each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR")
+    return frozenset((*stored, *(name for name in named if isinstance(name, str))))
+
+
+@cache
+def changed_by_forward(cls: type[nn.Module]) -> frozenset[str]:
+    """The names of the attributes whose items a class's forward changes: `self.losses.append(x)`, `self.info["k"] = x`."""
+    found = (each for function in reached(cls.forward, cls) for each in nested(function.__code__))
+    return frozenset().union(*map(_changed_by, found))
+
+
+@cache
+def _changed_by(code: CodeType) -> frozenset[str]:
+    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    found = [
+        one.argval
+        for one, two, three in zip(steps, steps[1:], [*steps[2:], None], strict=False)
+        if one.opname == "LOAD_ATTR" and (two.argval in CHANGES or (three and three.opname.endswith("E_SUBSCR")))
+    ]
+    return frozenset(found)
+
+
+CHANGES = frozenset(
+    {
+        *("append", "appendleft", "extend", "insert", "pop", "popleft", "remove", "clear", "sort", "reverse"),
+        *("update", "setdefault", "popitem", "add", "discard"),
+    }
+)
 
 
 def mapped_by(functions: Iterable[FunctionType]) -> list[FunctionType]:
@@ -100,6 +128,16 @@ def activations_in(value: Any) -> list[str]:
         named = NAMES.get(getattr(value, "__name__", "")) if not isinstance(value, FunctionType) else None
         known = FUNCTIONS.get(value) or named
     return [known] if known else []
+
+
+def activations_below(module: nn.Module) -> list[str]:
+    """The activations that a module which is no part of the model is, calls, or holds."""
+    found: list[str] = []
+    for cls in dict.fromkeys(type(inner) for inner in module.modules()):
+        found += activations_in(cls)
+        own = cls.forward if not is_left_out(cls) else None
+        found += activations_named(reached(own, cls), cls) if own else ()
+    return found
 
 
 def trap(function: Callable[..., Any], functions: Iterable[FunctionType]) -> str | None:

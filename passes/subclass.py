@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from .errors import PlanError, SurgeryError
-from .tracer import fingerprint
+from .reads import fingerprint
 
 Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 

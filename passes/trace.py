@@ -24,11 +24,13 @@ from .errors import UntraceableError
 from .held import Held, held_code, names_in, reached_through
 from .names import ModelNames
 from .nodes import same_code
+from .reads import MISSING, TENSOR, Read, fingerprint, inherited
 from .recording import Recorder, read_plainly
-from .set_attributes import refuse_memory
-from .source import activations_in, activations_named, codes, is_left_out, mapped_by, reached, trap
+from .set_attributes import names_set, refuse_change, refuse_memory
+from .source import activations_below, activations_in, activations_named, codes, mapped_by, reached, trap
 from .splice import Sizes, joined
-from .tracer import MISSING, NONE_KNOWN, TENSOR, OwnerTracer, Read, Returns, fingerprint, inherited
+from .tracer import NONE_KNOWN, OwnerTracer, Returns
+from .watchers import watches
 
 
 class OwnerGraph:
@@ -74,11 +76,15 @@ class OwnerGraph:
         """The local name of every call."""
         return {node: name for name, node in self.names.items()}
 
+    @property
+    def versions(self) -> tuple[fx.Graph, fx.Graph]:
+        """The graphs in training and in eval mode."""
+        return self.graph, self.in_eval.graph if self.in_eval else self.graph
+
     @cached_property
     def same_calls(self) -> bool:
         """Whether the graph in eval mode calls the same one by one, with what arguments ever."""
-        versions = (self, self.in_eval or self)
-        here, there = ([(node.op, node.target) for node in version.graph.nodes] for version in versions)
+        here, there = ([(node.op, node.target) for node in graph.nodes] for graph in self.versions)
         return here == there
 
     @cached_property
@@ -255,7 +261,7 @@ class Tracing:
                 found.setdefault(activation, f"`{function.__qualname__}`, reached through `{attribute}`")
         for value, attribute in through.values.values():
             foreign = isinstance(value, nn.Module) and self.names.module("", value) is None
-            known = _activations_below(value) if foreign else activations_in(value)
+            known = activations_below(value) if foreign else activations_in(value)
             for activation in known if attribute not in traced else ():
                 found.setdefault(activation, f"what `{attribute}` holds")
         return found
@@ -275,7 +281,6 @@ class Tracing:
         if walk.why is not None:
             raise UntraceableError(walk.why)
         graph = self._graph(path, noted, forward, functions, signature, call, returns)
-        refuse_memory(noted.reads, noted.sets)
         asked = {where for where, name, _ in noted.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(noted.reads), frozenset(noted.typed))
@@ -290,7 +295,6 @@ class Tracing:
         finally:
             for each in modules:
                 each.__dict__["training"] = now
-        refuse_memory(noted.reads, noted.sets)
         reads = tuple(read for read in noted.reads if read[1] != "training")
         typed = frozenset(noted.typed)
         in_training, in_eval = (graph, other) if now else (other, graph)
@@ -327,6 +331,8 @@ class Tracing:
         def answered(answers: Answers) -> tuple[fx.Graph | RaisesError, int]:
             first = run((), answers)
             asked = len(first.questions.asked)
+            if first.set.constants:
+                refuse_change(first.set.constants, run((), answers).set.constants)
 
             def over(axes: tuple[int, ...]) -> tuple[fx.Graph, Sizes]:
                 other = run(axes, answers)
@@ -339,7 +345,9 @@ class Tracing:
             graph = joined(first.sizes, over) if first.sizes.met and first.raised is None else first.graph
             return first.raised or graph, asked
 
-        return over_answers(answered)
+        graph = over_answers(answered)
+        refuse_memory(noted.reads, noted.sets)
+        return graph
 
     def _read_same(self, path: str, reads: tuple[Read, ...]) -> bool:
         module = self.modules[path]
@@ -368,22 +376,13 @@ class Tracing:
         """Whether every child that the graph names is, here too, known by that name first (children may be shared)."""
         module, prefix = self.modules[path], f"{path}." if path else ""
         try:
-            return all(
-                f"{prefix}{target}" in self.modules or self.names.module(path, module_at(module, target)) == target
-                for target in known.children
+            children = {target: module_at(module, target) for target in known.children}
+            first = (f"{prefix}{to}" in self.modules or self.names.module(path, children[to]) == to for to in children)
+            return all(first) and not (
+                names_set(known.versions) and any(watches(each, module) for each in children.values())
             )
         except AttributeError:
             return False
-
-
-def _activations_below(module: nn.Module) -> list[str]:
-    """The activations that a module which is no part of the model is, calls, or holds."""
-    found: list[str] = []
-    for cls in dict.fromkeys(type(inner) for inner in module.modules()):
-        found += activations_in(cls)
-        own = cls.forward if not is_left_out(cls) else None
-        found += activations_named(reached(own, cls), cls) if own else ()
-    return found
 
 
 def module_at(module: nn.Module, path: str) -> nn.Module:

@@ -8,7 +8,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MappingProxyType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
@@ -20,31 +20,22 @@ from .choices import truth
 from .errors import UntraceableError
 from .factories import Factories
 from .foreign import calls_become
+from .lent import Lent
 from .look_alike import stateless_forward
 from .nodes import new_node
 from .outside import Kept
+from .reads import MISSING, PLAIN, TENSOR, Names, Read, copy_of, fingerprint, inherited
 from .recording import Recorder
 from .records import fields_of
-from .set_attributes import OWN, SetAttributes
-from .source import Caught, caught, is_tried, nested, raised_by, set_by_forward
+from .set_attributes import OWN, SetAttributes, is_set_by, refuse_shared
+from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes, parts_of
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
+from .watchers import watches
 
-Read = tuple[str, str, Any]
 Returns = Mapping[str, Argument]
 NONE_KNOWN: Returns = MappingProxyType({})
 TRACED = (TracedValue, TracedAttribute, StoredTensor)
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
-
-
-class Names(Protocol):
-    """Where the model keeps its modules and tensors, as paths below an owner; None for what stands elsewhere."""
-
-    def module(self, owner: str, module: nn.Module) -> str | None:
-        """The path of a module."""
-
-    def tensor(self, owner: str, tensor: Tensor) -> str | None:
-        """The path of a parameter or buffer."""
 
 
 class OwnerTracer(fx.Tracer):
@@ -76,9 +67,12 @@ class OwnerTracer(fx.Tracer):
         self.sizes, self.questions = Sizes(module, axes), Questions(answers)
         self.refused = ""
         self.raised: RaisesError | None = None
-        self.set = SetAttributes(module)
+        self.set, self.lent = SetAttributes(module), Lent()
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
+        self.loose: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # tensors that are no parameters or buffers, and copies of them
         self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
         self.graph = fx.Graph()
 
@@ -103,9 +97,13 @@ class OwnerTracer(fx.Tracer):
             ):
                 args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
+                others = [result, *(items for items, _ in self.given)]
                 for name, value in self.set.values():
+                    refuse_shared(name, value, others)
                     self.create_node("call_function", setattr, (OWN, name, self.create_arg(value)), {})
                 self.create_node("output", "output", (self.create_arg(result),), {})
+                if self.lent.holds((result, list(self.set.values()))):
+                    self.refuse(FILLS)
         except UntraceableError:
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
@@ -118,9 +116,9 @@ class OwnerTracer(fx.Tracer):
             drew = self.recorder.dice_rolled()
         if self.refused:
             raise UntraceableError(f"{self.refused}; its forward goes on where that fails")
-        for thing, new in changed:
-            if not isinstance(thing, nn.Module) or any(isinstance(value, fx.Proxy) for value in new):
-                raise UntraceableError(f"its forward changes a {type(thing).__name__} that outlives the call")
+        changed += [value for value, copy in self.loose.values() if copy._version]
+        if changed:
+            raise UntraceableError(f"its forward changes a {type(changed[0]).__name__} that outlives the call")
         if any(len(items) != length for items, length in self.given):
             raise UntraceableError("its forward changes a list that it is given")
         for held, copied in self.handed.values():
@@ -273,6 +271,10 @@ class OwnerTracer(fx.Tracer):
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:
                 signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
+        if not self.lent.lend(module, (args, kwargs), {id(items) for items, _ in self.given}):
+            self.refuse(FILLS)
+        if self.set.names and watches(module, self.root):
+            self.refuse(f"its forward sets attributes, and calls {path}, which may look at them meanwhile")
         result, known = self.create_proxy("call_module", path, args, kwargs), self.returns.get(path)
         if isinstance(known, Constant):
             return known.value
@@ -288,16 +290,20 @@ class OwnerTracer(fx.Tracer):
         if where is None:
             if name == "training" and self.names.module("", module) is not None:
                 self.refuse(f"its forward asks for the mode of a {type(module).__name__} that is not its child")
+            if self.names.module("", module) is not None and is_set_by(module, name, value):
+                self.refuse(f"its forward reads the attribute `{name}`, which the forward of another module sets")
             return value
         if not where and name in self.set:
             return value
-        if where and name in set_by_forward(type(module)):  # type: ignore[arg-type]
+        if where and is_set_by(module, name, value):
             self.refuse(f"its forward reads the attribute `{name}` of {where}, which the forward of that sets")
         self.kept.keep(module)
         if isinstance(value, Tensor) and self.names.tensor(self.path, value) is not None:
             self.reads[where, name, TENSOR] = None
             return self.tensor(value)
         self.reads[where, name, fingerprint(value, self.names, self.path)] = None
+        if isinstance(value, Tensor):
+            return self.loose.setdefault(id(value), (value, copy_of(value)))[1]
         if type(value) in (dict, list, set):
             return self.handed.setdefault(id(value), (value, type(value)(value)))[1]
         return value
@@ -318,6 +324,10 @@ class OwnerTracer(fx.Tracer):
         self.kept.keep(value)
         if where is not None:
             self.reads[where, name, inherited(value, self.names, self.path)] = None
+
+    def read_all(self, module: nn.Module) -> None:
+        """Note a look at all attributes."""
+        self.set.looked_at |= module is self.root
 
     def read_missing(self, module: nn.Module, name: str) -> None:
         """Note that there was nothing to read."""
@@ -360,30 +370,7 @@ def _from_parameters(node: fx.Node) -> bool:
     return node.op != "placeholder" and all(map(_from_parameters, node.all_input_nodes))
 
 
-MISSING = ("missing",)
-TENSOR = ("tensor",)  # any tensor, whatever its shape
+FILLS = "its forward calls a child with a list or dict that the child may change, and goes on with it"
 
 
-def inherited(value: Any, names: Names, owner: str) -> tuple[Any, ...]:
-    """The fingerprint of what a module has from its class."""
-    return fingerprint(value, names, owner) if isinstance(value, PLAIN) else ("inherited",)
-
-
-def fingerprint(value: Any, names: Names | None = None, owner: str = "") -> tuple[Any, ...]:
-    """What of a read decides the graph; equal fingerprints, equal graphs.
-
-    What is read from modules below the owner is noted as well; one from elsewhere must be the same, where names tell.
-    """
-    if type(value) in PLAIN:
-        return (type(value), value)
-    if isinstance(value, Tensor):
-        return ("tensor", tuple(value.shape))
-    if isinstance(value, nn.Module) and (names is None or names.module(owner, value) is not None):
-        return ("module", type(value))
-    if isinstance(value, PLAIN):
-        return (type(value), value)
-    if isinstance(value, list | tuple):
-        return (type(value), tuple(fingerprint(item, names, owner) for item in value))
-    if isinstance(value, dict):
-        return (type(value), tuple((key, fingerprint(item, names, owner)) for key, item in value.items()))
-    return ("object", id(value))
+FILLS = "its forward calls a child with a list or dict that the child may change, and goes on with it"

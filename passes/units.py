@@ -6,20 +6,21 @@ import operator
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, call_activation, elementwise_activation, module_activation
-from .callables import is_held
+from .callables import is_container, is_held, is_leaf
 from .calls import Argument, Call, call_of, default_call
 from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .observed import Observed, observed
 from .otherwise import objects_in
 from .results import result_of, result_of_attention, settled
+from .set_attributes import refuse_mixed
 from .trace import OwnerGraph, Tracing
 
 
@@ -66,10 +67,16 @@ class Units:
         unseen: paths that may (also) be called from code without a graph.
         observed: the calls of modules that no graph calls, as a run on the example inputs showed them; None without one.
         failures: why a module has no graph.
+        without: modules that get none, and why.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs | None = None,
+        without: Mapping[str, UntraceableError] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.without, self._halves = model, without, dict[str, UntraceableError]()
         self.tracing = Tracing(model)
         self.modules = self.tracing.modules
         self.graphs: dict[Unit, OwnerGraph] = {}
@@ -93,10 +100,12 @@ class Units:
         self.observed = self._observed(example_inputs)
         with self.tracing.session():
             for path, module in self.modules.items():  # what no graph calls may be called from anywhere
-                if path and path not in self.callers and not _is_container(module):
+                if path and path not in self.callers and not is_container(module):
                     self.unseen.add(path)
                     self._enter_unseen(path)
             self.unseen |= self._mentioned_in_untraced_code()
+        if self._halves:  # a module that traces in some of the ways in which it is called has no graph in any
+            Units.__init__(self, model, example_inputs, {**without, **self._halves})
 
     def _observed(self, example_inputs: ExampleInputs | None) -> Observed | None:
         """What a run on the example inputs shows of the calls of modules that no graph calls; None without a run.
@@ -106,7 +115,7 @@ class Units:
         if example_inputs is None or isinstance(example_inputs, Arguments):
             return None
         paths = [path for path in self.modules if path and path not in self.callers and not self._is_leaf(path)]
-        paths = [path for path in paths if not _is_container(self.modules[path])]
+        paths = [path for path in paths if not is_container(self.modules[path])]
         return observed(self.tracing, paths, *arguments_of(example_inputs)) if paths else None
 
     def is_observed(self, path: str) -> bool:
@@ -159,9 +168,15 @@ class Units:
             return known
         unit = Unit(path, len(self.variants(path)))
         try:
-            self._add(unit, self._settled(unit, self.tracing.trace(path, call)))
+            if path in self.without:
+                raise self.without[path]
+            graph = self._settled(unit, self.tracing.trace(path, call))
+            refuse_mixed((self.graphs[each] for each in self.variants(path)), graph)
+            self._add(unit, graph)
         except UntraceableError as error:
             self.failures[path] = error
+            if self.variants(path):
+                self._halves[path] = error
             self._enter_methods(path)
             return None
         self._calls[path, key] = unit
@@ -275,7 +290,7 @@ class Units:
 
     def _is_leaf(self, path: str) -> bool:
         if path not in self._leaves:
-            self._leaves[path] = _is_leaf(self.modules[path])
+            self._leaves[path] = is_leaf(self.modules[path])
         return self._leaves[path]
 
     def methods(self, path: str) -> list[Unit]:
@@ -374,20 +389,6 @@ class Units:
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""
         return self._variants.get(path, [])
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether the module is known by its class: torch's own forward, and no children but its parametrisations."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    forward = getattr(type(module).forward, "__module__", "")
-    if "forward" in module.__dict__:
-        return False
-    return str(forward).startswith("torch.nn.modules") and module._modules.keys() <= {"parametrizations"}
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
 def _root_call(tracing: Tracing, example_inputs: ExampleInputs | None) -> Call | None:

@@ -103,6 +103,26 @@ def test_graphs_without_psi_are_inductor_s_alone(monkeypatch: pytest.MonkeyPatch
     assert of_autograd.ban_recompute_used_far_apart is before
 
 
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"options": {"max_fusion_sise": 8}}, "optimization option max_fusion_sise"),
+        ({"options": {"max_fusion_size": "8"}}, "type of attr max_fusion_size, got str should be int"),
+        ({"mode": "fastest"}, "mode=fastest"),
+    ],
+)
+def test_settings_that_inductor_does_not_have_are_named(how: dict[str, Any], named: str) -> None:
+    with pytest.raises(Exception, match=named):
+        _step(_extended(), torch.randn(2, 3, 8, 8), backend="bypass_fx", **how)
+
+
+@builds
+def test_settings_are_named_as_for_inductor() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    _, gradients = _step(_extended(), x, backend="bypass_fx", options={"max-fusion-size": 8})
+    assert gradients
+
+
 def test_torch_knows_it_by_name() -> None:
     assert "bypass_fx" in list_backends()
 
