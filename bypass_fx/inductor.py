@@ -1,8 +1,8 @@
 """A backend for torch.compile: Inductor, told how to treat graphs with ψ in them.
 
 The gradients of ψ need z, which a compiler can compute again from what the layer before keeps anyway. Left to itself,
-Inductor keeps z at the ends of residual blocks, as it is used far apart there, and writes it out in the backward, as
-more than four tensors are read for it: what is saved by a larger activation function is lost.
+Inductor keeps z at the ends of residual blocks, as it is used far apart there and stands in a long chain of sums, and
+writes it out in the backward elsewhere, as more than four tensors are read for it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import _TorchCompileInductorWrapper, fx
 from . import activation
 
 WRITTEN_FROM = 8  # reads: a value that is used again, and computed from more than these, is written out
+KEPT = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}  # though cheap to compute again
 _PSI = str(Path(activation.__file__))
 
 
@@ -48,7 +49,7 @@ def backend(
     settings = _TorchCompileInductorWrapper(mode, options, None).config  # refuses settings that Inductor does not have
     if not computes_psi(graph):
         return compile_fx(graph, example_inputs, config_patches=settings)
-    with of_autograd.patch(ban_recompute_used_far_apart=False):
+    with of_autograd.patch(KEPT):
         return compile_fx(graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings})
 
 

@@ -102,7 +102,7 @@ def returning(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of a graph but for those that set attributes, and what is computed for these alone."""
     left: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.target is setattr or (node.users and left.issuperset(node.users) and node.op != "placeholder"):
+        if _sets(node) or (node.users and left.issuperset(node.users) and node.op != "placeholder"):
             left.add(node)
     return [node for node in graph.nodes if node not in left]
 
