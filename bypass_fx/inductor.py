@@ -53,6 +53,16 @@ def backend(
         return compile_fx(graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings})
 
 
+def _let_go() -> None:
+    """Give the CUDA graphs back, as Inductor does where torch.compiler.reset() is called."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+vars(backend)["reset"] = _let_go
+
+
 def computes_psi(graph: fx.GraphModule) -> bool:
     """Whether a graph of torch.compile's holds a D-activation: by the file that its calls stand in."""
     return any(_PSI in (node.stack_trace or "") for node in graph.graph.nodes)

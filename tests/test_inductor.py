@@ -124,6 +124,17 @@ def test_settings_are_named_as_for_inductor() -> None:
     assert gradients
 
 
+@builds
+def test_a_reset_of_the_compiler_gives_cuda_graphs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cudagraph_trees
+
+    calls: list[int] = []
+    _step(_extended(1), torch.randn(2, 3, 8, 8), backend="bypass_fx", mode="reduce-overhead")
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: calls.append(1))
+    torch.compiler.reset()
+    assert calls
+
+
 def test_torch_knows_it_by_name() -> None:
     assert "bypass_fx" in list_backends()
 
