@@ -188,8 +188,8 @@ def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[i
     z = z.to(activated.dtype)
     if torch.compiler.is_compiling() and activated.dim() == 4 and _by_token(activated):
         # Heads of attention lie token by token in memory; in any other order a compiler would copy ψ for the layer behind
-        d = d.transpose(0, 1) if d.dim() == 3 else d
-        return torch.addcmul(activated.transpose(1, 2), z.transpose(1, 2), d).transpose(1, 2)
+        d = d[(None,) * (4 - d.dim())]
+        return torch.addcmul(activated.transpose(1, 2), z.transpose(1, 2), d.transpose(1, 2)).transpose(1, 2)
     return torch.addcmul(activated, z, d)
 
 

@@ -322,3 +322,23 @@ def test_small_inputs_are_left_to_torchs_own_steps(monkeypatch: pytest.MonkeyPat
     assert {rows: "Within" in type(step).__name__ for rows, step in made.items()} == {3: False, 4: True}
     wide = psi("relu", leaf(3, 4, dtype=torch.bfloat16), leaf(4, dtype=torch.float32), -1)
     assert "Within" in type(wide.grad_fn).__name__  # where δ is wider, its gradient is
+
+
+@pytest.mark.parametrize(("channels", "width"), [(1, 3), (2, 5), (-1, 7), (-2, 5), ((3, 1, 7), 21), ((3, 5, 1), 15)], ids=str)
+def test_a_compiler_sees_psi_in_the_order_of_memory(channels: Any, width: int) -> None:
+    """Values that lie token by token, as attention's heads do; along whatever axis δ lies."""
+    z, delta = torch.randn(2, 5, 3, 7).transpose(1, 2), torch.randn(width)
+    activated = torch.randn(2, 5, 3, 7).transpose(1, 2)
+    seen: list[tuple[int, ...]] = []
+
+    def looking(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.extend(
+            node.meta["example_value"].stride() for node in graph.graph.nodes if node.target is torch.addcmul
+        )
+        return graph.forward
+
+    torch.compiler.reset()
+    found = torch.compile(psi, backend=looking, fullgraph=True)(activated, z, delta, channels)
+    right = psi(activated, z, delta, channels)
+    assert torch.equal(found, right) and found.stride() == right.stride()
+    assert seen == [(105, 21, 7, 1)]
