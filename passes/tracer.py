@@ -271,7 +271,7 @@ class OwnerTracer(fx.Tracer):
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:
                 signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
-        if not self.lent.lend(module, (args, kwargs), {id(items) for items, _ in self.given}):
+        if not self.lent.lend(module, (*args, *kwargs.values()), {id(items) for items, _ in self.given}):
             self.refuse(FILLS)
         if self.set.names and watches(module, self.root):
             self.refuse(f"its forward sets attributes, and calls {path}, which may look at them meanwhile")
