@@ -39,7 +39,7 @@ def backend(
         RuntimeError: Inductor has no such mode or setting, or the setting is of another type; the message names it.
 
     Example:
-        >>> import bypass_fx
+        >>> import torch, bypass_fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> fast = torch.compile(bypass_fx.extend(net), backend="bypass_fx")
     """

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 import bypass_fx
 from bypass_fx.passes.errors import UntraceableError
-from bypass_fx.passes.link import Linked
 from bypass_fx.passes.trace import Tracing
 
 
@@ -391,33 +390,3 @@ class ReadsAProperty(Base):
 
 def test_what_stands_in_no_one_else_s_way_has_a_graph() -> None:
     assert any(node.target is setattr for node in Tracing(ReadsAProperty()).trace("").graph.nodes)
-
-
-class Aggregates(nn.Module):
-    """A tree of blocks, as deep layer aggregation has them: each hands on a list that it has made or was given."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.first, self.act = nn.Linear(4, 4), nn.ReLU()
-        self.second = Aggregates(levels - 1) if levels > 1 else nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, made: list[Tensor] | None = None) -> Tensor:
-        if made is None:
-            made = []
-        y = self.act(self.first(x))
-        if isinstance(self.second, nn.Linear):
-            return self.second(y) + sum(made)  # type: ignore[no-any-return]
-        made.append(y)
-        return self.second(y, made)  # type: ignore[no-any-return]
-
-
-def test_a_child_that_could_fill_a_list_and_is_given_none_is_no_reason() -> None:
-    class Calls(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tree = Aggregates(2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.tree(x) * 2  # type: ignore[no-any-return]
-
-    assert not Linked(Calls()).failures
