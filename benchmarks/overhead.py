@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 from typing import Any
@@ -104,10 +105,21 @@ def _compiled(model: nn.Module, way: str) -> Any:
     return model if options is None else torch.compile(model, backend=BACKEND, **options)
 
 
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """On a GPU the penalty's products are in TF32, as torch's compiler asks for; nothing else in a step is one of float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_tf32()
 def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
     """Ratios of time and memory to the model without D; with a compiler, seconds of the first step as well."""
     workload, compiled = WORKLOADS[name], WAYS[way] is not None
-    torch.set_float32_matmul_precision("high")  # on a GPU the penalty's products are in TF32, as compilers ask for; no other
     if compiled:  # the compiler's own start belongs to neither arm
         first_of_all = torch.compile(nn.Linear(2, 2).to(device), backend=BACKEND)
         first_of_all(torch.ones(1, 2, device=device)).sum().backward()
@@ -176,7 +188,8 @@ def summary(file: ResultsFile) -> str:
         "the schedule's own. opt2 is with the default return, which takes the norms, and with the published penalty, which "
         "takes norms and a gradient; in every step and in every 8th. "
         + ("" if on_gpu else "Batches are small, for two cores; the constraint costs the same for any batch. ")
-        + "compiled: torch.compile of the model; the penalty and the schedule run beside it.",
+        + "compiled: torch.compile of the model; the penalty and the schedule run beside it"
+        + (", on an H200 with its products in TF32." if on_gpu else "."),
         "",
         f"| model | way | on | batch | strict + relaxed sites | a step | {' | '.join(f'{arm}' for arm in arms)} |",
         "|---|---|---|---|---|---|" + "---|" * len(arms),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bypass_fx.schedule import BypassSchedule
 
 FOREIGN_ERRORS = (IndexError, TypeError, ValueError, RuntimeError)  # what models and losses raise of their own
-_WITH_MODES: dict[str, Any] = {"inductor": "inductor", "bypass_fx": inductor.backend}  # backends that know torch's modes
+_WITH_MODES: dict[str, Any] = {"inductor": "inductor", "bypass_fx": inductor.backend}  # they know torch.compile's modes
 _GRAPHED = ("reduce-overhead", "max-autotune")  # the modes of torch.compile with CUDA graphs; on a CPU it skips them
 
 
@@ -101,7 +101,9 @@ class Engine:
             name = self._settings.compile_backend
             mode = self._settings.compile if name in _WITH_MODES and self._settings.compile != "default" else None
             # dynamic=False: another size of minibatch is a mistake here, and must not make a slower graph of all
-            wrapped.compile(fullgraph=self.shares.world == 1, dynamic=False, backend=_WITH_MODES.get(name, name), mode=mode)
+            wrapped.compile(
+                fullgraph=self.shares.world == 1, dynamic=False, backend=_WITH_MODES.get(name, name), mode=mode
+            )
         return wrapped
 
     def shard(self, model: nn.Module) -> None:

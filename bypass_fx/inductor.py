@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import _TorchCompileInductorWrapper, fx
+import torch
+from torch import fx
 
 from . import activation
 
 WRITTEN_FROM = 8  # reads: a value that is used again, and computed from more than these, is written out
-KEPT = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}  # though cheap to compute again
+# Why torch keeps what is cheap to compute again.
+KEPT = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}
 _PSI = str(Path(activation.__file__))
 
 
@@ -39,14 +41,15 @@ def backend(
         RuntimeError: Inductor has no such mode or setting, or the setting is of another type; the message names it.
 
     Example:
-        >>> import torch, bypass_fx
+        >>> import bypass_fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> fast = torch.compile(bypass_fx.extend(net), backend="bypass_fx")
     """
     from torch._functorch import config as of_autograd
     from torch._inductor.compile_fx import compile_fx
 
-    settings = _TorchCompileInductorWrapper(mode, options, None).config  # refuses settings that Inductor does not have
+    known = torch._TorchCompileInductorWrapper(mode, options, None)  # refuses settings that Inductor does not have
+    settings = known.config
     if not computes_psi(graph):
         return compile_fx(graph, example_inputs, config_patches=settings)
     with of_autograd.patch(KEPT):

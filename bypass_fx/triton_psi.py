@@ -17,6 +17,7 @@ from triton.language.extra import libdevice
 
 Kernel = tuple[str, float, float]  # the name of σ, and its parameters
 
+
 class Launch(NamedTuple):
     """How a kernel is cut into programs.
 
@@ -186,7 +187,20 @@ def backward(
         sums = torch.empty(lies.rows // lies.channels, lies.channels, grid[1], dtype=torch.float32, device=z.device)
     of_z = torch.empty_like(z)
     seen(psi_backward_kernel)[grid](
-        g, z, d, of_z, sums, *lies[:3], p, q, strip, name, lies.by_column, high, wide, BACKWARD.stages,
-        num_warps=BACKWARD.warps
+        g,
+        z,
+        d,
+        of_z,
+        sums,
+        *lies[:3],
+        p,
+        q,
+        strip,
+        name,
+        lies.by_column,
+        high,
+        wide,
+        BACKWARD.stages,
+        num_warps=BACKWARD.warps,
     )
     return of_z, sums.sum([0, 2] if sums.dim() == 3 else 0)

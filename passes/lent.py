@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .source import CHANGES, nested, reached
+from .source import CHANGES, run_by_forward
 
 
 class Lent:
@@ -58,7 +58,7 @@ def containers_in(value: Any) -> Iterator[list[Any] | dict[Any, Any]]:
 @cache
 def fills(cls: type[nn.Module]) -> bool:
     """Whether a function that a class's forward may run changes a container that it is called with."""
-    return any(_changes_argument(code) for each in reached(cls.forward, cls) for code in nested(each.__code__))
+    return any(map(_changes_argument, run_by_forward(cls)))
 
 
 @cache

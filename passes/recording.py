@@ -1,4 +1,4 @@
-"""While a forward is traced: its reads from modules are reported, its module calls become nodes, its writes are refused.
+"""While a forward is traced: its reads from modules are reported, its module calls become nodes, its writes are reported.
 
 Setting a hook on torch.nn.Module itself is slow, for every subclass is told of it: hooks are set once for all the forwards
 of a model, and those on reads on the classes of its modules alone.

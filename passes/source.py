@@ -41,11 +41,15 @@ def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[Function
     return list(found)
 
 
+def run_by_forward(cls: type[nn.Module]) -> Iterator[CodeType]:
+    """The code that a class's forward may run."""
+    return (code for function in reached(cls.forward, cls) for code in nested(function.__code__))
+
+
 @cache
 def set_by_forward(cls: type[nn.Module]) -> frozenset[str]:
     """The names of the attributes that a class's forward sets, or a function that it may run."""
-    found = (each for function in reached(cls.forward, cls) for each in nested(function.__code__))
-    return frozenset().union(*map(_set_by, found))
+    return frozenset().union(*map(_set_by, run_by_forward(cls)))
 
 
 @cache
@@ -58,8 +62,7 @@ def _set_by(code: CodeType) -> frozenset[str]:
 @cache
 def changed_by_forward(cls: type[nn.Module]) -> frozenset[str]:
     """The names of the attributes whose items a class's forward changes: `self.losses.append(x)`, `self.info["k"] = x`."""
-    found = (each for function in reached(cls.forward, cls) for each in nested(function.__code__))
-    return frozenset().union(*map(_changed_by, found))
+    return frozenset().union(*map(_changed_by, run_by_forward(cls)))
 
 
 @cache
