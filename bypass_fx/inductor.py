@@ -1,12 +1,13 @@
 """A backend for torch.compile: Inductor, told how to treat graphs with ψ in them.
 
 The gradients of ψ need z, which a compiler can compute again from what the layer before keeps anyway. Left to itself,
-Inductor keeps z at the ends of residual blocks, as it is used far apart there and stands in a long chain of sums, and
+Inductor keeps z at the ends of residual blocks, as it is used far apart there, or stands in a long chain of sums, and
 writes it out in the backward elsewhere, as more than four tensors are read for it.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import fx
 from . import activation
 
 WRITTEN_FROM = 8  # reads: a value that is used again, and computed from more than these, is written out
-# Why torch keeps what is cheap to compute again.
-KEPT = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}
+# Why torch keeps what is cheap to compute again. The sums of a chain without ψ had better be kept.
+FAR_APART = {"ban_recompute_used_far_apart": False}
+IN_A_CHAIN = {"ban_recompute_long_fusible_chains": False}
 _PSI = str(Path(activation.__file__))
 
 
@@ -52,7 +54,7 @@ def backend(
     settings = known.config
     if not computes_psi(graph):
         return compile_fx(graph, example_inputs, config_patches=settings)
-    with of_autograd.patch(KEPT):
+    with of_autograd.patch(FAR_APART | IN_A_CHAIN if ends_a_block(graph) else FAR_APART):
         return compile_fx(graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings})
 
 
@@ -68,4 +70,20 @@ vars(backend)["reset"] = _let_go
 
 def computes_psi(graph: fx.GraphModule) -> bool:
     """Whether a graph of torch.compile's holds a D-activation: by the file that its calls stand in."""
-    return any(_PSI in (node.stack_trace or "") for node in graph.graph.nodes)
+    return any(map(_of_psi, graph.graph.nodes))
+
+
+def ends_a_block(graph: fx.GraphModule) -> bool:
+    """Whether a D-activation in the graph takes a sum, as those at the ends of a ResNet's blocks do."""
+    return any(_of_psi(node) and any(map(_adds, node.all_input_nodes)) for node in graph.graph.nodes)
+
+
+def _of_psi(node: fx.Node) -> bool:
+    return _PSI in (node.stack_trace or "")
+
+
+def _adds(node: fx.Node) -> bool:
+    return not _of_psi(node) and node.target in _SUMS
+
+
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}

@@ -155,6 +155,30 @@ def test_a_model_is_known_by_what_is_traced_of_it() -> None:
     assert found == [False, True, False]
 
 
+class Mixer(nn.Module):
+    """Sums in a long chain, each of which is read, with every activation inside of a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.norm = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("model", "ends"), [(_blocks(), True), (nn.Sequential(Mixer(), Mixer()), False)], ids=["ResNet", "mixer"])
+def test_chains_of_sums_are_computed_again_only_where_psi_takes_them(model: nn.Module, ends: bool) -> None:
+    found: list[bool] = []
+
+    def looking(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(inductor.ends_a_block(graph))
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.compile(bypass_fx.extend(model), backend=looking)(torch.randn(2, 3, 8, 8))
+    assert found == [ends]
+
+
 @builds
 def test_a_run_is_compiled_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
