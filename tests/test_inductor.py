@@ -166,7 +166,9 @@ class Mixer(nn.Module):
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("model", "ends"), [(_blocks(), True), (nn.Sequential(Mixer(), Mixer()), False)], ids=["ResNet", "mixer"])
+@pytest.mark.parametrize(
+    ("model", "ends"), [(_blocks(), True), (nn.Sequential(Mixer(), Mixer()), False)], ids=["ResNet", "mixer"]
+)
 def test_chains_of_sums_are_computed_again_only_where_psi_takes_them(model: nn.Module, ends: bool) -> None:
     found: list[bool] = []
 
