@@ -54,6 +54,7 @@ def test_an_epoch_leaves_out_an_incomplete_minibatch_but_never_all() -> None:
     assert Feed(NUMBERS, 4, 0).steps_per_epoch == 2 and Feed(NUMBERS, 50, 0).steps_per_epoch == 1
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a machine of one core has
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_dataset_gives_the_minibatches_that_tensors_give(workers: int) -> None:
     assert _order(examples=Plain(), workers=workers) == _order()
