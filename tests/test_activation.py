@@ -324,7 +324,9 @@ def test_small_inputs_are_left_to_torchs_own_steps(monkeypatch: pytest.MonkeyPat
     assert "Within" in type(wide.grad_fn).__name__  # where δ is wider, its gradient is
 
 
-@pytest.mark.parametrize(("channels", "width"), [(1, 3), (2, 5), (-1, 7), (-2, 5), ((3, 1, 7), 21), ((3, 5, 1), 15)], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "width"), [(1, 3), (2, 5), (-1, 7), (-2, 5), ((3, 1, 7), 21), ((3, 5, 1), 15)], ids=str
+)
 def test_a_compiler_sees_psi_in_the_order_of_memory(channels: Any, width: int) -> None:
     """Values that lie token by token, as attention's heads do; along whatever axis δ lies."""
     z, delta = torch.randn(2, 5, 3, 7).transpose(1, 2), torch.randn(width)
@@ -332,9 +334,7 @@ def test_a_compiler_sees_psi_in_the_order_of_memory(channels: Any, width: int) -
     seen: list[tuple[int, ...]] = []
 
     def looking(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        seen.extend(
-            node.meta["example_value"].stride() for node in graph.graph.nodes if node.target is torch.addcmul
-        )
+        seen.extend(node.meta["example_value"].stride() for node in graph.graph.nodes if node.target is torch.addcmul)
         return graph.forward
 
     torch.compiler.reset()

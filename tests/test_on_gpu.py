@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
     pytest.mark.filterwarnings("ignore:opt2 ended", "ignore:variety", "ignore:lagrangian", "ignore:penalty"),
     # What torch says of itself: of its search for waits, of the first graph that it captures, and of TF32.
-    pytest.mark.filterwarnings("ignore:Synchronization debug", "ignore:The CUDA Graph is empty", "ignore:TensorFloat32"),
+    pytest.mark.filterwarnings(
+        "ignore:Synchronization debug", "ignore:The CUDA Graph is empty", "ignore:TensorFloat32"
+    ),
 ]
 
 

@@ -14,7 +14,7 @@ which came in with the second round of the search. Every bypass begins at θ* an
 soon after, but for candidates of that round.
 
 Equal wall time: the step of each kind is timed on one model, alternating in one run; what a whole run of an arm costs over
-plain training follows from the lengths of its phases. The arms named in `timed` run once more with as many steps fewer.
+plain training follows from the lengths of its phases. Bypasses and SAM run once more with as many steps fewer.
 The steps of a probe (20 for each candidate) and the look for stuck channels (one gradient over the training set) are in no
 budget; where they find nothing to bypass, the seed trains on, with equal wall time for all steps.
 

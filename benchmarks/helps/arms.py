@@ -56,6 +56,11 @@ class Arm:
     select: str = ""
     accept: str = ""
 
+    @property
+    def takes_longer(self) -> bool:
+        """Whether its steps take longer than those of plain training."""
+        return bool(self.sam or self.comeback)
+
     def factor(self, step: int, steps: int, decay: float) -> float:
         """The learning rate at a step over that before θ*.
 

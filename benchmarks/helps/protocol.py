@@ -26,7 +26,6 @@ class Protocol:
     plain: tuple[Arm, ...]
     search: tuple[Arm, ...]
     verdict: tuple[Arm, ...]
-    timed: tuple[str, ...]
     decay: float
     search_seed: int
     search_seeds: int
@@ -63,7 +62,7 @@ def read(full: bool = False, cifar10: str = "", file: Path = FILE) -> Protocol:
             tasks[name] = Task(name=name, **numbers)
     return Protocol(
         tasks, _arms("plain", given["plain"].items()), _arms("bypass", given["search"].items()),
-        _arms("bypass", given["verdict"].items()), tuple(given["timed"]), given["decay"], given["search_seed"],
+        _arms("bypass", given["verdict"].items()), given["decay"], given["search_seed"],
         given["search_seeds"], full,
     )  # fmt: skip
 

@@ -63,7 +63,7 @@ def _task(protocol: Protocol, stage: Stage, task: Task, arms: Sequence[Arm], fil
     done = {(row["arm"], row["budget"]) for row in file if row["task"] == task.name and row["kind"] == "arm"}
     jobs = [(arm, "steps", task.steps) for arm in arms if (arm.name, "steps") not in done]
     if stage != "search":
-        timed = [arm for arm in arms if arm.name in protocol.timed and (arm.name, "time") not in done]
+        timed = [arm for arm in arms if arm.takes_longer and (arm.name, "time") not in done]
         jobs += [(arm, "time", round(task.steps / priced[arm.name])) for arm in timed]
     counted = any(row["kind"] == "stuck" and row["task"] == task.name for row in file)
     if not jobs and counted:
