@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fused
+from .dense import channel_sums
 from .passes.derivatives import ELEMENTWISE, Parameter, name_of
 from .passes.errors import BypassError
 from .passes.heads import with_heads_of
@@ -140,7 +141,7 @@ class Within(torch.autograd.Function):
             slope = ELEMENTWISE[ctx.name].derivative(g, z, *ctx.parameters)  # type: ignore[attr-defined]
             of_z = torch.addcmul(slope, g, d.to(g.dtype)) if seen else slope.addcmul_(g, d.to(g.dtype))
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            of_d = _summed(g, z, d)
+            of_d = channel_sums(g, z, z.dim() - d.dim(), step_by_step=seen).to(d.dtype).view(d.shape)
         return of_z, of_d, None, None
 
     @staticmethod
@@ -150,21 +151,6 @@ class Within(torch.autograd.Function):
         slope: Tensor = ELEMENTWISE[ctx.name].derivative(along, z, *ctx.parameters)  # type: ignore[attr-defined]
         moved = torch.addcmul(slope, along, d.to(along.dtype))
         return moved if dd is None else moved + z * dd.to(z.dtype)
-
-
-_PIECE = 2**18  # numbers for each thread: g z of a piece stays in the processor's cache between its product and its sum
-
-
-def _summed(g: Tensor, z: Tensor, d: Tensor) -> Tensor:
-    """Σ g z over what d is spread along, in d's shape and dtype."""
-    axes = [axis for axis in range(z.dim()) if axis < z.dim() - d.dim() or d.shape[axis - z.dim()] == 1]
-    pieces = g.numel() // (_PIECE * torch.get_num_threads()) if g.device.type == "cpu" and 0 in axes else 1
-    parts = [
-        (one * its_z).sum(axes, keepdim=True, dtype=d.dtype) if axes else (one * its_z).to(d.dtype)
-        for one, its_z in zip(g.tensor_split(max(1, pieces)), z.tensor_split(max(1, pieces)), strict=True)
-    ]
-    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    return total.reshape(d.shape)
 
 
 def _beside(activated: Tensor, z: Tensor, delta: Tensor, channels: int | tuple[int, ...]) -> Tensor:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dense import channel_sums, lies
 from .passes.derivatives import ELEMENTWISE, Elementwise, Parameter
 
 if TYPE_CHECKING:
-    from .triton_psi import Kernel, Matrix
+    from .triton_psi import Kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEAR = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # how far rounding may take a norm, relatively
@@ -52,26 +53,6 @@ def torch_s_own(kernel: Kernel) -> tuple[Elementwise, tuple[Parameter, ...]]:
     return ELEMENTWISE[name], {"leaky_relu": (p,), "hardtanh": (p, q)}.get(name, ())
 
 
-def lies(z: Tensor, axis: int) -> Matrix | None:
-    """How z lies in memory, with its channels along `axis`, counted from 0; None where it has gaps or overlaps."""
-    from .triton_psi import Matrix
-
-    order = sorted((at for at in range(z.dim()) if z.shape[at] != 1), key=z.stride, reverse=True)
-    expected = 1
-    for at in reversed(order):
-        if z.stride(at) != expected:
-            return None
-        expected *= z.shape[at]
-    channels = z.shape[axis]
-    behind = order[order.index(axis) + 1 :] if axis in order else order[1:]
-    columns = 1
-    for at in behind:
-        columns *= z.shape[at]
-    if columns == 1 and axis in order:
-        return Matrix(z.numel() // channels, channels, channels, True)
-    return Matrix(z.numel() // columns, columns, channels, False)
-
-
 def fits(z: Tensor, name: str, parameters: tuple[Parameter, ...]) -> Kernel | None:
     """The kernel for this activation of z, where its backward at least can be taken."""
     if not z.is_cuda or z.dtype not in _DTYPES:
@@ -87,7 +68,11 @@ def forward(
 
     `seen` lets a compiler see the launch of a kernel.
     """
-    matrix = lies(z, axis) if z.is_cuda and (trust(kernel, z.dtype, z.device).forward or not exact) else None
+    matrix = (
+        lies(z.shape, z.stride(), axis)
+        if z.is_cuda and (trust(kernel, z.dtype, z.device).forward or not exact)
+        else None
+    )
     if matrix:
         from . import triton_psi
 
@@ -101,7 +86,7 @@ def backward(
     g: Tensor, z: Tensor, d: Tensor, axis: int, kernel: Kernel, seen: Callable[[Any], Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of z and, in its dtype, of δ."""
-    matrix = lies(z, axis) if z.is_cuda else None
+    matrix = lies(z.shape, z.stride(), axis) if z.is_cuda else None
     if matrix:
         from . import triton_psi
 
@@ -111,8 +96,7 @@ def backward(
         return of_z, of_d.to(d.dtype)
     sigma, parameters = torch_s_own(kernel)
     slope = sigma.derivative(g, z, *parameters)
-    others = [at for at in range(z.dim()) if at != axis]
-    return torch.addcmul(slope, g, _spread(d, g, axis)), (g * z).sum(others, dtype=d.dtype)
+    return torch.addcmul(slope, g, _spread(d, g, axis)), channel_sums(g, z, axis, step_by_step=True).to(d.dtype)
 
 
 def _spread(d: Tensor, z: Tensor, axis: int) -> Tensor:
@@ -126,7 +110,9 @@ def trust(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust:
     return _trust(kernel, dtype, device)
 
 
-vars(trust)["_dynamo_marked_constant"] = True  # as torch.compiler.assume_constant_result does, which imports the compiler
+vars(trust)["_dynamo_marked_constant"] = (
+    True  # as torch.compiler.assume_constant_result does, which imports the compiler
+)
 
 
 @cache
@@ -159,7 +145,7 @@ def agreement(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust
         z[0, :4] = torch.tensor([0.0, -0.0, 100.0, -100.0]).view(-1, *[1] * (z.dim() - 2))
         z, g = z.to(device, dtype), g.to(device, dtype)
         d = torch.randn(shape[1], generator=generator).to(device)
-        matrix = lies(z, 1)
+        matrix = lies(z.shape, z.stride(), 1)
         assert matrix is not None, "a new tensor is dense"
         still = triton_psi.forward(z, torch.zeros_like(d), kernel, matrix)
         moved = triton_psi.forward(z, d, kernel, matrix)

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from .dense import Matrix
+
 Kernel = tuple[str, float, float]  # the name of σ, and its parameters
 
 
@@ -141,18 +143,10 @@ def psi_backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(at_sums, tl.sum(total, axis=1), mask=mine < rows)
 
 
-class Matrix(NamedTuple):
-    """How a dense tensor lies in memory: rows of neighbours; whether a channel is a column of them, or some rows."""
-
-    rows: int
-    columns: int
-    channels: int
-    by_column: bool
-
-    def tile(self, launch: Launch) -> tuple[int, int]:
-        """Rows and columns that a program has at hand, powers of 2."""
-        wide = min(triton.next_power_of_2(self.columns), launch.by_column if self.by_column else launch.by_row)
-        return launch.numbers // wide, wide
+def tile(lies: Matrix, launch: Launch) -> tuple[int, int]:
+    """Rows and columns that a program has at hand, powers of 2."""
+    wide = min(triton.next_power_of_2(lies.columns), launch.by_column if lies.by_column else launch.by_row)
+    return launch.numbers // wide, wide
 
 
 def as_it_is(kernel: Any) -> Any:
@@ -163,7 +157,7 @@ def as_it_is(kernel: Any) -> Any:
 def forward(z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix, seen: Callable[[Any], Any] = as_it_is) -> Tensor:
     """ψ(z), laid out as z; δ of shape (channels,). `seen`: what lets a compiler see the launch."""
     name, p, q = kernel
-    high, wide = lies.tile(FORWARD)
+    high, wide = tile(lies, FORWARD)
     out = torch.empty_like(z)
     grid = (triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide))
     seen(psi_kernel)[grid](z, d, out, *lies[:3], p, q, name, lies.by_column, high, wide, num_warps=FORWARD.warps)
@@ -175,7 +169,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of z, laid out as z, and of δ, in float32; g must be laid out as z."""
     name, p, q = kernel
-    high, wide = lies.tile(BACKWARD)
+    high, wide = tile(lies, BACKWARD)
     down, across = triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide)
     if lies.by_column:
         strip = triton.cdiv(down, max(1, BACKWARD.programs // across)) * high

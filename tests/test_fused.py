@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,27 +84,6 @@ def test_the_kernels_can_be_built_for_a_gpu_that_is_not_here(name: str) -> None:
         }
         binary = built(ASTSource(kernel, signature, chosen), target=GPUTarget("cuda", 90, 32))
         assert binary.asm["cubin"]
-
-
-@given(st.permutations(range(4)), st.tuples(*[st.integers(1, 4)] * 4), st.integers(0, 3))
-def test_a_dense_tensor_is_seen_as_a_matrix_whatever_its_order(
-    order: list[int], shape: tuple[int, ...], axis: int
-) -> None:
-    back = [order.index(at) for at in range(4)]
-    z = torch.empty([shape[at] for at in order]).permute(back)
-    assert z.shape == torch.Size(shape)
-    matrix = fused.lies(z, axis)
-    assert matrix is not None and matrix.rows * matrix.columns == z.numel() and matrix.channels == z.shape[axis]
-    channel = torch.arange(z.shape[axis]).view(-1, *[1] * (3 - axis)).expand(z.shape)
-    in_memory = torch.empty_like(z, dtype=torch.int64).copy_(channel).as_strided((z.numel(),), (1,))
-    at = torch.arange(z.numel())
-    row, column = at // matrix.columns, at % matrix.columns
-    assert torch.equal(in_memory, column if matrix.by_column else row % matrix.channels)
-
-
-def test_a_tensor_with_gaps_or_overlaps_is_left_to_torch() -> None:
-    assert fused.lies(torch.empty(4, 6)[:, ::2], 1) is None
-    assert fused.lies(torch.empty(6).expand(4, 6), 1) is None
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own check reads it
