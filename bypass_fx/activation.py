@@ -135,8 +135,8 @@ class Within(torch.autograd.Function):
         of_z = of_d = None
         seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         if ctx.kernel and all(ctx.needs_input_grad[:2]) and not seen:  # type: ignore[attr-defined]
-            of_z, of_d = fused.backward(g, z, d.flatten(), z.dim() - d.dim(), ctx.kernel)  # type: ignore[attr-defined]
-            return of_z, of_d.view(d.shape), None, None
+            of_z, sums = fused.backward(g, z, d.flatten(), z.dim() - d.dim(), ctx.kernel)  # type: ignore[attr-defined]
+            return of_z, sums.to(d.dtype).view(d.shape), None, None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             slope = ELEMENTWISE[ctx.name].derivative(g, z, *ctx.parameters)  # type: ignore[attr-defined]
             of_z = torch.addcmul(slope, g, d.to(g.dtype)) if seen else slope.addcmul_(g, d.to(g.dtype))

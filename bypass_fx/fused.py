@@ -83,20 +83,33 @@ def forward(
 
 
 def backward(
-    g: Tensor, z: Tensor, d: Tensor, axis: int, kernel: Kernel, seen: Callable[[Any], Any] | None = None
+    g: Tensor,
+    z: Tensor,
+    d: Tensor,
+    axis: int,
+    kernel: Kernel,
+    seen: Callable[[Any], Any] | None = None,
+    with_bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of z and, in its dtype, of δ."""
+    """The gradients of z and of δ, the latter a row, in float32 or wider: (1, channels).
+
+    `with_bias`: a second row is that of a bias which the layer before has added to z, the sum of z's gradient.
+    """
     matrix = lies(z.shape, z.stride(), axis) if z.is_cuda else None
     if matrix:
         from . import triton_psi
 
         if g.stride() != z.stride() or g.dtype != z.dtype:
             g = torch.empty_like(z).copy_(g)
-        of_z, of_d = triton_psi.backward(g, z, d, kernel, matrix, seen or triton_psi.as_it_is)
-        return of_z, of_d.to(d.dtype)
-    sigma, parameters = torch_s_own(kernel)
-    slope = sigma.derivative(g, z, *parameters)
-    return torch.addcmul(slope, g, _spread(d, g, axis)), channel_sums(g, z, axis, step_by_step=True).to(d.dtype)
+        at_once = with_bias and matrix.by_column
+        of_z, sums = triton_psi.backward(g, z, d, kernel, matrix, seen or triton_psi.as_it_is, at_once)
+    else:
+        sigma, parameters = torch_s_own(kernel)
+        of_z = torch.addcmul(sigma.derivative(g, z, *parameters), g, _spread(d, g, axis))
+        sums = channel_sums(g, z, axis, step_by_step=True)[None]
+    if with_bias and len(sums) == 1:
+        sums = torch.stack([sums[0], of_z.sum([at for at in range(z.dim()) if at != axis], dtype=sums.dtype)])
+    return of_z, sums
 
 
 def _spread(d: Tensor, z: Tensor, axis: int) -> Tensor:
@@ -152,10 +165,11 @@ def agreement(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Trust
         right = sigma.value(z, *parameters)
         spread = _spread(d, z, 1)
         value &= torch.equal(still, right) and _near(moved, torch.addcmul(right, z, spread))
-        of_z, of_d = triton_psi.backward(g, z, d, kernel, matrix)
+        of_z, sums = triton_psi.backward(g, z, d, kernel, matrix, with_bias=matrix.by_column)
         slope &= _near(of_z, torch.addcmul(sigma.derivative(g, z, *parameters), g, spread))
         others = [at for at in range(z.dim()) if at != 1]
-        slope &= bool((of_d - (g.double() * z.double()).sum(others)).norm() <= 1e-5 * of_d.norm())
+        for found, summand in zip(sums, (g.double() * z.double(), of_z.double()), strict=False):
+            slope &= bool((found - summand.sum(others)).norm() <= 1e-5 * found.norm())
     return Trust(value and slope, slope)
 
 

@@ -54,6 +54,7 @@ def backend(
     settings = known.config
     if not computes_psi(graph):
         return compile_fx(graph, example_inputs, config_patches=settings)
+    hand_over_biases(graph)
     with of_autograd.patch(FAR_APART | IN_A_CHAIN if ends_a_block(graph) else FAR_APART):
         return compile_fx(graph, example_inputs, config_patches={"realize_reads_threshold": WRITTEN_FROM, **settings})
 
@@ -68,14 +69,60 @@ def _let_go() -> None:
 vars(backend)["reset"] = _let_go
 
 
+def hand_over_biases(graph: fx.GraphModule) -> None:
+    """Let the operator ψ take the gradient of the bias before it, which its kernel sums on the way.
+
+    Inductor sums it so for an activation; the operator is closed to it, and z's gradient would be read once more. The
+    bias of a dense layer whose result goes to ψ and nowhere else no longer takes part in the layer's own backward.
+    """
+    for part in _parts(graph):
+        for node in part.graph.nodes:
+            _hand_over(node)
+        part.recompile()
+
+
+def _hand_over(psi: fx.Node) -> None:
+    from .psi_op import psi_op
+
+    layer = psi.args[0] if psi.target is psi_op._opoverload and len(psi.args) < _PLACES else None
+    bias = _bias_of(layer) if isinstance(layer, fx.Node) and len(layer.users) == 1 else None
+    if not isinstance(layer, fx.Node) or bias is None:
+        return
+    with layer.graph.inserting_before(layer):
+        alone = layer.graph.call_method("detach", (bias,))
+    alone.meta = {**layer.meta, "example_value": bias.meta["example_value"].detach()}
+    layer.replace_input_with(bias, alone)
+    psi.args = (*psi.args, bias)
+
+
+_PLACES = 7  # of the operator's arguments, the last of which is the bias
+
+
+def _bias_of(layer: fx.Node) -> fx.Node | None:
+    """The bias of a dense layer, where it has one of as many numbers as channels, that is trained."""
+    if layer.target is not torch.nn.functional.linear:
+        return None
+    bias = layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+    if not isinstance(bias, fx.Node):
+        return None
+    value, z = bias.meta["example_value"], layer.meta["example_value"]
+    return bias if value.requires_grad and value.shape == z.shape[-1:] else None
+
+
 def computes_psi(graph: fx.GraphModule) -> bool:
     """Whether a graph of torch.compile's holds a D-activation: by the file that its calls stand in."""
-    return any(map(_of_psi, graph.graph.nodes))
+    return any(_of_psi(node) for part in _parts(graph) for node in part.graph.nodes)
 
 
 def ends_a_block(graph: fx.GraphModule) -> bool:
     """Whether a D-activation in the graph takes a sum, as those at the ends of a ResNet's blocks do."""
-    return any(_of_psi(node) and any(map(_adds, node.all_input_nodes)) for node in graph.graph.nodes)
+    nodes = [node for part in _parts(graph) for node in part.graph.nodes]
+    return any(_of_psi(node) and any(map(_adds, node.all_input_nodes)) for node in nodes)
+
+
+def _parts(graph: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph, and those in it: what is checkpointed has one of its own."""
+    return [part for part in graph.modules() if isinstance(part, fx.GraphModule)]
 
 
 def _of_psi(node: fx.Node) -> bool:

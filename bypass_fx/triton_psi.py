@@ -108,11 +108,17 @@ def psi_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def psi_backward_kernel(  # type: ignore[no-untyped-def]
     g_at, z_at, d_at, of_z_at, sums_at, rows, columns, channels, p, q,
-    strip, name: tl.constexpr, by_column: tl.constexpr, high: tl.constexpr, wide: tl.constexpr, stages: tl.constexpr,
+    strip, name: tl.constexpr, by_column: tl.constexpr, with_bias: tl.constexpr,
+    high: tl.constexpr, wide: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """σ'(z) g + d g, and Σ g z: over strips of rows for each column, or over strips of columns for each row."""
+    """σ'(z) g + d g, and Σ g z: over strips of rows for each column, or over strips of columns for each row.
+
+    `with_bias`, by column only: also the sums of the first, which are the gradient of a bias in z.
+    """
     dtype = z_at.dtype.element_ty
     total = tl.zeros((high, wide), dtype=tl.float32)
+    if with_bias:
+        of_bias = tl.zeros((high, wide), dtype=tl.float32)
     if by_column:
         first_row, first_column = tl.program_id(0) * strip, tl.program_id(1) * wide
         mine = first_column + tl.arange(0, wide)
@@ -134,10 +140,16 @@ def psi_backward_kernel(  # type: ignore[no-untyped-def]
         g = tl.load(g_at + at, mask=there, other=0.0).to(tl.float32)
         z = tl.load(z_at + at, mask=there, other=0.0).to(tl.float32)
         slope = _sloped(g, z, name, p, q).to(dtype).to(tl.float32)
-        tl.store(of_z_at + at, (slope + g * d).to(dtype), mask=there)
+        of_z = (slope + g * d).to(dtype)
+        tl.store(of_z_at + at, of_z, mask=there)
         total += g * z
+        if with_bias:
+            of_bias += of_z.to(tl.float32)
     if by_column:
-        tl.store(sums_at + tl.program_id(0) * columns + mine, tl.sum(total, axis=0), mask=mine < columns)
+        at_sums = sums_at + tl.program_id(0) * (1 + with_bias) * columns + mine
+        tl.store(at_sums, tl.sum(total, axis=0), mask=mine < columns)
+        if with_bias:
+            tl.store(at_sums + columns, tl.sum(of_bias, axis=0), mask=mine < columns)
     else:
         at_sums = sums_at + mine.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(at_sums, tl.sum(total, axis=1), mask=mine < rows)
@@ -165,16 +177,25 @@ def forward(z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix, seen: Callable[[
 
 
 def backward(
-    g: Tensor, z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix, seen: Callable[[Any], Any] = as_it_is
+    g: Tensor,
+    z: Tensor,
+    d: Tensor,
+    kernel: Kernel,
+    lies: Matrix,
+    seen: Callable[[Any], Any] = as_it_is,
+    with_bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of z, laid out as z, and of δ, in float32; g must be laid out as z."""
+    """The gradients of z, laid out as z, and, in float32, of δ in a row of its own; g must be laid out as z.
+
+    `with_bias`, where the channels are columns: in a second row the sums of z's gradient.
+    """
     name, p, q = kernel
     high, wide = tile(lies, BACKWARD)
     down, across = triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide)
     if lies.by_column:
         strip = triton.cdiv(down, max(1, BACKWARD.programs // across)) * high
         grid = (triton.cdiv(lies.rows, strip), across)
-        sums = torch.empty(grid[0], lies.channels, dtype=torch.float32, device=z.device)
+        sums = torch.empty(grid[0], 1 + with_bias, lies.channels, dtype=torch.float32, device=z.device)
     else:
         strip = triton.cdiv(across, max(1, BACKWARD.programs // down)) * wide
         grid = (down, triton.cdiv(lies.columns, strip))
@@ -192,9 +213,10 @@ def backward(
         strip,
         name,
         lies.by_column,
+        with_bias,
         high,
         wide,
         BACKWARD.stages,
         num_warps=BACKWARD.warps,
     )
-    return of_z, sums.sum([0, 2] if sums.dim() == 3 else 0)
+    return of_z, sums.sum(0) if lies.by_column else sums.sum([0, 2])[None]

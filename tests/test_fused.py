@@ -67,9 +67,10 @@ def test_the_kernels_can_be_built_for_a_gpu_that_is_not_here(name: str) -> None:
     from bypass_fx import triton_psi
 
     for kernel in (triton_psi.psi_kernel, triton_psi.psi_backward_kernel):
-        chosen: dict[str, Any] = {"name": name, "by_column": name != "gelu", "high": 16, "wide": 256}
+        by_column = name != "gelu"
+        chosen: dict[str, Any] = {"name": name, "by_column": by_column, "high": 16, "wide": 256}
         if kernel is triton_psi.psi_backward_kernel:
-            chosen["stages"] = triton_psi.BACKWARD.stages
+            chosen |= {"stages": triton_psi.BACKWARD.stages, "with_bias": by_column}
         kinds = {
             "z_at": "*bf16",
             "g_at": "*bf16",
@@ -92,8 +93,23 @@ def test_the_operator_is_a_sound_one(kernel: fused.Kernel) -> None:
     z = torch.randn(3, 5, 4, dtype=torch.double, requires_grad=True)
     d = torch.randn(5, dtype=torch.double, requires_grad=True)
     torch.library.opcheck(psi_op, (z, d, 1, *kernel))
-    torch.library.opcheck(psi_backward_op, (torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(5), 1, *kernel))
+    for with_bias in (False, True):
+        given = (torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(5), 1, *kernel, with_bias)
+        torch.library.opcheck(psi_backward_op, given)
     torch.autograd.gradcheck(lambda z, d: psi_op(z, d, 1, *kernel), (z, d))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel[0])
+def test_the_operator_gives_the_bias_before_it_its_gradient(kernel: fused.Kernel) -> None:
+    inputs = [torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((7, 3), (5, 3), (5,), (5,))]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, d: Tensor) -> Tensor:
+        return psi_op(F.linear(x, weight, bias.detach()), d, 1, *kernel, bias)
+
+    torch.autograd.gradcheck(call, inputs)
+    z = F.linear(inputs[0], inputs[1], inputs[2].detach())
+    torch.library.opcheck(psi_op, (z.detach().requires_grad_(), inputs[3], 1, *kernel, inputs[2]))
 
 
 class Dense(nn.Module):
@@ -130,7 +146,7 @@ def test_a_compiled_model_takes_the_operator_between_dense_layers(
     calls: list[int] = []
 
     def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        calls.append(sum(node.target is torch.ops.bypass_fx.psi.default for node in graph.graph.nodes))
+        calls.append(sum(node.target is psi_op._opoverload for node in graph.graph.nodes))
         from torch._dynamo import lookup_backend
 
         return lookup_backend(backend)(graph, inputs)
@@ -151,13 +167,17 @@ def test_what_disagrees_or_cannot_be_built_is_not_taken(monkeypatch: pytest.Monk
     def forward(z: Tensor, d: Tensor, kernel: fused.Kernel, matrix: Any) -> Tensor:
         return fused.forward(z, d, 1, kernel) + off
 
-    def backward(g: Tensor, z: Tensor, d: Tensor, kernel: fused.Kernel, matrix: Any) -> tuple[Tensor, Tensor]:
-        of_z, of_d = fused.backward(g, z, d, 1, kernel)
-        return of_z, of_d * scale
+    def backward(
+        g: Tensor, z: Tensor, d: Tensor, kernel: fused.Kernel, matrix: Any, with_bias: bool
+    ) -> tuple[Tensor, Tensor]:
+        of_z, sums = fused.backward(g, z, d, 1, kernel, None, with_bias)
+        return of_z, torch.cat([sums[:1] * scale, sums[1:] * scale_of_bias])
 
     monkeypatch.setattr(triton_psi, "forward", forward)
     monkeypatch.setattr(triton_psi, "backward", backward)
-    off, scale = 0.0, 1.0
+    off, scale, scale_of_bias = 0.0, 1.0, 1.001
+    assert fused.agreement(KERNELS[0], torch.float32, cpu) == Trust(False, False)
+    scale_of_bias = 1.0
     assert fused.agreement(KERNELS[0], torch.float32, cpu) == Trust(True, True)
     off = 1e-7
     assert fused.agreement(KERNELS[0], torch.float32, cpu) == Trust(False, True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import list_backends
+from torch._dynamo import list_backends, lookup_backend
+from torch.utils.checkpoint import checkpoint
 
 import bypass_fx
-from bypass_fx import inductor
+from bypass_fx import activation, fused, inductor
+from bypass_fx.psi_op import psi_op
 from tests.runs import trainer
 
 can_build = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -85,6 +88,7 @@ def test_graphs_without_psi_are_inductor_s_alone(monkeypatch: pytest.MonkeyPatch
     from torch._inductor import compile_fx
 
     seen: list[tuple[dict[str, Any], bool]] = []
+    handed: list[int] = []
     original = compile_fx.compile_fx
 
     def looking(graph: Any, inputs: Any, **how: Any) -> Any:
@@ -93,12 +97,13 @@ def test_graphs_without_psi_are_inductor_s_alone(monkeypatch: pytest.MonkeyPatch
         return original(graph, inputs, **how)
 
     monkeypatch.setattr(compile_fx, "compile_fx", looking)
+    monkeypatch.setattr(inductor, "hand_over_biases", lambda graph: handed.append(len(seen)))
     x, before = torch.randn(2, 3, 8, 8), of_autograd.ban_recompute_used_far_apart
     _step(_blocks(), x, backend="bypass_fx")
     _step(_extended(), x, backend="bypass_fx", options={"realize_reads_threshold": 5, "max_fusion_size": 32})
     _step(_extended(), x, backend="bypass_fx", mode="reduce-overhead")
     (plain, kept), (chosen, apart), (graphs, also) = seen
-    assert plain == {} and kept is before
+    assert plain == {} and kept is before and handed == [1, 2]
     assert chosen == {"realize_reads_threshold": 5, "max_fusion_size": 32} and apart is also is False
     assert graphs["realize_reads_threshold"] == inductor.WRITTEN_FROM and graphs["triton.cudagraphs"]
     assert of_autograd.ban_recompute_used_far_apart is before
@@ -153,6 +158,70 @@ def test_a_model_is_known_by_what_is_traced_of_it() -> None:
         torch.compiler.reset()
         torch.compile(model, backend=looking)(x)
     assert found == [False, True, False]
+
+
+class Dense(nn.Module):
+    """Dense layers before each activation: with a bias, a frozen one, none, and one whose result goes elsewhere too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen, self.both, self.last = (nn.Linear(8, 8) for _ in range(4))
+        self.bare = nn.Linear(8, 8, bias=False)
+        self.frozen.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.gelu(self.first(x))
+        y = self.bare(torch.relu(self.frozen(y)))
+        z = self.both(nn.functional.silu(y))
+        return self.last(torch.relu(z)) * z.sigmoid()  # type: ignore[no-any-return]
+
+
+class Checkpointed(nn.Module):
+    """A net whose activations are computed again in the backward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("around", [nn.Sequential, Checkpointed])
+def test_psi_takes_the_gradient_of_the_bias_before_it(
+    monkeypatch: pytest.MonkeyPatch, autocast: bool, around: Callable[[nn.Module], nn.Module]
+) -> None:
+    """As on a GPU; here the operator computes with torch's own."""
+    torch.manual_seed(0)
+    model, x = bypass_fx.extend(around(Dense()), mode="all"), torch.randn(4, 3, 8)
+    for site in bypass_fx.sites(model):
+        with torch.no_grad():
+            bypass_fx.surgery.delta_of(model, site).normal_()
+    monkeypatch.setattr(activation, "_alone", lambda z, delta, channels: True)
+    monkeypatch.setattr(fused, "fits", lambda z, name, parameters: fused.kernel_of(name, parameters))
+    handed: list[int] = []
+
+    def handing(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        assert inductor.computes_psi(graph)
+        inductor.hand_over_biases(graph)
+        for part in graph.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                part.graph.lint()
+                calls = part.graph.find_nodes(op="call_function", target=psi_op._opoverload)
+                handed.extend(len(node.args) for node in calls)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, right = _step(model, x, backend="eager")
+        _, gradients = _step(model, x, backend=handing)
+    assert handed == [7, 6, 6, 6]
+    assert gradients.keys() == right.keys()
+    assert [name for name in right if name.endswith("first.bias")] and not [
+        n for n in right if n.endswith("frozen.bias")
+    ]
+    for name, gradient in gradients.items():
+        assert (gradient - right[name]).norm() <= (2e-2 if autocast else 1e-5) * right[name].norm(), name
 
 
 class Mixer(nn.Module):
