@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +25,22 @@ from bypass_fx import inductor
 
 from . import beside, growth, penalty_cost, psi_cost
 from .results_file import ResultsFile
-from .stopwatch import SHORT, interleaved, kernels_take, peak_memory, ratios, seconds, turn
+from .stopwatch import SHORT, interleaved, kernels_take, page_faults, peak_memory, ratios, seconds, turn
 from .workloads import WORKLOADS, Workload
 
 REPEATS = 7
 LONG, REPEATS_OF_LONG = 2.0, 4  # seconds of a step
 BACKEND = inductor.backend  # without D it is Inductor as it comes
+KEEPS = "eager, memory kept"
 WAYS: dict[str, dict[str, Any] | None] = {
     "eager": None,
+    KEEPS: None,
     "compiled": {},
     "CUDA graphs": {"mode": "reduce-overhead"},
 }
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc gives no memory back that is freed
 SMALL = ("2c2d", "char12")  # whose kernels are so short that CUDA graphs pay
+_KEEPING = " ".join(f"{name}={value}" for name, value in KEEPING.items())
 FOREVER = 10**7  # steps of a phase that outlasts the measurement
 RETURNS: dict[str, dict[str, Any]] = {
     "homotopy": {"comeback": "homotopy"},
@@ -142,11 +151,26 @@ def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
         "ratios": ratios(times, "base"),
         "memory": {arm: peak / peaks["base"] for arm, peak in peaks.items() if arm != "base"},
     }
+    if device == "cpu" and not compiled:
+        row["faults"] = {arm: page_faults(arms.steps[arm]) for arm in ("base", "opt1")}
     if kernels:
         row["kernels"] = {arm: took / kernels["base"] for arm, took in kernels.items() if arm != "base"}
     if compiled:
         row["compile"] = {"base": first["base"], "ratio": first["opt1"] / first["base"]}
     return row
+
+
+def _where_memory_is_kept(name: str) -> dict[str, Any]:
+    """Eager steps on a CPU in a process whose allocator keeps what is freed: glibc reads this as a process starts."""
+    with mock.patch.dict(os.environ, KEEPING), ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_in_its_process, name, torch.get_num_threads()).result()
+
+
+def _in_its_process(name: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return steps_of(name, "eager", "cpu")
 
 
 def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsFile:
@@ -157,8 +181,10 @@ def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsF
     file = ResultsFile(results.format(device=device), ("torch", "timm", "peft", "torch-pruning"))
     todo: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in WORKLOADS:
-        ways = [way for way in WAYS if way != "CUDA graphs" or (device == "cuda" and name in SMALL)]
+        ways = [way for way in WAYS if way != KEEPS and (way != "CUDA graphs" or (device == "cuda" and name in SMALL))]
         todo |= {f"step:{name}:{way}": partial(steps_of, name, way, device) for way in ways}
+        if device == "cpu" and sys.platform == "linux":
+            todo[f"step:{name}:{KEEPS}"] = partial(_where_memory_is_kept, name)
     todo |= psi_cost.todo(device) | penalty_cost.todo(device) | growth.todo(device) | beside.todo(device)
     for name in track([n for n in todo if pattern in n and n not in file.done("name")], description="overhead"):
         torch.compiler.reset()
@@ -189,7 +215,7 @@ def summary(file: ResultsFile) -> str:
         "takes norms and a gradient; in every step and in every 8th. "
         + ("" if on_gpu else "Batches are small, for two cores; the constraint costs the same for any batch. ")
         + "compiled: torch.compile of the model; the penalty and the schedule run beside it"
-        + (", on an H200 with its products in TF32." if on_gpu else "."),
+        + (", on an H200 with its products in TF32." if on_gpu else f". memory kept: with {_KEEPING} set, see below."),
         "",
         f"| model | way | on | batch | strict + relaxed sites | a step | {' | '.join(f'{arm}' for arm in arms)} |",
         "|---|---|---|---|---|---|" + "---|" * len(arms),
@@ -203,12 +229,21 @@ def summary(file: ResultsFile) -> str:
         lines.append(f"| {model} | {way} | {on} | {sites} | {row['seconds']:.3f} s | {numbers} |")
     lines += _of_kernels(steps, arms)
     lines += ["", "Peak memory of a step (parameters, momenta, gradients, activations) against the same:", ""]
-    lines += [f"| model | way | {' | '.join(arms)} | first step, compiling |", "|---|---|" + "---|" * (len(arms) + 1)]
+    head = [*arms, "first step, compiling", "page faults without D, in opt1"]
+    lines += [f"| model | way | {' | '.join(head)} |", "|---|---|" + "---|" * len(head)]
     for row in steps:
         _, model, way = row["name"].split(":")
         compiling = f"{row['compile']['base']:.0f} s, × {row['compile']['ratio']:.2f}" if "compile" in row else ""
-        lines.append("| " + " | ".join([model, way, *(f"{row['memory'][arm]:.3f}" for arm in arms), compiling]) + " |")
+        faults = f"{row['faults']['base']:,.0f}, {row['faults']['opt1']:,.0f}" if "faults" in row else ""
+        cells = [model, way, *(f"{row['memory'][arm]:.3f}" for arm in arms), compiling, faults]
+        lines.append("| " + " | ".join(cells) + " |")
     other = "CPU" if on_gpu else "GPU"
+    if not on_gpu:
+        lines += [
+            "",
+            "A page fault is a page of memory that the operating system hands out, and fills with zeros, as glibc has given "
+            "back what a step before had freed. ψ keeps z beside its result, where an activation in place has one tensor.",
+        ]
     lines += ["", f"Not measured on this machine: {other}.", ""]
     return "\n".join(
         [*lines, psi_cost.summary(rows), penalty_cost.summary(rows), growth.summary(rows), beside.summary(rows)]

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gc
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -72,6 +73,15 @@ def kernels_take(action: Action, runs: int = 3) -> float:
         torch.cuda.synchronize()
     took = sum(event.device_time for event in profile.events() if event.device_type.name == "CUDA")
     return float(1e-6 * took / runs)
+
+
+def page_faults(action: Action, runs: int = 3) -> float:
+    """Pages of memory that the operating system must hand out in a run, as what was freed has gone back to it."""
+    action()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(runs):
+        action()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / runs
 
 
 def peak_memory(action: Action, device: str = "cpu") -> int:
