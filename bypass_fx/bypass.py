@@ -26,6 +26,8 @@ from bypass_fx.passes.plan import Plan, Site
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.rescaled import rescale
 
+LOOKS_EVERY = 8  # steps, at all that moves: what is not finite stays so
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -56,6 +58,7 @@ class Bypass:
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
         self._moving = Moving(model, optimizer, self._deltas, like=self.gamma)
+        self._losses = torch.zeros_like(self.gamma)  # those since the last look, added up: NaN where one is not finite
         self._threshold = Threshold(course.epsilon, [*self._deltas], like=self.gamma)
         self._order = in_fold_order(self.plan)
         self._readout = Readout(first.device)
@@ -142,8 +145,9 @@ class Bypass:
 
     def _walk(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         self.opt1_steps += 1
-        self._exchange(None, loss, seen)
-        if self.opt1_steps >= self._course.opt1:
+        last = self.opt1_steps >= self._course.opt1
+        self._exchange(None, loss, seen, last or self.opt1_steps % LOOKS_EVERY == 0)
+        if last:
             self._turn_back()
 
     def _largest(self) -> Tensor:
@@ -192,7 +196,8 @@ class Bypass:
         self._latest = norms = self._shrunk(self._latest, measured)
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
-        readings = [self._exchange(norms if measured else None, loss, seen)]
+        looks = last or self.opt2_steps % LOOKS_EVERY == 0
+        readings = [self._exchange(norms if measured else None, loss, seen, looks)]
         if last:
             readings.append(self._looked_at(self._readout.flush()))
         arrived: list[str] = []
@@ -205,6 +210,8 @@ class Bypass:
         self._project(sorted(self.out) if on_time else arrived)
         self._set_gamma()
         if not self.out:
+            if not last:
+                self._exchange(None, None, None, looks=True)
             self._looked_at(self._readout.flush())
             self.contract()
         elif last and course.at_budget != "continue":
@@ -251,7 +258,7 @@ class Bypass:
     def measure(self) -> None:
         """Take the norms as they are now."""
         self._looked_at(self._readout.flush())
-        taken = self._exchange(self._norms(), None)
+        taken = self._exchange(self._norms(), None, None, looks=True)
         self.norms = taken or self._looked_at(self._readout.flush()) or {}
 
     def those_out(self) -> tuple[Arrival, ...]:
@@ -289,25 +296,30 @@ class Bypass:
             self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
 
     def _exchange(
-        self, norms: Tensor | None, loss: Tensor | float | None, seen: Seen | None = None
+        self, norms: Tensor | None, loss: Tensor | float | None, seen: Seen | None, looks: bool
     ) -> dict[str, float] | None:
         """One number per site on its way to the host, with a look at all that moves; norms that have come, by site.
 
         Args:
-            norms: of the sites, [sites], where they were taken; else whether D is finite is looked at.
-            loss: of the step.
+            norms: of the sites, [sites], where they were taken.
+            loss: of the step; one on a GPU is seen at the next look.
             seen: what was measured already.
+            looks: whether D and what moves beside it are looked at.
         """
-        if isinstance(loss, Tensor):
-            value = loss.detach().to(self.gamma, non_blocking=True)
-        else:  # a kernel writes it; a copy to a GPU would be waited for
-            value = self.gamma.new_full((), 0.0 if loss is None else float(loss))
-        if seen:
-            parts = [seen.values if norms is None else norms, seen.extent.to(self.gamma).reshape(1)]
-        else:
-            parts = [self._moving.sizes(with_d=True)] if norms is None else [norms, self._moving.sizes(with_d=False)]
-        numbers = torch.cat([*parts, value.reshape(1)])
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
+        if isinstance(loss, Tensor) and (self._readout.delays or loss.device.type != "cpu"):
+            self._losses += loss.detach().to(self.gamma, non_blocking=True).reshape(())
+        elif loss is not None and not math.isfinite(loss):
+            self._expect_finite({}, float(loss), f"{self.phase}, step {step}")
+        if norms is None and not looks:
+            return self._looked_at(self._readout.flush())
+        parts = [] if norms is None else [norms]
+        if looks and seen:
+            parts += [*([seen.values] if norms is None else []), seen.extent.to(self.gamma).reshape(1)]
+        elif looks:
+            parts.append(self._moving.sizes(with_d=norms is None))
+        numbers = torch.cat([*parts, self._losses.reshape(1)])
+        self._losses.zero_()
         return self._looked_at(self._readout.exchange(numbers, self.phase, step, norms is not None))
 
     def _looked_at(self, reading: Reading | None) -> dict[str, float] | None:

@@ -210,8 +210,8 @@ class BypassSchedule:
             seen: what the step made of the model, where that has been measured already.
 
         Raises:
-            NonFiniteError: the loss, a parameter, or a site's D or norm is NaN or infinite; names the phase, the step
-                and the site. θ* is back then, unless `snapshot` is None.
+            NonFiniteError: the loss, a parameter, D or a norm is NaN or infinite, as seen in every eighth step and at the end
+                of a phase; names phase, step and site. θ* is back then, unless `snapshot` is None.
             BypassError: the loss is no single number; the step does not count then.
         """
         expect_one_number(loss)

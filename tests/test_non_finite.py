@@ -8,6 +8,7 @@ from torch import nn
 
 from bypass_fx import surgery
 from bypass_fx.accept import Accept
+from bypass_fx.bypass import LOOKS_EVERY
 from bypass_fx.schedule import BypassSchedule, NonFiniteError
 from tests.bypasses import X, Y, begin, deltas, mlp, train_step, until_done
 
@@ -22,7 +23,13 @@ def at_the_start(model: nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 2: D of site '3'"), (5, "opt2, step 3: D of site '3'")])
+def steps_until_seen(schedule: BypassSchedule) -> None:
+    """All that moves is looked at in every few steps, and in the last of each phase."""
+    for _ in range(LOOKS_EVERY):
+        schedule.step()
+
+
+@pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 3: D of site '3'"), (5, "opt2, step 8: D of site '3'")])
 @BROKEN
 def test_d(steps: int, where: str, value: float) -> None:
     model, optimizer, schedule = begin(opt1=3, opt2=9)
@@ -31,7 +38,7 @@ def test_d(steps: int, where: str, value: float) -> None:
     with torch.no_grad():
         deltas(model)[1][0] = value
     with pytest.raises(NonFiniteError, match=where):
-        schedule.step()
+        steps_until_seen(schedule)
     assert at_the_start(model)
     assert not surgery.is_extended(model)
     assert not optimizer.state
@@ -69,7 +76,7 @@ def test_what_was_infinite_at_theta_star_is_no_reason_to_stop(frozen: bool) -> N
     assert model.mask.tolist() == [0.0, -float("inf")]
 
 
-@pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 2"), (5, "opt2, step 3")])
+@pytest.mark.parametrize(("steps", "where"), [(1, "opt1, step 3"), (5, "opt2, step 8")])
 @BROKEN
 def test_a_gradient_that_reaches_no_d(steps: int, where: str, value: float) -> None:
     model, optimizer, schedule = begin(opt1=3, opt2=9)
@@ -81,7 +88,7 @@ def test_a_gradient_that_reaches_no_d(steps: int, where: str, value: float) -> N
     with pytest.raises(
         NonFiniteError, match=rf"{where}: 4\.bias is not finite, and so was its gradient; the model is at"
     ):
-        schedule.step()
+        steps_until_seen(schedule)
     assert at_the_start(model)
 
 
@@ -89,8 +96,9 @@ def test_large_numbers_whose_norm_overflows_are_let_pass() -> None:
     model, _, schedule = begin(opt1=3, opt2=9)
     with torch.no_grad():
         model.get_parameter("4.weight").fill_(3e38)
-    schedule.step()
-    assert schedule.phase == "opt1"
+    for _ in range(3):
+        schedule.step()
+    assert schedule.phase == "opt2"
 
 
 def test_without_a_snapshot_the_message_points_to_a_checkpoint() -> None:

@@ -79,10 +79,10 @@ def test_a_step_asks_for_no_number_but_by_the_readout(
     comeback: str, delayed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer, schedule = begun(comeback, epsilon=1e-12, gamma=bypass_fx.Linear(1e-6))
-    asked = list[str]()
+    asked, counts = list[str](), list[int]()
     plain = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: asked.append("tolist") or plain(self))
-    for t in range(20):
+    for _ in range(20):
         with Scalars() as scalars:
             penalty = schedule.penalty()
         optimizer.zero_grad()
@@ -92,7 +92,9 @@ def test_a_step_asks_for_no_number_but_by_the_readout(
         with scalars:
             schedule.step(penalty.detach())
         assert scalars.count == 0, schedule.phase
-        assert asked == ["tolist"] * min(t, 1)
+        assert len(asked) <= 1 and {*asked} <= {"tolist"}
+        counts.append(len(asked))
+    assert 0 < sum(counts) <= (6 if comeback == "homotopy" else 17)
     assert schedule.phase == "opt2"
 
 
@@ -126,8 +128,10 @@ def test_late_readings_find_what_is_not_finite_a_step_later_and_say_when_it_was(
     step(model, optimizer, schedule)
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")  # type: ignore[index]
-    step(model, optimizer, schedule)
-    with pytest.raises(bypass_fx.NonFiniteError, match="opt1, step 2"):
+    for _ in range(4):
+        step(model, optimizer, schedule)
+    assert schedule.phase == "opt2"
+    with pytest.raises(bypass_fx.NonFiniteError, match="opt1, step 5"):
         step(model, optimizer, schedule)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
