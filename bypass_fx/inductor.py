@@ -105,7 +105,9 @@ def _bias_of(layer: fx.Node) -> fx.Node | None:
     bias = layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
     if not isinstance(bias, fx.Node):
         return None
-    value, z = bias.meta["example_value"], layer.meta["example_value"]
+    value, z = bias.meta.get("example_value"), layer.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or not isinstance(z, torch.Tensor):  # graphs that were split may not say
+        return None
     return bias if value.requires_grad and value.shape == z.shape[-1:] else None
 
 
