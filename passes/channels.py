@@ -78,23 +78,35 @@ class Provenance:
 
     def __init__(self, linked: Linked) -> None:
         self.linked = linked
-        self.known: dict[Spot, Channels] = {}
-        self.asked: set[Spot] = set()  # values on the way back that is being walked: a loop ends here
+        self.known: dict[Spot, Channels | None] = {}
+        self.asked: dict[Spot, int] = {}  # values on the way back that is being walked, numbered: a loop ends here
+        self.doubtful: dict[Spot, int] = {}  # not settled, as far as is known while the value of that number is walked
+        self.reached = DEPTH  # the lowest number on which hangs what is being settled; below 0, it was too deep
 
     def value(self, spot: Spot | None) -> Channels | None:
         """The channels of the value at a spot; None where they are not settled by where it comes from."""
-        if spot is None or len(self.asked) > DEPTH:
+        if spot is None:
             return None
         spot = spot if _declared(self.linked.module(spot)) else self.linked.source(spot)
         if spot in self.known:
             return self.known[spot]
-        if spot in self.asked:
+        number = len(self.asked)
+        if spot in self.asked or spot in self.doubtful or number == DEPTH:
+            self.reached = min(self.reached, self.asked.get(spot, self.doubtful.get(spot, -1)))
             return None
-        self.asked.add(spot)
+        outside, self.reached = self.reached, DEPTH
+        self.asked[spot] = number
         found = self.settle(spot)
-        self.asked.remove(spot)
-        if found is not None:
+        del self.asked[spot]
+        if found is not None or self.reached >= number:
             self.known[spot] = found
+            self.doubtful = {each: on for each, on in self.doubtful.items() if on < number}
+        else:  # it hangs on one that is still being walked, and so does what hung on it
+            self.doubtful = {each: min(on, self.reached) if on >= number else on for each, on in self.doubtful.items()}
+            self.doubtful[spot] = self.reached
+        self.reached = min(outside, self.reached) if self.reached < number else outside
+        if not number:
+            self.doubtful, self.reached = {}, DEPTH
         return found
 
     def settle(self, spot: Spot) -> Channels | None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bypass_fx
+from bypass_fx.passes.channels import Channels, Provenance
+from bypass_fx.passes.units import Spot
 
 
 class Net(nn.Module):
@@ -152,3 +154,45 @@ def test_a_hook_that_a_forward_sets_is_gone_after_a_run_and_the_model_still_runs
     assert not net.hooked and list(net.fc._forward_hooks.items()) == []
     before = net(x)
     assert torch.equal(net(x), before) and len(list(net.fc._forward_hooks.items())) == 1
+
+
+class Balanced(nn.Module):
+    """Rows and columns made to sum to one, in turns, and a loop: the module is called with what it has made."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.rounds = rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.rounds):
+            x = x / (x.sum(-1, keepdim=True) + 1e-6)
+            x = x * (x.exp() / x.sqrt())
+        return F.relu(x)
+
+
+class Twice(nn.Module):
+    """Calls a module twice, so that where its input comes from is a loop."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x.exp()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("model", [Balanced(20), Twice(Balanced(20))], ids=["once", "in a loop"])
+def test_a_value_that_is_not_settled_is_walked_back_from_once(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[int] = []
+    settle = Provenance.settle
+
+    def counting(provenance: Provenance, spot: Spot) -> Channels | None:
+        walked.append(1)
+        assert len(walked) < 2000
+        return settle(provenance, spot)
+
+    monkeypatch.setattr(Provenance, "settle", counting)
+    plan = bypass_fx.plan(model, mode="all")
+    assert not plan.sites and len(plan.refusals) == 1 and walked
