@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .activations import FUNCTIONS, MODULES, NAMES
+from .with_blocks import has_with
 
 _FARTHEST = 200  # functions that are looked at for one forward
 _LONGEST = 64  # items of a container that are looked at
@@ -145,7 +146,7 @@ def activations_below(module: nn.Module) -> list[str]:
 
 def trap(function: Callable[..., Any], functions: Iterable[FunctionType]) -> str | None:
     """Why running a method, and the functions it reaches, on traced values would not show what it does; None if it would."""
-    if any(map(_enters_a_context, codes(function))):
+    if any(map(has_with, codes(function))):
         return "its forward enters a `with` block, which a graph can't hold"
     return next((why for each in functions for code in nested(each.__code__) if (why := _trap(code))), None)
 
@@ -324,14 +325,6 @@ def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
 _TELLING = frozenset(
     {"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"}
 )
-
-
-@cache
-def _enters_a_context(code: CodeType) -> bool:
-    return any(
-        instruction.opname in ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
-        for instruction in dis.get_instructions(code)
-    )
 
 
 @cache

@@ -32,6 +32,7 @@ from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes, parts_of
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 from .watchers import watches
+from .with_blocks import in_with
 
 Returns = Mapping[str, Argument]
 NONE_KNOWN: Returns = MappingProxyType({})
@@ -74,6 +75,7 @@ class OwnerTracer(fx.Tracer):
             int, tuple[Tensor, Tensor]
         ] = {}  # tensors that are no parameters or buffers, and copies of them
         self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
+        self.own: set[CodeType] = set()  # the code that the method may run
         self.graph = fx.Graph()
 
     def run(
@@ -86,7 +88,8 @@ class OwnerTracer(fx.Tracer):
         """
         for function in functions:
             self.kept.keep_surroundings(function)
-            self.trying |= {code: ranges for code in nested(function.__code__) if (ranges := caught(code))}
+            self.own |= {*nested(function.__code__)}
+        self.trying |= {code: ranges for code in self.own if (ranges := caught(code))}
         self.kept.keep(self.root)
         try:
             with (
@@ -256,6 +259,8 @@ class OwnerTracer(fx.Tracer):
             raise UntraceableError("its forward switches gradients off, which a graph can't hold")
         if self.trying and kind.startswith("call") and target not in _SAFE and is_tried(sys._getframe(1), self.trying):
             self.refuse("its forward goes on where a call fails, which a graph can't hold")
+        if kind.startswith("call") and (entered := in_with(sys._getframe(1), OwnerTracer.run.__code__, self.own)):
+            self.refuse(f"its forward enters a `with` block (in `{entered}`), which a graph can't hold")
         return new_node(self.graph, kind, target, args, kwargs, name, type_expr)
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
