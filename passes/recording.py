@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx._symbolic_trace import _new_patcher, _patch_wrapped_functions
 from torch.nn.utils import stateless
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dice import Dice, dice, put_back
 from .hooks import Hook, Hooks
@@ -254,6 +255,8 @@ def _on_switches(recorder: Recorder) -> Iterator[None]:
     for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
         reason = f"its forward asks torch.{name}, which can change between calls"
         hooks.append((torch, name, refused(getattr(torch, name), reason, False)))
+    reason = "its forward switches gradients on or off, which a graph can't hold"
+    hooks.append((torch.set_grad_enabled, "__init__", refused(torch.set_grad_enabled.__init__, reason, False)))
     hooks.append((torch.overrides, "has_torch_function", asking))
     hooks.append((torch.autograd.Function, "apply", classmethod(applying)))
     with recorder.hooks.set(*hooks):
@@ -264,6 +267,7 @@ _CONTEXTS: dict[Any, str] = {
     torch.autocast: "switches autocast, which a graph can't hold",
     saved_tensors_hooks: "uses activation checkpointing, which a graph can't hold",  # what checkpoints are made with
     contextlib._GeneratorContextManager: "enters a context manager, which a graph can't hold",
+    TorchDispatchMode: "enters a dispatch mode, which a graph can't hold",
 }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bypass_fx
 
@@ -31,6 +33,11 @@ class Owner(nn.Module):
         raise NotImplementedError
 
 
+class Doubling(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * (2 if "relu" in str(func) else 1)
+
+
 class Swallowing:
     def __enter__(self) -> None: ...
 
@@ -45,6 +52,12 @@ class Counting:
         Counting.entered += 1
 
     def __exit__(self, *error: object) -> None: ...
+
+
+class InADispatchMode(Owner):
+    def helper(self, z: Tensor) -> Tensor:
+        with Doubling():
+            return F.relu(z)
 
 
 def counted(z: Tensor) -> Tensor:
@@ -97,6 +110,21 @@ class Decorated(WithGradients):
         return self.second(F.relu(self.first(z)))  # type: ignore[no-any-return]
 
 
+class SwitchesGradientsOn(WithGradients):
+    def helper(self, z: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        return self.second(F.relu(self.first(z)))  # type: ignore[no-any-return]
+
+
+class EntersByHand(Owner):
+    def helper(self, z: Tensor) -> Tensor:
+        mode = Doubling()
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        z = F.relu(z)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return z
+
+
 def results(net: nn.Module) -> list[tuple[Tensor, bool]]:
     """What the model returns, and whether it has a gradient, with gradients and without."""
     found = []
@@ -124,6 +152,9 @@ IN_HELPER = r"enters a `with` block \(in `helper`\)"
         (Swallows, IN_HELPER),
         (WithGradients, IN_HELPER),
         (Decorated, r"enters a `with` block \(in `decorate_context`\)"),
+        (SwitchesGradientsOn, "switches gradients on or off"),
+        (InADispatchMode, "enters a dispatch mode"),
+        (EntersByHand, "enters a dispatch mode"),
     ],
 )
 def test_what_a_context_does_to_the_calls_inside_is_not_lost(cls: type[Owner], why: str) -> None:
@@ -146,7 +177,7 @@ class Locked(Owner):
 class NotEntered(Owner):
     def helper(self, z: Tensor) -> Tensor:
         if not self.guarded:
-            with Counting():
+            with Doubling():
                 z = z + 1
         return F.relu(z)
 
