@@ -220,7 +220,10 @@ def summary(file: ResultsFile) -> str:
         f"| model | way | on | batch | strict + relaxed sites | a step | {' | '.join(f'{arm}' for arm in arms)} |",
         "|---|---|---|---|---|---|" + "---|" * len(arms),
     ]
-    steps = [row for name, row in rows.items() if name.startswith("step:")]
+    order = [f"step:{model}:{way}" for way in WAYS for model in WORKLOADS]
+    steps = sorted(
+        (row for name, row in rows.items() if name.startswith("step:")), key=lambda row: order.index(row["name"])
+    )
     for row in steps:
         _, model, way = row["name"].split(":")
         sites = f"{row['sites']['folded'] + row['sites']['augmented']} + {row['sites']['zero']}"
