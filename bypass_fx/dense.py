@@ -60,8 +60,10 @@ def channel_sums(g: Tensor, z: Tensor, axis: int, step_by_step: bool = False) ->
         tensor([3., 5., 7.])
     """
     wide = torch.promote_types(z.dtype, torch.float32)
-    at_once = z.device.type == "cpu" and g.dtype == z.dtype and not step_by_step
-    matrix = _remembered(z.shape, z.stride(), axis) if at_once else None
+    plain = type(g) is type(z) is Tensor and g.dtype == z.dtype
+    at_once = plain and z.device.type == "cpu" and not step_by_step
+    look = lies if torch.compiler.is_compiling() else _remembered
+    matrix = look(z.shape, z.stride(), axis) if at_once else None
     if matrix is None:
         others = [at for at in range(z.dim()) if at != axis]
         return (g * z).sum(others, dtype=wide) if others else (g * z).to(wide)

@@ -355,7 +355,7 @@ def _fold_all(root: nn.Module, taken: list[Site]) -> dict[str, Tensor | None]:
 
 
 def _number(value: Tensor | None) -> float:
-    if value is None or value.is_meta:
+    if value is None or value.is_meta or hasattr(value, "fake_mode"):
         return 0.0
     return float(torch.linalg.vector_norm(value))
 

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 Dice = tuple[Any, Any, bytes]
 
@@ -15,7 +16,9 @@ Dice = tuple[Any, Any, bytes]
 def dice() -> Dice:
     """The state of every one of them; of equal states equal numbers come."""
     numpy = sys.modules.get("numpy")
-    return random.getstate(), _numpys(numpy) if numpy else b"", torch.get_rng_state().numpy().tobytes()
+    with _disable_current_modes():  # under one of fake tensors the state would be none
+        of_torch = torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), _numpys(numpy) if numpy else b"", of_torch
 
 
 def put_back(before: Dice) -> None:
@@ -29,7 +32,8 @@ def put_back(before: Dice) -> None:
     """
     of_python, of_numpy, of_torch = before
     random.setstate(of_python)
-    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
+    with _disable_current_modes():
+        torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
     numpy: Any = sys.modules.get("numpy")
     if isinstance(of_numpy, bytes) and len(of_numpy) == _MERSENNE_TWISTER:
         ctypes.memmove(numpy.random.get_bit_generator().ctypes.state_address, of_numpy, _MERSENNE_TWISTER)

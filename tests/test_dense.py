@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
+import bypass_fx
 from bypass_fx.dense import channel_sums, lies
 
 
@@ -83,3 +88,16 @@ def test_a_narrow_gradient_is_summed_as_exactly_as_a_wide_one() -> None:
     narrow = channel_sums(g.bfloat16(), z.bfloat16(), 1)
     right = (g.bfloat16().double() * z.bfloat16().double()).sum(0)
     assert (narrow - right).norm() <= 1e-5 * right.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own check reads it
+def test_a_backward_that_is_compiled_computes_the_same() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3))
+    bypass_fx.extend(net, mode="all")
+    x, found = torch.randn(4, 3, 32, 32), []
+    for around in (nullcontext(), compiled_autograd._enable(partial(torch.compile, backend="eager"))):
+        net.zero_grad()
+        with around:
+            net(x).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None])
+    assert len(found[0]) == 5 and all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*found, strict=True))
