@@ -50,7 +50,7 @@ class Bypass:
         self, model: nn.Module, optimizer: Optimizer, course: Course, plan: Plan | None, as_plan: Mapping[str, Any]
     ) -> None:
         self._model, self._optimizer, self._course = model, optimizer, course
-        self._rate_factor = rate_factor(optimizer, course.lr)
+        self._rate_factor = param_group.rate_factor(optimizer, course.lr)
         self.plan, self._deltas = self._embed(plan, as_plan)
         self._root = surgery.root_of(model)
         self._delta_ids = {id(delta) for delta in self._deltas.values()}
@@ -120,6 +120,18 @@ class Bypass:
         """Whether the constraint is looked at in the coming step of opt2: a k-th one, or the last that is planned."""
         return self.counts or self._latest is None or self.opt2_steps + 1 == self._course.opt2
 
+    @property
+    def looks(self) -> bool:
+        """Whether D and what moves beside it are looked at in the coming step: in every few, and the last of a phase."""
+        course, first = self._course, self.phase == "opt1"
+        step, last = (self.opt1_steps + 1, course.opt1) if first else (self.opt2_steps + 1, course.opt2)
+        return step >= last or step % LOOKS_EVERY == 0
+
+    @property
+    def watches(self) -> str:
+        """What the coming step goes by: "norms" of the constraint, "sizes" of D and what moves beside it, or nothing, ""."""
+        return "norms" if self.phase == "opt2" and self.measures else "sizes" if self.looks else ""
+
     def penalty(self, gamma: Tensor | None = None) -> Tensor | None:
         """What the return adds to the loss; in every k-th step only, it counts k times."""
         term = self._course.comeback.penalty(self._root, self.out, self.gamma if gamma is None else gamma)
@@ -144,10 +156,10 @@ class Bypass:
             self._come_back(loss, seen)
 
     def _walk(self, loss: Tensor | float | None, seen: Seen | None) -> None:
+        looks = self.looks
         self.opt1_steps += 1
-        last = self.opt1_steps >= self._course.opt1
-        self._exchange(None, loss, seen, last or self.opt1_steps % LOOKS_EVERY == 0)
-        if last:
+        self._exchange(None, loss, seen, looks)
+        if self.opt1_steps >= self._course.opt1:
             self._turn_back()
 
     def _largest(self) -> Tensor:
@@ -182,7 +194,7 @@ class Bypass:
 
     def _come_back(self, loss: Tensor | float | None, seen: Seen | None) -> None:
         course, comeback = self._course, self._course.comeback
-        measured = self.measures
+        measured, looks = self.measures, self.looks
         still: list[Tensor] = [delta for name, delta in self._deltas.items() if name not in self.out]
         if still:
             torch._foreach_zero_(still)  # the optimiser's momentum moves even what has no gradient
@@ -196,7 +208,6 @@ class Bypass:
         self._latest = norms = self._shrunk(self._latest, measured)
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
-        looks = last or self.opt2_steps % LOOKS_EVERY == 0
         readings = [self._exchange(norms if measured else None, loss, seen, looks)]
         if last:
             readings.append(self._looked_at(self._readout.flush()))
@@ -383,16 +394,3 @@ def _mask(site: Site, delta: nn.Parameter) -> Tensor:
     mask = torch.zeros(site.width)
     mask[list(site.moving)] = 1
     return placed_like(delta.detach(), mask)
-
-
-def rate_factor(optimizer: Optimizer, lr: float | None) -> float:
-    """The factor from the first group's base rate to λ'.
-
-    Raises:
-        BypassError: the base rate is 0, or there is none.
-    """
-    if lr is None:
-        return 1.0
-    base = param_group.base_lr(optimizer.param_groups[0])
-    expect(bool(base) and float(base) > 0, f"lr={lr} can't be set beside a learning rate of {base}; set one above 0")
-    return lr / float(base)

@@ -294,3 +294,17 @@ def schedulers(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
         seen.add(id(attributes))
         if any(attributes.get("optimizer") is one for one in driven):
             yield attributes
+
+
+def rate_factor(optimizer: Optimizer, lr: float | None) -> float:
+    """The factor from the first group's base rate to λ'.
+
+    Raises:
+        BypassError: the base rate is 0, or there is none.
+    """
+    if lr is None:
+        return 1.0
+    base = base_lr(optimizer.param_groups[0])
+    if not base or float(base) <= 0:
+        raise BypassError(f"lr={lr} can't be set beside a learning rate of {base}; set one above 0")
+    return lr / float(base)

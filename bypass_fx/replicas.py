@@ -24,8 +24,6 @@ from bypass_fx.replica_groups import Call, Function, Group, Piece
 from bypass_fx.schedule import BypassSchedule, NonFiniteError
 from bypass_fx.stack import Stack, rows_of
 
-_WALKING = ("opt1", "opt2")
-
 
 class Replicas:
     """Several models built alike, each with an optimiser and perhaps a `BypassSchedule` of its own, stepped together.
@@ -241,10 +239,12 @@ class Replicas:
 
     def _look(self) -> dict[int, Seen]:
         """What the schedules go by, for those that go by the same at once."""
-        kinds: dict[bool, list[int]] = {}
+        kinds: dict[str, list[int]] = {}
         for row, schedule in self._led():
-            if schedule.phase in _WALKING:
-                kinds.setdefault(schedule.measures, []).append(row)
+            if schedule.watches:
+                kinds.setdefault(schedule.watches, []).append(row)
+        if not kinds:
+            return {}
         extents = torch.linalg.vector_norm(self.values, dim=1)
         seen = dict[int, Seen]()
         for rows in kinds.values():

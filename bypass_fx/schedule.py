@@ -17,7 +17,7 @@ from bypass_fx import accept as acceptance
 from bypass_fx import comeback as returns
 from bypass_fx import param_group, surgery
 from bypass_fx.arrival import Epsilon
-from bypass_fx.bypass import Bypass, Seen, rate_factor
+from bypass_fx.bypass import Bypass, Seen
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.choice import Choice, expect_same
 from bypass_fx.course import AtBudget, Course, Unit, expect, expect_one_number
@@ -130,7 +130,7 @@ class BypassSchedule:
             "without a snapshot there is no way back to θ*; leave out snapshot=None, or accept= and at_budget='rollback'",
         )
         param_group.expect_optimizer(optimizer, model.parameters())
-        rate_factor(optimizer, lr)
+        param_group.rate_factor(optimizer, lr)
         self._model, self._optimizer = model, optimizer
         self._where = snapshot
         self._choice = Choice(plan, as_plan, optimizer, cycles)
@@ -181,9 +181,9 @@ class BypassSchedule:
         return torch.zeros_like(self._bypass.gamma) if term is None else term
 
     @property
-    def measures(self) -> bool:
-        """Whether the coming step is one of opt2 that looks at the constraint."""
-        return self.phase == "opt2" and self._bypass.measures
+    def watches(self) -> str:
+        """What the coming step goes by, for one who leads several at once: "norms", "sizes" or nothing, ""."""
+        return self._bypass.watches if self.phase in ("opt1", "opt2") else ""
 
     @property
     def alike(self) -> Hashable | None:
