@@ -221,8 +221,7 @@ class Bypass:
         self._project(sorted(self.out) if on_time else arrived)
         self._set_gamma()
         if not self.out:
-            if not last:
-                self._exchange(None, None, None, looks=True)
+            self._exchange(None, None, None, looks=True)
             self._looked_at(self._readout.flush())
             self.contract()
         elif last and course.at_budget != "continue":
@@ -313,13 +312,18 @@ class Bypass:
 
         Args:
             norms: of the sites, [sites], where they were taken.
-            loss: of the step; one on a GPU is seen at the next look.
+            loss: of the step; one on a GPU, or of one process among several, is seen at the next look.
             seen: what was measured already.
             looks: whether D and what moves beside it are looked at.
         """
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
-        if isinstance(loss, Tensor) and (self._readout.delays or loss.device.type != "cpu"):
-            self._losses += loss.detach().to(self.gamma, non_blocking=True).reshape(())
+        later = isinstance(loss, Tensor) and (self._readout.delays or loss.device.type != "cpu")
+        if loss is not None and (
+            later or gradient_averaging.among_several()
+        ):  # all stop at once, or some wait for ever
+            self._losses += (
+                loss.detach().to(self.gamma, non_blocking=True).reshape(()) if isinstance(loss, Tensor) else loss
+            )
         elif loss is not None and not math.isfinite(loss):
             self._expect_finite({}, float(loss), f"{self.phase}, step {step}")
         if norms is None and not looks:

@@ -43,6 +43,11 @@ def share_gradients(model: nn.Module, parameters: Iterable[nn.Parameter], deltas
         average_gradients(deltas)
 
 
+def among_several() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP that averages gradients of this model: around it, in it, or around a larger one that holds it."""
     if not (dist.is_available() and dist.is_initialized()):
