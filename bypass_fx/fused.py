@@ -108,7 +108,7 @@ def backward(
         of_z = torch.addcmul(sigma.derivative(g, z, *parameters), g, _spread(d, g, axis))
         sums = channel_sums(g, z, axis, step_by_step=True)[None]
     if with_bias and len(sums) == 1:
-        sums = torch.stack([sums[0], of_z.sum([at for at in range(z.dim()) if at != axis], dtype=sums.dtype)])
+        sums = torch.stack([sums[0], of_z.movedim(axis, 0).reshape(len(d), -1).sum(1, dtype=sums.dtype)])
     return of_z, sums
 
 

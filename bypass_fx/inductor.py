@@ -108,7 +108,8 @@ def _bias_of(layer: fx.Node) -> fx.Node | None:
     value, z = bias.meta.get("example_value"), layer.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or not isinstance(z, torch.Tensor):  # graphs that were split may not say
         return None
-    return bias if value.requires_grad and value.shape == z.shape[-1:] else None
+    trained = value.requires_grad and z.requires_grad  # not where gradients are switched off around the layer
+    return bias if trained and value.shape == z.shape[-1:] else None
 
 
 def computes_psi(graph: fx.GraphModule) -> bool:
