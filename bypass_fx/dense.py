@@ -47,6 +47,7 @@ def lies(shape: Sequence[int], strides: Sequence[int], axis: int) -> Matrix | No
 
 
 _remembered = lru_cache(1024)(lies)
+_ONLY_THE_WEIGHT_S = [False, True, False]  # of the gradients that BatchNorm's backward gives
 
 
 def channel_sums(g: Tensor, z: Tensor, axis: int, step_by_step: bool = False) -> Tensor:
@@ -75,8 +76,7 @@ def channel_sums(g: Tensor, z: Tensor, axis: int, step_by_step: bool = False) ->
     else:
         g, z = (each.as_strided((matrix.rows // c, c, long), (c * long, long, 1)) for each in (g, z))
     mean, scale = torch.zeros(c, dtype=wide, device=g.device), torch.ones(c, dtype=wide, device=g.device)
-    found = torch.ops.aten.native_batch_norm_backward(g, z, None, None, None, mean, scale, True, 0.0, _ITS_WEIGHT_S)
+    found = torch.ops.aten.native_batch_norm_backward(
+        g, z, None, None, None, mean, scale, True, 0.0, _ONLY_THE_WEIGHT_S
+    )
     return found[1]  # type: ignore[no-any-return]
-
-
-_ITS_WEIGHT_S = [False, True, False]  # of the gradients that BatchNorm's backward gives

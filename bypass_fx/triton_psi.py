@@ -155,9 +155,9 @@ def psi_backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(at_sums, tl.sum(total, axis=1), mask=mine < rows)
 
 
-def tile(lies: Matrix, launch: Launch) -> tuple[int, int]:
+def tile(matrix: Matrix, launch: Launch) -> tuple[int, int]:
     """Rows and columns that a program has at hand, powers of 2."""
-    wide = min(triton.next_power_of_2(lies.columns), launch.by_column if lies.by_column else launch.by_row)
+    wide = min(triton.next_power_of_2(matrix.columns), launch.by_column if matrix.by_column else launch.by_row)
     return launch.numbers // wide, wide
 
 
@@ -166,13 +166,13 @@ def as_it_is(kernel: Any) -> Any:
     return kernel
 
 
-def forward(z: Tensor, d: Tensor, kernel: Kernel, lies: Matrix, seen: Callable[[Any], Any] = as_it_is) -> Tensor:
+def forward(z: Tensor, d: Tensor, kernel: Kernel, matrix: Matrix, seen: Callable[[Any], Any] = as_it_is) -> Tensor:
     """ψ(z), laid out as z; δ of shape (channels,). `seen`: what lets a compiler see the launch."""
     name, p, q = kernel
-    high, wide = tile(lies, FORWARD)
+    high, wide = tile(matrix, FORWARD)
     out = torch.empty_like(z)
-    grid = (triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide))
-    seen(psi_kernel)[grid](z, d, out, *lies[:3], p, q, name, lies.by_column, high, wide, num_warps=FORWARD.warps)
+    grid = (triton.cdiv(matrix.rows, high), triton.cdiv(matrix.columns, wide))
+    seen(psi_kernel)[grid](z, d, out, *matrix[:3], p, q, name, matrix.by_column, high, wide, num_warps=FORWARD.warps)
     return out
 
 
@@ -181,7 +181,7 @@ def backward(
     z: Tensor,
     d: Tensor,
     kernel: Kernel,
-    lies: Matrix,
+    matrix: Matrix,
     seen: Callable[[Any], Any] = as_it_is,
     with_bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -190,16 +190,18 @@ def backward(
     `with_bias`, where the channels are columns: in a second row the sums of z's gradient.
     """
     name, p, q = kernel
-    high, wide = tile(lies, BACKWARD)
-    down, across = triton.cdiv(lies.rows, high), triton.cdiv(lies.columns, wide)
-    if lies.by_column:
+    high, wide = tile(matrix, BACKWARD)
+    down, across = triton.cdiv(matrix.rows, high), triton.cdiv(matrix.columns, wide)
+    if matrix.by_column:
         strip = triton.cdiv(down, max(1, BACKWARD.programs // across)) * high
-        grid = (triton.cdiv(lies.rows, strip), across)
-        sums = torch.empty(grid[0], 1 + with_bias, lies.channels, dtype=torch.float32, device=z.device)
+        grid = (triton.cdiv(matrix.rows, strip), across)
+        sums = torch.empty(grid[0], 1 + with_bias, matrix.channels, dtype=torch.float32, device=z.device)
     else:
         strip = triton.cdiv(across, max(1, BACKWARD.programs // down)) * wide
-        grid = (down, triton.cdiv(lies.columns, strip))
-        sums = torch.empty(lies.rows // lies.channels, lies.channels, grid[1], dtype=torch.float32, device=z.device)
+        grid = (down, triton.cdiv(matrix.columns, strip))
+        sums = torch.empty(
+            matrix.rows // matrix.channels, matrix.channels, grid[1], dtype=torch.float32, device=z.device
+        )
     of_z = torch.empty_like(z)
     seen(psi_backward_kernel)[grid](
         g,
@@ -207,16 +209,16 @@ def backward(
         d,
         of_z,
         sums,
-        *lies[:3],
+        *matrix[:3],
         p,
         q,
         strip,
         name,
-        lies.by_column,
+        matrix.by_column,
         with_bias,
         high,
         wide,
         BACKWARD.stages,
         num_warps=BACKWARD.warps,
     )
-    return of_z, sums.sum(0) if lies.by_column else sums.sum([0, 2])[None]
+    return of_z, sums.sum(0) if matrix.by_column else sums.sum([0, 2])[None]
