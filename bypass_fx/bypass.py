@@ -141,7 +141,7 @@ class Bypass:
         """What a step goes by: the norm of each site where opt2 measures them, else the largest entry of each δ; [sites]."""
         return self._norms() if self.phase == "opt2" and self.measures else self._largest()
 
-    def step(self, loss: Tensor | float | None, seen: Seen | None = None) -> None:
+    def step(self, loss: Tensor | float | None, seen: Seen | None = None, look: bool = False) -> None:
         """Note one step of the optimiser.
 
         Raises:
@@ -151,12 +151,11 @@ class Bypass:
         if self.opt1_steps + self.opt2_steps == 0 and dist.is_available() and dist.is_initialized():
             gradient_averaging.expect_none_since(self._model, self.deltas)
         if self.phase == "opt1":
-            self._walk(loss, seen)
+            self._walk(loss, seen, look or self.looks)
         else:
-            self._come_back(loss, seen)
+            self._come_back(loss, seen, look or self.looks)
 
-    def _walk(self, loss: Tensor | float | None, seen: Seen | None) -> None:
-        looks = self.looks
+    def _walk(self, loss: Tensor | float | None, seen: Seen | None, looks: bool) -> None:
         self.opt1_steps += 1
         self._exchange(None, loss, seen, looks)
         if self.opt1_steps >= self._course.opt1:
@@ -192,9 +191,9 @@ class Bypass:
         only_d = all(id(parameter) in self._delta_ids for parameter in group["params"])
         return self._rate_factor * (self._pace() if only_d else 1.0)
 
-    def _come_back(self, loss: Tensor | float | None, seen: Seen | None) -> None:
+    def _come_back(self, loss: Tensor | float | None, seen: Seen | None, looks: bool) -> None:
         course, comeback = self._course, self._course.comeback
-        measured, looks = self.measures, self.looks
+        measured = self.measures
         still: list[Tensor] = [delta for name, delta in self._deltas.items() if name not in self.out]
         if still:
             torch._foreach_zero_(still)  # the optimiser's momentum moves even what has no gradient
@@ -317,15 +316,15 @@ class Bypass:
             looks: whether D and what moves beside it are looked at.
         """
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
-        later = isinstance(loss, Tensor) and (self._readout.delays or loss.device.type != "cpu")
-        if loss is not None and (
-            later or gradient_averaging.among_several()
-        ):  # all stop at once, or some wait for ever
-            self._losses += (
-                loss.detach().to(self.gamma, non_blocking=True).reshape(()) if isinstance(loss, Tensor) else loss
-            )
-        elif loss is not None and not math.isfinite(loss):
-            self._expect_finite({}, float(loss), f"{self.phase}, step {step}")
+        on_host = not isinstance(loss, Tensor) or (loss.device.type == "cpu" and not self._readout.delays)
+        if loss is None:
+            pass
+        elif on_host and not gradient_averaging.among_several():
+            if not math.isfinite(loss):
+                self._expect_finite({}, float(loss), f"{self.phase}, step {step}")
+        else:  # several processes stop in the same step, or some wait for ever
+            own = loss.detach().to(self.gamma, non_blocking=True).reshape(()) if isinstance(loss, Tensor) else loss
+            self._losses += own
         if norms is None and not looks:
             return self._looked_at(self._readout.flush())
         parts = [] if norms is None else [norms]

@@ -51,10 +51,10 @@ _ONLY_THE_WEIGHT_S = [False, True, False]  # of the gradients that BatchNorm's b
 
 
 def channel_sums(g: Tensor, z: Tensor, axis: int, step_by_step: bool = False) -> Tensor:
-    """Σ g z over all axes but one, in float32 where g and z are narrower: shape (channels,).
+    """Σ g z over all axes but one, added up in float32 where g and z are narrower: shape (channels,).
 
-    On a CPU g z is not written out: the backward of BatchNorm takes this sum, for mean 0 and variance 1, as it reads g and
-    z. `step_by_step` does without it, in steps whose own derivative torch knows.
+    On a CPU, where z has no gaps, g z is not written out, nor rounded: the backward of BatchNorm takes this sum, for mean 0
+    and variance 1, as it reads g and z. `step_by_step` does without it, in steps whose own derivative torch knows.
 
     Example:
         >>> channel_sums(torch.ones(2, 3), torch.arange(6.0).view(2, 3), 1)

@@ -315,7 +315,7 @@ class Run:
             TrainingError: it was not, and there is no θ* to go back to.
         """
         try:
-            schedule.step()
+            schedule.step(look=True)  # what is recorded of the step must be finite
         except NonFiniteError as error:
             if not _rolled_back(schedule):
                 here = where(self._phase, self.step, self._lengths.epoch)

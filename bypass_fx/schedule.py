@@ -136,8 +136,7 @@ class BypassSchedule:
         self._choice = Choice(plan, as_plan, optimizer, cycles)
         self.phase: Phase = "opt1"
         self.reports: tuple[ScheduleReport, ...] = ()  # of the bypasses that are over
-        self._earlier_steps = 0  # of earlier cycles
-        self._rested = 0  # steps of train3 since the last bypass
+        self._earlier_steps = self._rested = 0  # of earlier cycles; those of train3 since the last bypass
         self._snapshot: Snapshot | None = None
         self._begin()
 
@@ -202,12 +201,13 @@ class BypassSchedule:
         return self._bypass.look()
 
     @torch.no_grad()
-    def step(self, loss: Tensor | float | None = None, seen: Seen | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None, seen: Seen | None = None, look: bool = False) -> None:
         """Note one step of the optimiser: move on a phase, project the sites that arrived, contract when all have.
 
         Args:
             loss: the loss of the step; given, it is looked at as well as what the step made of the model.
             seen: what the step made of the model, where that has been measured already.
+            look: whether all that moves is looked at now in any case.
 
         Raises:
             NonFiniteError: the loss, a parameter, D or a norm is NaN or infinite, as seen in every eighth step and at the end
@@ -218,7 +218,7 @@ class BypassSchedule:
         if self.phase == "train3":
             self._rest(loss)
         elif self.phase != "done":
-            self._lead(loss, seen)
+            self._lead(loss, seen, look)
 
     @torch.no_grad()
     def finish(self) -> ScheduleReport:
@@ -320,9 +320,9 @@ class BypassSchedule:
         """Whether the coming step's loss has a penalty."""
         return self.phase == "opt2" and self._bypass.counts and self._course.comeback.penalises
 
-    def _lead(self, loss: Tensor | float | None, seen: Seen | None) -> None:
+    def _lead(self, loss: Tensor | float | None, seen: Seen | None, look: bool) -> None:
         try:
-            self._bypass.step(loss, seen)
+            self._bypass.step(loss, seen, look)
         except NonFiniteError as error:
             self._stop(error)
         if self._bypass.over:
