@@ -126,9 +126,9 @@ def _tf32() -> Iterator[None]:
 
 
 @_tf32()
-def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
+def steps_of(workload: Workload, way: str, device: str) -> dict[str, Any]:
     """Ratios of time and memory to the model without D; with a compiler, seconds of the first step as well."""
-    workload, compiled = WORKLOADS[name], WAYS[way] is not None
+    compiled = WAYS[way] is not None
     if compiled:  # the compiler's own start belongs to neither arm
         first_of_all = torch.compile(nn.Linear(2, 2).to(device), backend=BACKEND)
         first_of_all(torch.ones(1, 2, device=device)).sum().backward()
@@ -160,17 +160,17 @@ def steps_of(name: str, way: str, device: str) -> dict[str, Any]:
     return row
 
 
-def _where_memory_is_kept(name: str) -> dict[str, Any]:
+def _where_memory_is_kept(workload: Workload) -> dict[str, Any]:
     """Eager steps on a CPU in a process whose allocator keeps what is freed: glibc reads this as a process starts."""
     with mock.patch.dict(os.environ, KEEPING), ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(_in_its_process, name, torch.get_num_threads()).result()
+        return process.submit(_in_its_process, workload, torch.get_num_threads()).result()
 
 
-def _in_its_process(name: str, threads: int) -> dict[str, Any]:
+def _in_its_process(workload: Workload, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return steps_of(name, "eager", "cpu")
+        return steps_of(workload, "eager", "cpu")
 
 
 def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsFile:
@@ -180,11 +180,11 @@ def run(pattern: str = "", results: str = "overhead-{device}.jsonl") -> ResultsF
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = ResultsFile(results.format(device=device), ("torch", "timm", "peft", "torch-pruning"))
     todo: dict[str, Callable[[], dict[str, Any]]] = {}
-    for name in WORKLOADS:
+    for name, workload in WORKLOADS.items():
         ways = [way for way in WAYS if way != KEEPS and (way != "CUDA graphs" or (device == "cuda" and name in SMALL))]
-        todo |= {f"step:{name}:{way}": partial(steps_of, name, way, device) for way in ways}
+        todo |= {f"step:{name}:{way}": partial(steps_of, workload, way, device) for way in ways}
         if device == "cpu" and sys.platform == "linux":
-            todo[f"step:{name}:{KEEPS}"] = partial(_where_memory_is_kept, name)
+            todo[f"step:{name}:{KEEPS}"] = partial(_where_memory_is_kept, workload)
     todo |= psi_cost.todo(device) | penalty_cost.todo(device) | growth.todo(device) | beside.todo(device)
     for name in track([n for n in todo if pattern in n and n not in file.done("name")], description="overhead"):
         torch.compiler.reset()

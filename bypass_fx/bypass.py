@@ -220,7 +220,8 @@ class Bypass:
         self._project(sorted(self.out) if on_time else arrived)
         self._set_gamma()
         if not self.out:
-            self._exchange(None, None, None, looks=True)
+            if not looks:
+                self._exchange(None, None, None, looks=True)
             self._looked_at(self._readout.flush())
             self.contract()
         elif last and course.at_budget != "continue":

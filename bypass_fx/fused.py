@@ -68,11 +68,8 @@ def forward(
 
     `seen` lets a compiler see the launch of a kernel.
     """
-    matrix = (
-        lies(z.shape, z.stride(), axis)
-        if z.is_cuda and (trust(kernel, z.dtype, z.device).forward or not exact)
-        else None
-    )
+    agrees = z.is_cuda and (trust(kernel, z.dtype, z.device).forward or not exact)
+    matrix = lies(z.shape, z.stride(), axis) if agrees else None
     if matrix:
         from . import triton_psi
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -61,7 +60,7 @@ class Guide:
             return
         self._model = model
         self.schedule = BypassSchedule(model, optimizer, **self._arguments)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if gradient_averaging.among_several():
             gradient_averaging.average_gradients(surgery.delta_of(model, site) for site in surgery.sites(model))
 
     def before_optimizer_step(self) -> None:
