@@ -9,14 +9,16 @@ import torch
 from torch import fx
 
 from .choices import pick, step_of, value_inputs
+from .foreign import NUMBERS
 
 _OF_A_TENSOR = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse"}
 _OF_A_FACT = {"type", "index", "itemsize", "is_floating_point", "is_complex"}  # of a dtype or a device
-_SIZES: set[Any] = {"size", "dim", "ndimension", "numel", "nelement", torch.numel}
+_SIZES: set[Any] = {"size", "dim", "ndimension", "numel", "nelement", torch.numel, len}
 _OF_DTYPE = {"is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex}
 _OPERATORS = {
     *(operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne, operator.getitem, pick),
     *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg),
+    *(operator.pow, *NUMBERS.values()),
 }
 
 
@@ -45,4 +47,4 @@ def _made_of(value: Any, attributes: set[str], questions: set[Any]) -> bool:
         return step.args[1] in attributes or (step.args[1] in _OF_A_FACT and known(inputs))
     if step.target in questions:
         return known(inputs[1:])
-    return (step.target in _OPERATORS or getattr(step.target, "__module__", "") == "math") and known(inputs)
+    return (step.target in _OPERATORS or getattr(step.target, "__module__", "") in ("math", "numpy")) and known(inputs)

@@ -1,43 +1,75 @@
-"""Functions of other libraries that take values or sizes: einops and math. A graph calls them as they are."""
+"""Functions that are not torch's and take values or sizes: einops', math's and NumPy's, and Python's own that make a number.
+
+A graph calls them as they are.
+"""
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-LIBRARIES = ("einops", "math")
+from .source import nested
+
+LIBRARIES = ("einops", "math", "numpy")
+NUMBERS: dict[str, Callable[..., Any]] = {"len": len, "int": int, "float": float, "round": round}
 
 Called = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_ABSENT = object()
 
 
 @contextmanager
 def calls_become(called: Called, functions: Iterable[FunctionType]) -> Iterator[None]:
-    """While this lasts, `called` answers where one of the functions calls such a library with a traced value."""
-    originals = {(id(space), name): (space, name, space[name]) for space, name in _named(functions)}
-    for space, name, original in originals.values():
+    """While this lasts, `called` answers where one of the functions calls such a function with a traced value."""
+    functions = list(functions)
+    spaces = {(id(space), name): (space, name, original) for space, name, original in _named(functions)}
+    before = {key: space.get(name, _ABSENT) for key, (space, name, _) in spaces.items()}
+    for space, name, original in spaces.values():
         space[name] = _calling(original, called)
     try:
         yield
     finally:
-        for space, name, original in originals.values():
-            space[name] = original
+        for key, (space, name, _) in spaces.items():
+            if before[key] is _ABSENT:
+                del space[name]
+            else:
+                space[name] = before[key]
 
 
-def _named(functions: Iterable[FunctionType]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the functions find what they name of such a library."""
+def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
+    """Where the functions find what they name of these functions."""
+    others = {(id(each.__globals__), name) for each in functions for name in _globals(each)[1]}
     for function in functions:
         names, space = function.__code__.co_names, function.__globals__
         for name in names:
             value = space.get(name)
             if type(value) is ModuleType and value.__name__ in LIBRARIES:
-                yield from ((vars(value), each) for each in names if _is_function(vars(value).get(each)))
+                inside = {each: vars(value)[each] for each in names if _is_function(vars(value).get(each))}
+                yield from ((vars(value), each, function) for each, function in inside.items())
             elif _is_function(value):
-                yield space, name
+                yield space, name, value
+        for name in NUMBERS.keys() & _globals(function)[0]:
+            if name not in space and (id(space), name) not in others:
+                yield space, name, NUMBERS[name]
+
+
+@cache
+def _globals(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global names that a function calls, and those that it takes in another way (`dtype=int`)."""
+    loads = [
+        each
+        for code in nested(function.__code__)
+        for each in dis.get_instructions(code)
+        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in NUMBERS
+    ]
+    called = {each for each in loads if each.opname == "LOAD_GLOBAL" and each.arg is not None and each.arg & 1}
+    return frozenset(each.argval for each in called), frozenset(each.argval for each in loads if each not in called)
 
 
 def _is_function(value: Any) -> bool:
@@ -47,8 +79,11 @@ def _is_function(value: Any) -> bool:
 
 
 def _calling(original: Callable[..., Any], called: Called) -> Callable[..., Any]:
+    own = original in NUMBERS.values()
+
     def calling(*args: Any, **kwargs: Any) -> Any:
-        traced = any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs)))
+        leaves = args[:1] if own else tree_leaves((args, kwargs))  # a list of traced values has a length
+        traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
         return called(original, args, kwargs) if traced else original(*args, **kwargs)
 
     return calling

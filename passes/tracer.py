@@ -96,7 +96,7 @@ class OwnerTracer(fx.Tracer):
                 torch.enable_grad(),
                 self.recorder.listening(self),
                 Factories(self),
-                calls_become(self.made, functions),
+                calls_become(self.called_with_a_value, functions),
             ):
                 args, kwargs = self.arguments(signature, call)
                 result = method(self.root, *args, **kwargs)
@@ -288,6 +288,15 @@ class OwnerTracer(fx.Tracer):
     def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor from nothing, or what a function of another library makes of a value, becomes a node."""
         return self.create_proxy("call_function", factory, args, kwargs)
+
+    def called_with_a_value(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a function that is not torch's becomes a node, but for a length that this trace knows."""
+        if function is len:
+            value = args[0]
+            count = len(value) if type(value) is StoredTensor else self.sizes.length(value.node)
+            if count is not None:
+                return count
+        return self.made(function, args, kwargs)
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note a read; parameters and buffers come back as traced values."""

@@ -161,6 +161,8 @@ def _view(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
 def _is_batch_size(size: Any, value: Any) -> bool:
     if not isinstance(size, fx.Node):
         return False
+    if size.target is len:
+        return size.args == (value,)
     if size.op == "call_method" and size.target == "size":
         return size.args == (value, 0)
     if size.target is not getattr and size.op == "call_function" and len(size.args) == 2 and size.args[1] == 0:

@@ -252,7 +252,7 @@ def many(s: Two, x: Tensor) -> Tensor:
 
 
 def breaks(s: Two, x: Tensor) -> Tensor:
-    k = float(x.sum()) if x.shape[0] > 2 else 1.0
+    k = len(range(int(x.sum()))) if x.shape[0] > 2 else 1.0
     return s.b(F.relu(s.a(x))) * k  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,90 @@
+"""Functions that are not torch's in a forward: of sizes they make numbers, which a graph computes again in every call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bypass_fx
+from bypass_fx.surgery import delta_of
+
+
+class Mix(nn.Module):
+    """The feed-forward net of a vision transformer: tokens to an image and back, of a side that the forward computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.side(x)
+        image = self.fc1(x).transpose(1, 2).reshape(len(x), -1, side, side)
+        y: Tensor = x + self.fc2(F.gelu(self.depthwise(image).flatten(2).transpose(1, 2)))
+        return y
+
+    def side(self, x: Tensor) -> int:
+        raise NotImplementedError
+
+
+SIDES = {
+    "int of a square root": lambda self, x: int(math.sqrt(x.shape[1])),
+    "int of a power": lambda self, x: int(x.size(1) ** 0.5),
+    "round": lambda self, x: round(x.shape[1] ** 0.5),
+    "float and int": lambda self, x: int(float(x.shape[1]) ** 0.5),
+    "NumPy's square root": lambda self, x: int(np.sqrt(x.shape[1])),
+    "in a comprehension": lambda self, x: next(int(size**0.5) for size in [x.shape[1]]),
+    "of a value": lambda self, x: int(x.detach()[:1].square().mul(0).sum() + 4) if x.shape[1] == 16 else 3,
+}
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_a_number_made_of_a_size_is_made_again_for_another(name: str) -> None:
+    model = type("Own", (Mix,), {"side": SIDES[name]})()
+    small, large = torch.randn(2, 9, 4), torch.randn(3, 16, 4)
+    expected = [model(x) for x in (small, large)]
+    (site,) = bypass_fx.plan(model)
+    assert site.width == 8
+    bypass_fx.extend(model)
+    for x, y in zip((small, large), expected, strict=True):
+        assert torch.equal(model(x), y)
+    with torch.no_grad():
+        delta_of(model, site).fill_(0.5)
+    assert not torch.equal(model(small), expected[0])
+    assert "int" not in globals() and "round" not in globals()
+
+
+def test_python_s_own_names_as_types_stay_what_they_are() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, times: Any = 2.0) -> Tensor:
+            shift = 0 if isinstance(times, int) else 1
+            y: Tensor = self.b(torch.relu(self.a(x + shift))) * int(times)
+            return y
+
+    model, x = Own(), torch.randn(3, 4)
+    expected = model(x)
+    assert len(bypass_fx.plan(model)) == 1
+    assert torch.equal(bypass_fx.extend(model)(x), expected)
+
+
+def test_a_name_of_the_forward_s_module_comes_before_python_s() -> None:
+    space: dict[str, Any] = {"torch": torch, "int": lambda value: value // 2}
+    exec("def forward(self, x):\n    return self.b(torch.relu(self.a(x[: int(x.shape[0])])))", space)
+    own, forward = space["int"], space["forward"]
+    model: Any = type("Own", (nn.Module,), {"forward": forward})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    x = torch.randn(6, 4)
+    expected = model(x)
+    assert len(expected) == 3 and len(bypass_fx.plan(model)) == 1
+    assert torch.equal(bypass_fx.extend(model)(x), expected) and space["int"] is own
