@@ -53,7 +53,7 @@ def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str,
                 inside = {each: vars(value)[each] for each in names if _is_function(vars(value).get(each))}
                 yield from ((vars(value), each, function) for each, function in inside.items())
             elif _is_function(value):
-                yield space, name, value
+                yield space, name, space[name]
         for name in NUMBERS.keys() & _globals(function)[0]:
             if name not in space and (id(space), name) not in others:
                 yield space, name, NUMBERS[name]
