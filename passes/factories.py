@@ -32,3 +32,11 @@ class Factories(TorchFunctionMode):
         if func in _READ_NUMBERS and asked_by_a_forward():
             self.listener.refuse("its forward takes the number of a tensor, which may be another in a run")
         return func(*args, **kwargs)
+
+
+def as_dtype(value: Any) -> Any:
+    """`int`, `float`, `bool` and `complex` as the dtypes that torch takes them for: a graph can hold those."""
+    return _DTYPES.get(value, value) if type(value) is type else value
+
+
+_DTYPES: dict[type, torch.dtype] = {int: torch.int64, float: torch.float64, bool: torch.bool, complex: torch.complex128}

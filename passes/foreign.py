@@ -6,6 +6,7 @@ A graph calls them as they are.
 from __future__ import annotations
 
 import dis
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -48,7 +49,7 @@ def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str,
     for function in functions:
         names, space = function.__code__.co_names, function.__globals__
         for name in names:
-            value = space.get(name)
+            value = space.get(name, sys.modules.get(name) if name in LIBRARIES else None)  # it may import them itself
             if type(value) is ModuleType and value.__name__ in LIBRARIES:
                 inside = {each: vars(value)[each] for each in names if _is_function(vars(value).get(each))}
                 yield from ((vars(value), each, function) for each, function in inside.items())

@@ -43,6 +43,11 @@ class Traced(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __getattr__(self, k: str) -> Any:
+        tracer: Any = self.tracer
+        if type(self) is TracedValue and tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
+            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        if str(sys._getframe(1).f_globals.get("__name__")).startswith("numpy."):
+            self.refuse("hands a traced value to NumPy")
         attribute = TracedAttribute(self, k)
         if k in _CHANGING:
             _ = attribute.node  # read now: it may be another where it is used (`unsqueeze_`, `requires_grad_`)
@@ -113,12 +118,6 @@ class TracedAttribute(Traced, fx.proxy.Attribute):
 
 class TracedValue(Traced):
     """A traced value."""
-
-    def __getattr__(self, k: str) -> Any:
-        tracer: Any = self.tracer
-        if tracer.containers.get(self.node) is Tensor and not hasattr(Tensor, k):
-            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
-        return super().__getattr__(k)
 
 
 class StoredTensor(Traced):

@@ -18,7 +18,7 @@ from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Items, Value
 from .choices import truth
 from .errors import UntraceableError
-from .factories import Factories
+from .factories import Factories, as_dtype
 from .foreign import calls_become
 from .lent import Lent
 from .look_alike import stateless_forward
@@ -212,6 +212,8 @@ class OwnerTracer(fx.Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> fx.Proxy:
+        if kind == "call_method" or str(getattr(target, "__module__", "")).split(".")[0] == "torch":
+            args, kwargs = tuple(map(as_dtype, args)), {key: as_dtype(value) for key, value in kwargs.items()}
         own_args = tuple(map(self.create_arg, args))
         own_kwargs = {key: self.create_arg(value) for key, value in kwargs.items()}
         return (proxy_factory_fn or self.proxy)(self.create_node(kind, target, own_args, own_kwargs, name, type_expr))

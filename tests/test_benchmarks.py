@@ -201,6 +201,20 @@ def test_paper_walks_with_equal_arms_until_opt1_and_scores_both_where_one_ends_a
     assert all(norm > 0 for norm in norms[:opt1]) and norms[-1] is None
 
 
+def test_paper_records_the_beginning_of_every_phase_however_short(
+    results: str, small_paper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "RECORDS", 3)
+    rows = paper.run("VI-B", results=results).rows
+    of = {(row["arm"], row["seed"]): row for row in rows}
+    for (arm, seed), row in of.items():
+        if arm == "bypass":
+            ends, curve, beside = row["ends"], row["curve"], of["baseline", seed]["curve"]
+            for phase, before in (("opt1", "θ*"), ("opt2", "after opt1"), ("train3", "after proj")):
+                steps = [step for step, at in zip(curve["step"], curve["phase"], strict=True) if at == phase]
+                assert steps[0] == ends[before] + 1 and set(steps) <= {*beside["step"]}
+
+
 def test_paper_adds_only_what_a_killed_run_had_not_saved(results: str, small_paper: None) -> None:
     rows = paper.run("VI-B", results=results).rows
     path = Path(results)

@@ -61,6 +61,43 @@ def test_a_number_made_of_a_size_is_made_again_for_another(name: str) -> None:
     assert "int" not in globals() and "round" not in globals()
 
 
+def twice(self: Any, x: Tensor) -> Tensor:
+    import numpy
+
+    y: Tensor = self.b(torch.relu(self.a(x.reshape(-1, int(numpy.prod(x.shape[1:]))))))
+    return y
+
+
+BODIES = {
+    "len": lambda self, x: self.b(torch.relu(self.a(x.reshape(len(x), -1)))) / len(x),
+    "len of a list": lambda self, x: self.b(torch.relu(self.a(sum([x, x]) / len([x, x])))),
+    "len of a parameter": lambda self, x: self.b(torch.relu(self.a(x))) * len(self.b.bias),
+    "a library that the forward imports": twice,
+    "bool as a dtype": lambda self, x: self.b(torch.relu(self.a(x))) * torch.ones(len(x), 1, dtype=bool),
+    "float as a dtype": lambda self, x: self.b(torch.relu(self.a(x.to(float).to(x.dtype)))),
+    "int as a dtype": lambda self, x: self.b(torch.relu(self.a(x + x.new_zeros(4, dtype=int)))),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_what_a_forward_calls_beside_torch_s_functions_is_called_in_every_run(name: str) -> None:
+    model: Any = type("Own", (nn.Module,), {"forward": BODIES[name]})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    inputs = torch.randn(3, 4), torch.randn(5, 4)
+    expected = [model(x) for x in inputs]
+    assert [site.constraint for site in bypass_fx.plan(model)] == ["folded"]
+    bypass_fx.extend(model)
+    for x, y in zip(inputs, expected, strict=True):
+        assert torch.equal(model(x), y)
+
+
+def test_what_numpy_would_ask_of_a_traced_value_is_no_step_of_the_forward() -> None:
+    prod = [np.prod]
+    model: Any = type("Own", (nn.Module,), {"forward": lambda self, x: self.b(F.relu(self.a(x))) * prod[0](x.shape)})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    assert "hands a traced value to NumPy" in bypass_fx.plan(model).refusals[0].reason
+
+
 def test_python_s_own_names_as_types_stay_what_they_are() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

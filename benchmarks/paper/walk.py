@@ -89,14 +89,17 @@ class Stage:
             pairs.append((model, self.experiment.optimizer_of(model)))
         replicas = Replicas([model for model, _ in pairs], [optimizer for _, optimizer in pairs], self.at_once)
         steps = self.experiment.steps(self.experiment.train1, self.per_epoch)
-        curve, every = _Means(len(seeds)), max(1, steps // (RECORDS // 3))
+        means, every = _Means(len(seeds)), max(1, steps // (RECORDS // 3))
+        curves: list[Row] = [{"step": [], "loss": []} for _ in seeds]
         for step, batch in zip(range(1, steps + 1), self.batches(seeds[0], 0), strict=False):
             losses = replicas.backward(self.loss, batch, shared=True)
             replicas.step()
-            curve.add(losses)
+            means.add(losses)
             if step % every == 0 or step == steps:
-                curve.note(step)
-        return pairs, [{"step": curve.steps, "loss": column} for column in curve.columns()]
+                for curve, loss in zip(curves, means.take([*range(len(seeds))]), strict=True):
+                    curve["step"].append(step)
+                    curve["loss"].append(loss)
+        return pairs, curves
 
     @property
     def at_once(self) -> int | None:
@@ -105,25 +108,18 @@ class Stage:
 
 
 class _Means:
-    """Mean losses between records."""
+    """The mean loss of each row since its last record."""
 
     def __init__(self, rows: int) -> None:
-        self._sum, self._count = torch.zeros(rows), 0
-        self.steps: list[int] = []
-        self._noted: list[list[float]] = []
+        self._sum, self._count = torch.zeros(rows), torch.zeros(rows)
 
     def add(self, losses: Tensor) -> None:
         self._sum, self._count = self._sum.to(losses) + losses, self._count + 1
 
-    def note(self, step: int) -> list[float]:
-        means = [_short(value) for value in (self._sum / self._count).tolist()]
-        self._sum, self._count = torch.zeros_like(self._sum), 0
-        self.steps.append(step)
-        self._noted.append(means)
-        return means
-
-    def columns(self) -> list[list[float]]:
-        return [list(column) for column in zip(*self._noted, strict=True)] or [[] for _ in self._sum]
+    def take(self, rows: list[int]) -> list[float]:
+        means = self._sum[rows] / self._count[rows].to(self._sum)
+        self._sum[rows] = self._count[rows] = 0
+        return [_short(value) for value in means.tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +160,7 @@ class Walk:
         self._curves: list[Row] = [{column: [] for column in COLUMNS} for _ in self.arms]
         self._scores: list[dict[int, dict[str, float]]] = [{self.first: scores} for scores in at_start]
         self._ends: list[dict[str, int]] = [{"θ*": self.first} for _ in self.arms]
+        self._began = [0 for _ in self.arms]  # the step before each row's phase
         self._shocks = [0.0 for _ in self.arms]
 
     def rows(self) -> list[Row]:
@@ -177,16 +174,16 @@ class Walk:
             warnings.filterwarnings("ignore", "opt2 ended|penalty: after")  # both stand in the rows
             for step, batch in zip(range(1, total + 1), stage.batches(seed, self.first), strict=False):
                 last = step == total
-                recorded = step % every == 0 or last
-                before = [geometry.point(model) for model in self.replicas.models] if recorded else []
+                due = [*range(len(self.arms))] if step % every == 0 or last else self._due(step)
+                before = {row: geometry.point(self.replicas.models[row]) for row in due}
                 phases = self._phases()
                 losses = self.replicas.backward(stage.loss, batch, shared=True)
                 self.replicas.step(losses)
                 means.add(losses)
                 self._shock(jumps)
-                self._end_phases(phases, self.first + step)
-                if recorded:
-                    self._record(self.first + step, phases, means.note(self.first + step), before)
+                self._end_phases(phases, step)
+                if due:
+                    self._record(self.first + step, phases, means.take(due), before)
                 if step % score_every == 0 or last:
                     for row in range(len(self.arms)):
                         self._score(row, self.first + step)
@@ -200,13 +197,25 @@ class Walk:
             for row in range(len(self.arms))
         ]
 
+    def _due(self, step: int) -> list[int]:
+        """The rows that are recorded after a step though not all are: 1, 2, 4, … steps into a phase, and their baselines."""
+        found = set[int]()
+        for row, began in enumerate(self._began):
+            if (step - began) & (step - began - 1) == 0:
+                found |= self._and_baseline(row)
+        return sorted(found)
+
+    def _and_baseline(self, row: int) -> set[int]:
+        baseline = self.arms[row].baseline
+        return {row} if baseline is None else {row, baseline}
+
     def _end_phases(self, before: list[str], step: int) -> None:
         for row, (then, now) in enumerate(zip(before, self._phases(), strict=True)):
             if then != now:
-                self._ends[row]["after opt1" if then == "opt1" else "after proj"] = step
-                baseline = self.arms[row].baseline
-                for each in (row, *(() if baseline is None else (baseline,))):
-                    self._score(each, step)
+                self._ends[row]["after opt1" if then == "opt1" else "after proj"] = self.first + step
+                self._began[row] = step
+                for each in self._and_baseline(row):
+                    self._score(each, self.first + step)
 
     def _score(self, row: int, step: int) -> None:
         if step not in self._scores[row]:
@@ -218,14 +227,15 @@ class Walk:
             row = self.replicas.models.index(model)
             self._shocks[row] = max(self._shocks[row], jump)
 
-    def _record(self, step: int, phases: list[str], losses: list[float], before: list[Point]) -> None:
+    def _record(self, step: int, phases: list[str], losses: list[float], before: dict[int, Point]) -> None:
         norms, models = self.replicas.norms(), self.replicas.models
-        for row, (arm, curve) in enumerate(zip(self.arms, self._curves, strict=True)):
+        for row, loss in zip(before, losses, strict=True):
+            arm, curve = self.arms[row], self._curves[row]
             other = arm.baseline if arm.baseline != row else None
             others = None if other is None else (before[other], models[other])
             where = geometry.between(self._theta[row], before[row], models[row], others)
             values = (
-                step, phases[row], losses[row], self._residual(row, norms), where.step, where.distance, where.cosine,
+                step, phases[row], loss, self._residual(row, norms), where.step, where.distance, where.cosine,
                 where.relative,
             )  # fmt: skip
             for column, value in zip(COLUMNS, values, strict=True):
