@@ -31,6 +31,13 @@ _METHODS = {"view", "reshape", "expand", "repeat", "new_empty", "new_zeros", "ne
 _FUNCTIONS = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
 
 
+class AxesError(UntraceableError):
+    """What a forward does depends on how many axes a value has."""
+
+    def __init__(self) -> None:
+        super().__init__("its forward goes by the number of axes of a traced value")
+
+
 Part = tuple[tuple[int | None, int | None], ...]  # slices of slices of a size
 
 
@@ -136,7 +143,8 @@ def joined(first: Sizes, traced: Callable[[tuple[int, ...]], tuple[fx.Graph, Siz
     `first` is what its first trace met; `traced` traces it for these numbers of axes.
 
     Raises:
-        UntraceableError: what it does depends on the number of axes, or no graph holds it.
+        AxesError: what it does depends on the number of axes.
+        UntraceableError: no graph holds it.
     """
     fewest = first.fewest()
     if _NUMBERS ** len(fewest) > _MOST:
@@ -145,16 +153,13 @@ def joined(first: Sizes, traced: Callable[[tuple[int, ...]], tuple[fx.Graph, Siz
     for axes in itertools.product(*(range(few, few + _NUMBERS) for few in fewest)):
         found, sizes = traced(axes)
         if len(sizes.met) != len(first.met) or len(sizes.open) != len(fewest):
-            raise UntraceableError(_DEPENDS)
+            raise AxesError
         written = _Written(found, sizes, fewest).graph
         if graph is not None and not same_code(graph, written):
-            raise UntraceableError(_DEPENDS)
+            raise AxesError
         graph = graph or written
     assert graph is not None
     return graph
-
-
-_DEPENDS = "its forward goes by the number of axes of a traced value"
 
 
 class _Written:
@@ -174,7 +179,7 @@ class _Written:
                     raise UntraceableError("its forward passes a tuple with the items of a traced value to a module")
         open_parts = {read: parts for read, parts in sizes.met.items() if isinstance(sizes.ranks[read], fx.Node)}
         if self.checked != open_parts:  # nothing would notice a run on values with more axes
-            raise UntraceableError(_DEPENDS)
+            raise AxesError
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = node.args, {key: self.written(value) for key, value in node.kwargs.items()}

@@ -28,7 +28,7 @@ from .reads import MISSING, TENSOR, Read, fingerprint, inherited
 from .recording import Recorder, read_plainly
 from .set_attributes import names_set, refuse_change, refuse_memory
 from .source import activations_below, activations_in, activations_named, codes, mapped_by, reached, trap
-from .splice import Sizes, joined
+from .splice import AxesError, Sizes, joined
 from .tracer import NONE_KNOWN, OwnerTracer, Returns
 from .watchers import watches
 
@@ -313,11 +313,12 @@ class Tracing:
         returns: Returns,
     ) -> fx.Graph:
         """The graph of a run; where it asks for traced values that of several, for all answers, and where it runs over the
-        items of sizes for several numbers of axes.
+        items of sizes for several numbers of axes. Where it goes by that number, `len` of a size is left to each call.
         """
+        counted = True
 
         def run(axes: tuple[int, ...], answers: Answers) -> OwnerTracer:
-            other = OwnerTracer(self.names, self._recorder, path, self.modules[path], axes, answers, returns)
+            other = OwnerTracer(self.names, self._recorder, path, self.modules[path], axes, answers, returns, counted)
             try:
                 other.run(forward, functions, signature, call)
             except RaisesError as error:
@@ -339,13 +340,17 @@ class Tracing:
                 if other.raised is not None:
                     raise other.raised
                 if len(other.questions.asked) != asked:
-                    raise UntraceableError("its forward branches on the number of axes of a traced value")
+                    raise AxesError
                 return other.graph, other.sizes
 
             graph = joined(first.sizes, over) if first.sizes.met and first.raised is None else first.graph
             return first.raised or graph, asked
 
-        graph = over_answers(answered)
+        try:
+            graph = over_answers(answered)
+        except AxesError:
+            counted = False
+            graph = over_answers(answered)
         refuse_memory(noted.reads, noted.sets)
         return graph
 

@@ -55,6 +55,7 @@ class OwnerTracer(fx.Tracer):
         axes: tuple[int, ...] = (),
         answers: Answers = (),
         returns: Returns = NONE_KNOWN,
+        counted: bool = True,
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
         self.names, self.recorder, self.path, self.root = names, recorder, path, module
@@ -66,6 +67,7 @@ class OwnerTracer(fx.Tracer):
         self.given: list[tuple[Any, int]] = []  # the lists that the method was called with, and their lengths
         self.new_modules: dict[int, nn.Module] = {}  # which the forward makes, and may set attributes of
         self.sizes, self.questions = Sizes(module, axes), Questions(answers)
+        self.counted = counted  # whether the length of a size is the number of axes of this trace
         self.refused = ""
         self.raised: RaisesError | None = None
         self.set, self.lent = SetAttributes(module), Lent()
@@ -295,7 +297,9 @@ class OwnerTracer(fx.Tracer):
         """A call of a function that is not torch's becomes a node, but for a length that this trace knows."""
         if function is len:
             value = args[0]
-            count = len(value) if type(value) is StoredTensor else self.sizes.length(value.node)
+            count = len(value) if type(value) is StoredTensor else None
+            if count is None and self.counted:
+                count = self.sizes.length(value.node)
             if count is not None:
                 return count
         return self.made(function, args, kwargs)

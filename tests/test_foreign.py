@@ -70,6 +70,7 @@ def twice(self: Any, x: Tensor) -> Tensor:
 
 BODIES = {
     "len": lambda self, x: self.b(torch.relu(self.a(x.reshape(len(x), -1)))) / len(x),
+    "len of a size": lambda self, x: self.b(torch.relu(self.a(x if len(x.shape) == 2 else x[0]))),
     "len of a list": lambda self, x: self.b(torch.relu(self.a(sum([x, x]) / len([x, x])))),
     "len of a parameter": lambda self, x: self.b(torch.relu(self.a(x))) * len(self.b.bias),
     "a library that the forward imports": twice,
@@ -84,6 +85,7 @@ def test_what_a_forward_calls_beside_torch_s_functions_is_called_in_every_run(na
     model: Any = type("Own", (nn.Module,), {"forward": BODIES[name]})()
     model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
     inputs = torch.randn(3, 4), torch.randn(5, 4)
+    inputs += (torch.randn(2, 3, 4),) if name == "len of a size" else ()
     expected = [model(x) for x in inputs]
     assert [site.constraint for site in bypass_fx.plan(model)] == ["folded"]
     bypass_fx.extend(model)

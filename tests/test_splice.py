@@ -197,7 +197,6 @@ DEPENDS = "by the number of axes"
     ("body", "why"),
     [
         (lambda s, x: s.a(x) * len((*x.shape[:-1], 1)), DEPENDS),
-        (lambda s, x: s.a(x) * len(x.shape), DEPENDS),
         (lambda s, x: s.a(x) * (*x.shape[:-1], 1)[0], "one by one to mul"),
         (lambda s, x: s.a(x) * (*x.shape[:-1], 1)[-2], "one by one to mul"),
         (lambda s, x: s.a(x) * (*x.shape[:-1], 3)[2], "one by one to mul|IndexError"),
@@ -218,12 +217,9 @@ DEPENDS = "by the number of axes"
         (sizes_of, "takes an iterable of|needs the number"),
         (loops, "one by one to mul"),
         (counts_in_vain, DEPENDS),
-        (counts_beside_a_splice, DEPENDS),
         (counts_what_it_splices, DEPENDS),
-        (two_sizes, DEPENDS),
         (lambda s, x: [s.a(x).view(*s.a(x).squeeze().shape[:-1], 8) for _ in range(4)], "items of 4 sizes"),
         (lambda s, x: s.a(x) * sum(x.shape[:-1] + (1,)), "one by one to add"),
-        (lambda s, x: s.a(x) * len(x.shape[:-1] + (1,)), DEPENDS),
         (lambda s, x: s.a(x).view(*(x + x)), "runs over the items|needs the number"),
         (lambda s, x: s.a(x) * len((*x.sizes, 1)), "runs over the items|no attribute"),
     ],
@@ -231,6 +227,23 @@ DEPENDS = "by the number of axes"
 def test_what_depends_on_the_number_of_axes_is_refused(body: Any, why: str) -> None:
     with pytest.raises(UntraceableError, match=why):
         Tracing(net(body)).trace("")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda s, x: s.b(F.relu(s.a(x))) * len(x.shape),
+        lambda s, x: s.b(F.relu(s.a(x))) * len(x.shape[:-1] + (1,)),
+        lambda s, x: counts_beside_a_splice(s, F.relu(s.b(F.relu(s.a(x))))),
+        lambda s, x: two_sizes(s, F.relu(s.b(F.relu(s.a(x))))),
+        lambda s, x: s.b(F.relu(s.a(x if len(x.shape) > 3 else x[None]))),
+    ],
+)
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 1, 3, 4), (1, 2, 1, 3, 4)])
+def test_a_number_of_axes_may_be_counted_in_each_call(body: Any, shape: tuple[int, ...]) -> None:
+    model, x = net(body), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    assert torch.equal(bypass_fx.extend(model, mode="all")(x), before)
 
 
 def unpacks(s: Any, x: Any) -> Any:
