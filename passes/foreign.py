@@ -87,4 +87,22 @@ def _calling(original: Callable[..., Any], called: Called) -> Callable[..., Any]
         traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
         return called(original, args, kwargs) if traced else original(*args, **kwargs)
 
-    return calling
+    if not isinstance(original, type):
+        return calling
+    return _StandIn(original.__name__, (), {"original": original, "calling": staticmethod(calling)})
+
+
+class _StandIn(type):
+    """The type of what stands for a type: other code that shares its name may ask what is an instance of it."""
+
+    original: type
+    calling: Callable[..., Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.calling(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.original)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.original)

@@ -117,6 +117,26 @@ def test_python_s_own_names_as_types_stay_what_they_are() -> None:
     assert torch.equal(bypass_fx.extend(model)(x), expected)
 
 
+def kind(value: Any) -> str:
+    return "whole" if isinstance(value, int) else "other"
+
+
+KINDS = {"kind": [kind]}
+
+
+def test_code_that_a_forward_reaches_unseen_may_ask_for_them_as_types() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        known = KINDS["kind"][0](3) == "whole"
+        y: Tensor = self.b(torch.relu(self.a(x))) * int(x.shape[0] if known else 0)
+        return y
+
+    model: Any = type("Own", (nn.Module,), {"forward": forward})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    assert torch.equal(bypass_fx.extend(model)(x), expected) and expected.any()
+
+
 def test_a_name_of_the_forward_s_module_comes_before_python_s() -> None:
     space: dict[str, Any] = {"torch": torch, "int": lambda value: value // 2}
     exec("def forward(self, x):\n    return self.b(torch.relu(self.a(x[: int(x.shape[0])])))", space)
