@@ -24,7 +24,7 @@ from .lent import Lent
 from .look_alike import stateless_forward
 from .nodes import new_node
 from .outside import Kept
-from .reads import MISSING, PLAIN, TENSOR, Names, Read, copy_of, fingerprint, inherited
+from .reads import MISSING, PLAIN, TENSOR, Names, Read, as_python, copy_of, fingerprint, inherited
 from .recording import Recorder
 from .records import fields_of
 from .set_attributes import OWN, SetAttributes, is_set_by, refuse_shared
@@ -235,7 +235,7 @@ class OwnerTracer(fx.Tracer):
             return self.create_node(
                 "call_function", kind, (), {name: self.create_arg(each) for name, each in made.items()}
             )
-        return super().create_arg(a)
+        return super().create_arg(as_python(a))
 
     def tensor(self, tensor: Tensor) -> StoredTensor:
         """A parameter or buffer as a traced value."""
