@@ -30,6 +30,7 @@ from .records import fields_of
 from .set_attributes import OWN, SetAttributes, is_set_by, refuse_shared
 from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes, parts_of
+from .tensors import sure_tensor
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 from .watchers import watches
 from .with_blocks import in_with
@@ -194,13 +195,15 @@ class OwnerTracer(fx.Tracer):
         return issubclass(self.python_type(value), classes) if isinstance(value, Traced) else None
 
     def python_type(self, value: Traced) -> type:
-        """The Python type that a value has for the method: that of what the caller passes; a computed one's is not known."""
+        """The Python type that a value has for the method: that of what the caller passes, or of a computed tensor."""
         if type(value) is StoredTensor:
             return type(value.stored)
-        if value.node not in self.containers:
+        node = value.node
+        arguments = {node} if node in self.containers else sure_tensor(node, self.root, self.containers)
+        if arguments is None:
             self.refuse("its forward asks for the Python type of a computed value")
-        self.typed.add(str(value.node.target))
-        return self.containers[value.node]
+        self.typed |= {str(argument.target) for argument in arguments}
+        return self.containers.get(node, Tensor)
 
     def create_proxy(
         self,
