@@ -19,30 +19,30 @@ from .recording import FACTORIES
 
 # What makes a tensor of whatever it takes.
 _MAKING: set[Any] = {
-    *(*FACTORIES, *FUNCTIONS),
-    *(torch.cat, torch.concat, torch.stack, torch.einsum, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm),
-    *(torch.where, torch.softmax, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.squeeze),
-    *(torch.unsqueeze, torch.clamp, torch.zeros_like, torch.ones_like, torch.randn_like, torch.rand_like, torch.roll),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.abs),
-    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding),
-    *(F.softmax, F.log_softmax, F.dropout, F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize),
-    *(F.interpolate, F.pad, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.scaled_dot_product_attention, F.glu),
-}
+    *FACTORIES, *FUNCTIONS,
+    torch.cat, torch.concat, torch.stack, torch.einsum, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm,
+    torch.where, torch.softmax, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.squeeze,
+    torch.unsqueeze, torch.clamp, torch.zeros_like, torch.ones_like, torch.randn_like, torch.rand_like, torch.roll,
+    torch.add, torch.sub, torch.mul, torch.div, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.abs,
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding,
+    F.softmax, F.log_softmax, F.dropout, F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize,
+    F.interpolate, F.pad, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.scaled_dot_product_attention, F.glu,
+}  # fmt: skip
 # What makes a tensor where it takes one: of all its arguments, or of the first.
 _OPERATORS: set[Any] = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.pow, operator.neg),
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
-}
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.pow, operator.neg,
+    operator.iadd, operator.isub, operator.imul, operator.itruediv,
+}  # fmt: skip
 _METHODS = {
-    *("view", "reshape", "permute", "transpose", "contiguous", "flatten", "squeeze", "unsqueeze", "expand", "repeat"),
-    *("to", "float", "half", "double", "bfloat16", "type_as", "clone", "detach", "softmax", "sigmoid", "tanh", "relu"),
-    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "clamp", "clamp_", "masked_fill", "masked_fill_"),
-    *("matmul", "bmm", "mm", "sum", "mean", "exp", "log", "sqrt", "square", "abs", "pow", "t"),
-}
+    "view", "reshape", "permute", "transpose", "contiguous", "flatten", "squeeze", "unsqueeze", "expand", "repeat",
+    "to", "float", "half", "double", "bfloat16", "type_as", "clone", "detach", "softmax", "sigmoid", "tanh", "relu",
+    "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "clamp", "clamp_", "masked_fill", "masked_fill_",
+    "matmul", "bmm", "mm", "sum", "mean", "exp", "log", "sqrt", "square", "abs", "pow", "t",
+}  # fmt: skip
 _MODULES: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Softmax, _BatchNorm, _InstanceNorm, _ConvNd, _DropoutNd),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample, *MODULES),
-)
+    nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Softmax, _BatchNorm, _InstanceNorm, _ConvNd, _DropoutNd,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample, *MODULES,
+)  # fmt: skip
 
 
 def sure_tensor(value: fx.Node, owner: nn.Module, given: Mapping[fx.Node, type]) -> set[fx.Node] | None:
