@@ -1,4 +1,6 @@
-"""Functions of other libraries that take values or sizes: einops and math. A graph calls them as they are."""
+"""Functions that take values or sizes and are called in a graph as they are: those of einops and math, and torch's own that
+look into what they take, for sequences of different lengths.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,13 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import fx
+from torch.nn.utils import rnn
 from torch.utils._pytree import tree_leaves
 
+from .source import nested
+
 LIBRARIES = ("einops", "math")
+_OF_SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence)
 
 Called = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -31,7 +37,8 @@ def calls_become(called: Called, functions: Iterable[FunctionType]) -> Iterator[
 def _named(functions: Iterable[FunctionType]) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the functions find what they name of such a library."""
     for function in functions:
-        names, space = function.__code__.co_names, function.__globals__
+        names, space = {name for code in nested(function.__code__) for name in code.co_names}, function.__globals__
+        yield from ((vars(rnn), each.__name__) for each in _OF_SEQUENCES if each.__name__ in names)
         for name in names:
             value = space.get(name)
             if type(value) is ModuleType and value.__name__ in LIBRARIES:
@@ -41,7 +48,9 @@ def _named(functions: Iterable[FunctionType]) -> Iterator[tuple[dict[str, Any], 
 
 
 def _is_function(value: Any) -> bool:
-    """Whether it is a function of such a library."""
+    """Whether it is one of the functions."""
+    if any(value is each for each in _OF_SEQUENCES):
+        return True
     library = str(getattr(value, "__module__", "")).split(".")[0]
     return library in LIBRARIES and not isinstance(value, type) and callable(value)
 
