@@ -8,7 +8,7 @@ from torch import fx
 
 from .activation_calls import Calls
 from .activations import activation_input
-from .affine import Found, affine_at, norm_at
+from .affine import Found, affine_at, is_made_anew, norm_at
 from .casts import may_round
 from .channels import Channels
 from .choices import pick, step_of, value_inputs
@@ -71,7 +71,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         wire = is_wire(here.node, linked.module(here)) and inputs and _reads_one_value(here.node)
         wire = wire and not (is_cast(step_of(here.node)) and may_round(linked, here))
         if not wire and norm_at(linked, here) is None:
-            return Reason(f"in front of it stands {label(linked, here)}, which is no affine map")
+            return no_affine_map("in front of it stands", linked, here)
         between.append(here)
         node, unit = inputs[0], here.unit
     return Reason("no affine map stands in front of it")
@@ -130,7 +130,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
                 continue
             passed = _passed(linked, use, layout)
             if passed is None:
-                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
+                return no_affine_map("its result goes into", linked, use)
             todo.append((use, passed))
     if any(len(set(layouts)) != 1 or len(layouts) != len(value_inputs(use.node)) for use, layouts in picks.items()):
         return Reason("its forward branches, and its result goes another way in one branch")
@@ -188,6 +188,17 @@ def bias_is_free(linked: Linked, affine: Affine, planned: bool = False) -> bool:
     path, _, name = affine.bias.rpartition(".")
     bias = linked.modules[path]._parameters.get(name)
     return bias is not None and (bias.requires_grad or planned) and linked.tracing.names.holders(bias) == 1
+
+
+def no_affine_map(how: str, linked: Linked, spot: Spot) -> Reason:
+    """Why what stands there is no affine map: an old form of torch's weight_norm or spectral_norm says what to use instead."""
+    module, named = linked.module(spot), f"{how} {label(linked, spot)}"
+    if module is not None and is_made_anew(module):
+        return Reason(
+            f"{named}, whose weight a hook makes anew in every forward",
+            "use the weight_norm or spectral_norm of torch.nn.utils.parametrizations",
+        )
+    return Reason(f"{named}, which is no affine map")
 
 
 def label(linked: Linked, spot: Spot) -> str:

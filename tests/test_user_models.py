@@ -206,10 +206,14 @@ def test_optional_outputs_dicts_and_several_inputs_work() -> None:
     net(batch, scale=0.5)
 
 
-def test_the_hook_form_of_weight_norm_is_no_affine_map() -> None:
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_the_hook_form_of_weight_norm_is_no_affine_map(norm: str, place: int) -> None:
     net = mlp()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that the hook form will go
-        nn.utils.weight_norm(net[0])
-    assert not bypass_fx.plan(net, mode="strict").sites
+        getattr(nn.utils, norm)(net[place])
+    plan = bypass_fx.plan(net, mode="strict")
+    assert not plan.sites and "a hook makes anew in every forward" in plan.refusals[0].reason
+    assert "parametrizations" in plan.refusals[0].remedy
     assert bypass_fx.plan(net, mode="all").sites[0].kind == "relaxed"
