@@ -29,7 +29,7 @@ def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = Non
     """All sites and refusals of a linked model, in the order in which the model defines its modules."""
     calls = Calls(linked, example_inputs)
     sites: list[Site] = []
-    refusals: list[Refusal] = list(unseen_refusals(linked))
+    refusals: list[Refusal] = list(unseen_refusals(linked, example_inputs is not None))
     for path, module in linked.modules.items():
         for name, spot, activation in calls.of(path):
             outcome = _decide(calls, spot, (ATTENTION if activation == "attention" else RULES)[mode])
@@ -88,10 +88,10 @@ def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
     return name
 
 
-def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
+def unseen_refusals(linked: Linked, has_examples: bool) -> Iterator[Refusal]:
     """Activations, and attention, called as functions in forwards that have no graph."""
     remedy = SPLIT
-    if linked.observed is None and not linked.failures.keys() <= {""}:
+    if not has_examples and not linked.failures.keys() <= {""}:
         remedy = f"pass example_inputs, or {remedy}"
     if linked.observed and any(objects_in(call) for found in linked.observed.calls.values() for call in found):
         remedy = WITHOUT

@@ -24,7 +24,8 @@ def as_python(value: Any) -> Any:
         return value
     if isinstance(value, Integral) and type(value).__module__ == "numpy":
         return int(value)
-    return next((kind(value) for kind in (int, float, complex, str) if isinstance(value, kind)), value)
+    kinds: tuple[Any, ...] = (int, float, complex, str)
+    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)
 
 
 class Names(Protocol):

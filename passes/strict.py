@@ -17,7 +17,7 @@ from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
 from .units import Spot
-from .wires import Layout, is_cast, is_wire, modes_agree, through
+from .wires import Layout, how_modes_differ, is_cast, is_wire, modes_agree, through
 from .writes import overwritten
 
 
@@ -59,7 +59,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         here = linked.source(Spot(unit, node))
         path.append(here)
         if not modes_agree(linked.graphs[here.unit]):
-            return Reason("a forward in front of it differs between training and eval mode")
+            return how_modes_differ(linked.graphs[here.unit], "a forward in front of it")
         if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
             return Reason("a value between W and it is overwritten in place")
         found = affine_at(linked, here)
@@ -110,7 +110,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     while todo:
         here, layout = todo.pop()
         if not modes_agree(linked.graphs[here.unit]):
-            return Reason("its forward differs between training and eval mode in more than dropout and normalisation")
+            return how_modes_differ(linked.graphs[here.unit])
         for use in linked.uses(here):
             if use is None:
                 return LEAVES
@@ -191,7 +191,7 @@ def bias_is_free(linked: Linked, affine: Affine, planned: bool = False) -> bool:
 
 
 def no_affine_map(how: str, linked: Linked, spot: Spot) -> Reason:
-    """Why what stands there is no affine map: an old form of torch's weight_norm or spectral_norm says what to use instead."""
+    """Why what stands there is no affine map: the old forms of weight_norm and spectral_norm have a remedy."""
     module, named = linked.module(spot), f"{how} {label(linked, spot)}"
     if module is not None and is_made_anew(module):
         return Reason(

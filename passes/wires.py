@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from .activations import acts_as
 from .choices import Step, step_of
+from .outcome import Reason
 from .set_attributes import returning
 from .trace import OwnerGraph
 
@@ -55,6 +56,13 @@ def modes_agree(owned: OwnerGraph) -> bool:
         and (one.target in _SWITCHED or (str(one.args), str(one.kwargs)) == (str(two.args), str(two.kwargs)))
         for one, two in pairs
     )
+
+
+def how_modes_differ(owned: OwnerGraph, whose: str = "its forward") -> Reason:
+    """Why the modes do not agree, which they do not."""
+    if any(map(always_drops, owned.versions[1].nodes)):
+        return Reason(f"a dropout in {whose} is on in eval mode too", "give F.dropout training=self.training")
+    return Reason(f"{whose} differs between training and eval mode in more than dropout and normalisation")
 
 
 def always_drops(node: fx.Node) -> bool:
