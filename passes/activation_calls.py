@@ -113,6 +113,8 @@ class Calls:
         text = "the number of its channels is not known from its neighbours"
         if self.run is None:
             return Reason(text, "pass example_inputs")
+        if spot in self.run.batch:
+            return BATCH
         met = list(dict.fromkeys(shape for shape, _ in self.run.calls.get(spot, ())))
         if met == [()]:
             return Reason("its input is a single number, which has no channels")
@@ -165,6 +167,11 @@ class Calls:
                     todo.append(use)
         return False
 
+
+BATCH = Reason(
+    "its channels may be the rows of the batch: its input has a single axis, or one as long as the first axis of the inputs",
+    "apply it where the value has an axis of channels, or pass example_inputs with another number of rows",
+)
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _SPREADS = {

@@ -86,7 +86,7 @@ def _normalises_by_its_own(linked: Linked, spot: Spot) -> bool:
 def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
     value = _node(spot.node.args[0] if spot.node.args else spot.node.kwargs.get("input"))
     if not ("weight" in module._parameters or is_parametrized(module, "weight")):
-        return None  # torch.nn.utils.weight_norm's old form makes the weight anew in every forward
+        return None  # `is_made_anew`, for example
     if has_complex_weights(module):
         return None  # D is real, and so are A D W and the fold
     path = linked.child(*spot)
@@ -113,6 +113,11 @@ def _module(linked: Linked, spot: Spot, module: nn.Module) -> Found | None:
             affine = Affine(path, "conv_transpose", f"{path}.weight", bias, stored="in_out", groups=groups, taps=taps)
             return Found(affine, -dims - 1, module.in_channels, module.out_channels, True, value)
     return None
+
+
+def is_made_anew(module: nn.Module) -> bool:
+    """Whether a hook makes the weight anew in every forward, as the old forms of weight_norm and spectral_norm do."""
+    return "weight" in module.__dict__ and bool(module._forward_pre_hooks)
 
 
 def _pads(padding: Any, kernel: tuple[int, ...], mode: str = "zeros") -> bool:

@@ -32,7 +32,7 @@ from .outcome import LEAVES, Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
 from .units import Spot, Unit
-from .wires import modes_agree
+from .wires import how_modes_differ, modes_agree
 
 Answers = Mapping[Spot, bool]
 Trial = Callable[[Answers], Flow]
@@ -325,7 +325,7 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
             if use.unit != spot.unit:
                 flow.within = False
                 if not modes_agree(linked.graphs[use.unit]):
-                    return Reason("its forward differs between training and eval mode in more than dropout")
+                    return how_modes_differ(linked.graphs[use.unit])
             made = affine_at(linked, use)
             if made is not None and reads_only_value(use, made):
                 found.append((made, use))

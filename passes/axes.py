@@ -56,7 +56,7 @@ class ChannelAxes(TorchFunctionMode):
             return _reshaped(source.shape, axis, made.shape)
         if name in _MOVES or made.dim() != source.dim():
             writes = "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
-            return None if writes else _tried(func, args, kwargs, source, axis)
+            return None if writes else _tried(func, args, kwargs, source, axis, made.dim())
         return axis
 
     def _source(self, args: Any, kwargs: Any, made: Tensor) -> Tensor | None:
@@ -77,16 +77,21 @@ def _reshaped(before: torch.Size, axis: int, after: torch.Size) -> int | None:
     return None if place is None else place - len(after)
 
 
-def _tried(func: Callable[..., Any], args: Any, kwargs: Any, source: Tensor, axis: int) -> int | None:
-    """Where an axis is after a call that moves, adds or drops axes: of a trial tensor, the one of its size."""
-    sizes = list(_POSITIONS[: source.dim()])
-    if len(sizes) < source.dim():
+def _tried(func: Callable[..., Any], args: Any, kwargs: Any, source: Tensor, axis: int, rank: int) -> int | None:
+    """Where an axis is after a call that moves, adds or drops axes: of a trial tensor, the one of its size.
+
+    The call must leave as many axes of it as of the source, which had single items that may be squeezed.
+    """
+    if source.dim() > len(_POSITIONS):
         return None
+    sizes = [1 if size == 1 else other for size, other in zip(source.shape, _POSITIONS, strict=False)]
     sizes[axis] = _CHANNELS
     trial = torch.empty(sizes, device="meta")
     try:
         moved = func(*(trial if each is source else each for each in args), **kwargs)
     except Exception:  # it does not run on these sizes: nothing is told
         return None
-    places = [i for i, size in enumerate(moved.shape) if size == _CHANNELS] if isinstance(moved, Tensor) else []
+    if not isinstance(moved, Tensor) or moved.dim() != rank:
+        return None
+    places = [i for i, size in enumerate(moved.shape) if size == _CHANNELS]
     return places[0] - moved.dim() if len(places) == 1 else None

@@ -1,6 +1,5 @@
-"""Functions that are not torch's and take values or sizes: einops', math's and NumPy's, and Python's own that make a number.
-
-A graph calls them as they are.
+"""Functions that take values or sizes, and that a graph calls as they are: einops', math's and NumPy's, Python's own that
+make a number, and torch's own that look into what they take, for sequences of different lengths.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import fx
+from torch.nn.utils import rnn
 from torch.utils._pytree import tree_leaves
 
 from .source import nested
 
 LIBRARIES = ("einops", "math", "numpy")
 NUMBERS: dict[str, Callable[..., Any]] = {"len": len, "int": int, "float": float, "round": round}
+_OF_SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence)
 
 Called = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _ABSENT = object()
@@ -47,7 +48,8 @@ def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str,
     """Where the functions find what they name of these functions."""
     others = {(id(each.__globals__), name) for each in functions for name in _globals(each)[1]}
     for function in functions:
-        names, space = function.__code__.co_names, function.__globals__
+        names, space = {name for code in nested(function.__code__) for name in code.co_names}, function.__globals__
+        yield from ((vars(rnn), each.__name__, each) for each in _OF_SEQUENCES if each.__name__ in names)
         for name in names:
             value = space.get(name, sys.modules.get(name) if name in LIBRARIES else None)  # it may import them itself
             if type(value) is ModuleType and value.__name__ in LIBRARIES:
@@ -74,7 +76,9 @@ def _globals(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether it is a function of such a library."""
+    """Whether it is one of the functions."""
+    if any(value is each for each in _OF_SEQUENCES):
+        return True
     library = str(getattr(value, "__module__", "")).split(".")[0]
     return library in LIBRARIES and not isinstance(value, type) and callable(value)
 

@@ -146,7 +146,7 @@ class _Names:
         self.scope = scope
 
     def name(self, value: Any) -> str:
-        if value is None or isinstance(value, bool | int | str):
+        if value is None or type(value) in (bool, int, str):  # an Enum has no source text
             return repr(value)
         for name, known in self.scope.items():
             if known is value:

@@ -6,7 +6,8 @@ table: the rules to try, in order. Adding a pattern is adding a rule and naming 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.nn.functional as F
 
@@ -29,17 +30,39 @@ def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = Non
     """All sites and refusals of a linked model, in the order in which the model defines its modules."""
     calls = Calls(linked, example_inputs)
     sites: list[Site] = []
-    refusals: list[Refusal] = list(unseen_refusals(linked))
+    refusals: list[Refusal] = list(unseen_refusals(linked, example_inputs is not None))
+    found = {path: [*calls.of(path)] for path in linked.modules}
+    names = _told_apart([(spot, name) for of_module in found.values() for name, spot, _ in of_module])
     for path, module in linked.modules.items():
-        for name, spot, activation in calls.of(path):
+        for _, spot, activation in found[path]:
             outcome = _decide(calls, spot, (ATTENTION if activation == "attention" else RULES)[mode])
             call = linked.graphs[spot.unit].name_of[spot.node]
-            _enter(linked, name, spot.unit, call, activation, outcome, sites, refusals)
+            _enter(linked, names[spot], spot.unit, call, activation, outcome, sites, refusals)
         if is_multihead(module):
             name, outcome = f"{path}.attention".lstrip("."), value_path_inside(linked, path)
             outcome = ONLY_STRICT if mode == "relaxed" else outcome
             _enter(linked, name, Unit(path), "attention", "attention", outcome, sites, refusals)
     return Plan(tuple(sites), tuple(refusals), mode)
+
+
+def _told_apart(named: Iterable[tuple[Spot, str]]) -> dict[Spot, str]:
+    """The names of calls, each its own: a module may be called by its owner, and by a module around that by the same path.
+
+    The innermost owner's call keeps the name.
+    """
+    by_name: dict[str, list[Spot]] = {}
+    for spot, name in named:
+        by_name.setdefault(name, []).append(spot)
+    names: dict[Spot, str] = {}
+    for name, (innermost, *others) in ((name, sorted(spots, key=_depth)[::-1]) for name, spots in by_name.items()):
+        names[innermost] = name
+        free = (new for number in itertools.count(1) if (new := f"{name}_{number}") not in by_name)
+        names |= dict(zip(others, free, strict=False))
+    return names
+
+
+def _depth(spot: Spot) -> int:
+    return len(spot.unit.path.split(".")) if spot.unit.path else 0
 
 
 def _enter(
@@ -88,10 +111,10 @@ def _parameter_name(linked: Linked, unit: Unit, call: str) -> str:
     return name
 
 
-def unseen_refusals(linked: Linked) -> Iterator[Refusal]:
+def unseen_refusals(linked: Linked, has_examples: bool) -> Iterator[Refusal]:
     """Activations, and attention, called as functions in forwards that have no graph."""
     remedy = SPLIT
-    if linked.observed is None and not linked.failures.keys() <= {""}:
+    if not has_examples and not linked.failures.keys() <= {""}:
         remedy = f"pass example_inputs, or {remedy}"
     if linked.observed and any(objects_in(call) for found in linked.observed.calls.values() for call in found):
         remedy = WITHOUT

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .channels import Channels
 from .plan import Affine, Constraint, Exact, Kind
+
+if TYPE_CHECKING:
+    from .channels import Channels
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +11,21 @@ from torch import Tensor, nn
 
 Read = tuple[str, str, Any]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def as_python(value: Any) -> Any:
+    """A number or a text of a kind below Python's own, as NumPy's are, as that: code can write it down. Others unchanged.
+
+    >>> import numpy
+    >>> as_python(numpy.sqrt(4.0)), as_python(numpy.int64(3))
+    (2.0, 3)
+    """
+    if isinstance(value, Enum):
+        return value
+    if isinstance(value, Integral) and type(value).__module__ == "numpy":
+        return int(value)
+    kinds: tuple[Any, ...] = (int, float, complex, str)
+    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)
 
 
 class Names(Protocol):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .activations import activation_input
 from .axes import ChannelAxes
 from .calls import bound_to_placeholders, call_of
-from .channels import Channels
+from .channels import Channels, of_parameters
 from .link import Linked
 from .runs import Way, attempt, on_meta, ways
 from .units import ExampleInputs, Spot, Unit, arguments_of
@@ -31,6 +31,8 @@ class Run:
             from; where none does, along axis 1 of a value of four or five axes, and along the last of any other. One that
             has four or five axes in some calls only has them along the last where these agree, and else along axis 1.
         calls: the shapes that each activation's input had, over all calls, and the axes that were told.
+        batch: the activations whose channels may be the rows of the batch, and those of no other call: their input has a
+            single axis, or one as long as the first axis of the inputs, and nothing told.
         complex: the activations whose input was complex in some call.
         failure: why the run ended early, if it did; "" otherwise.
         broken: why the graphs of some units do not run on what the model passes.
@@ -55,7 +57,12 @@ class Run:
                 self.failure = ""
             if not self.failure and (told or way is not on_meta):
                 break
-        self.channels = {spot: found for spot, calls in self.calls.items() if (found := _agreed([*calls]))}
+        found = {spot: channels for spot, calls in self.calls.items() if (channels := _agreed([*calls]))}
+        rows = next(
+            (leaf.shape[0] for leaf in tree_leaves(tuple(arguments)) if isinstance(leaf, Tensor) and leaf.dim()), 0
+        )
+        self.batch = {spot for spot, channels in found.items() if _may_be_rows(spot, channels, self.calls[spot], rows)}
+        self.channels = {spot: channels for spot, channels in found.items() if spot not in self.batch}
 
     def _run(
         self,
@@ -141,6 +148,14 @@ def _agreed(calls: Sequence[Call]) -> Channels | None:
         if len(widths) == 1 and -1 not in widths:
             return Channels(widths.pop(), axis)
     return None
+
+
+def _may_be_rows(spot: Spot, channels: Channels, calls: Iterable[Call], rows: int) -> bool:
+    """Whether the channels that nothing told may be the rows of a batch of so many."""
+    z = activation_input(spot.node)
+    if z is None or of_parameters(z) or any(axis is not None for _, axis in calls):
+        return False
+    return any(len(shape) == 1 for shape, _ in calls) or (channels.width == rows > 1 and channels.axis < 0)
 
 
 def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from .with_blocks import has_with
 
 _FARTHEST = 200  # functions that are looked at for one forward
 _LONGEST = 64  # items of a container that are looked at
+_DEEPEST = 3  # containers in containers
 
 
 def codes(function: Callable[..., Any]) -> list[CodeType]:
@@ -86,16 +87,25 @@ CHANGES = frozenset(
 
 
 def mapped_by(functions: Iterable[FunctionType]) -> list[FunctionType]:
-    """The functions that stand in mappings which these functions name: in a library's table of attentions, for example.
-
-    Which of them a forward calls, it decides in a run.
+    """The functions in mappings that these functions name, such as a table of attentions, or of activations with their gains:
+    which of them a forward calls, it decides in a run.
     """
     found: dict[FunctionType, None] = {}
     for each in functions:
         named = (each.__globals__.get(name) for code in nested(each.__code__) for name in code.co_names)
-        tables = (value for value in named if isinstance(value, Mapping) and len(value) <= _LONGEST)
-        found |= {value: None for table in tables for value in table.values() if isinstance(value, FunctionType)}
+        for table in named:
+            items = _items_of(table) if isinstance(table, Mapping) else ()
+            found |= {function: None for item in items for function in functions_of(item)}
     return list(found)
+
+
+def _items_of(container: Any, depth: int = 0) -> Iterator[Any]:
+    """What a container of few items holds, in containers inside as well."""
+    if not isinstance(container, Mapping | list | tuple):
+        yield container
+    elif len(container) <= _LONGEST and depth < _DEEPEST:
+        for item in container.values() if isinstance(container, Mapping) else container:
+            yield from _items_of(item, depth + 1)
 
 
 def activations_named(functions: Iterable[FunctionType], cls: type[nn.Module]) -> dict[str, FunctionType]:
@@ -121,8 +131,7 @@ def _named_by(function: FunctionType, cls: type[nn.Module]) -> Iterator[str]:
 def activations_in(value: Any) -> list[str]:
     """The activations that a value is, or that a container of few items holds: as functions, classes or modules."""
     if isinstance(value, dict | list | tuple):
-        items = (value.values() if isinstance(value, dict) else value) if len(value) <= _LONGEST else ()
-        return [name for item in items if not isinstance(item, dict | list | tuple) for name in activations_in(item)]
+        return [name for item in _items_of(value) for name in activations_in(item)]
     if isinstance(value, partial):
         return activations_in(value.func)
     known: str | None = None

@@ -8,7 +8,7 @@ from torch import fx
 
 from .activation_calls import Calls
 from .activations import activation_input
-from .affine import Found, affine_at, norm_at
+from .affine import Found, affine_at, is_made_anew, norm_at
 from .casts import may_round
 from .channels import Channels
 from .choices import pick, step_of, value_inputs
@@ -17,7 +17,7 @@ from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
 from .units import Spot
-from .wires import Layout, is_cast, is_wire, modes_agree, through
+from .wires import Layout, how_modes_differ, is_cast, is_wire, modes_agree, through
 from .writes import overwritten
 
 
@@ -59,7 +59,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         here = linked.source(Spot(unit, node))
         path.append(here)
         if not modes_agree(linked.graphs[here.unit]):
-            return Reason("a forward in front of it differs between training and eval mode")
+            return how_modes_differ(linked.graphs[here.unit], "a forward in front of it")
         if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
             return Reason("a value between W and it is overwritten in place")
         found = affine_at(linked, here)
@@ -71,7 +71,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         wire = is_wire(here.node, linked.module(here)) and inputs and _reads_one_value(here.node)
         wire = wire and not (is_cast(step_of(here.node)) and may_round(linked, here))
         if not wire and norm_at(linked, here) is None:
-            return Reason(f"in front of it stands {label(linked, here)}, which is no affine map")
+            return no_affine_map("in front of it stands", linked, here)
         between.append(here)
         node, unit = inputs[0], here.unit
     return Reason("no affine map stands in front of it")
@@ -110,7 +110,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     while todo:
         here, layout = todo.pop()
         if not modes_agree(linked.graphs[here.unit]):
-            return Reason("its forward differs between training and eval mode in more than dropout and normalisation")
+            return how_modes_differ(linked.graphs[here.unit])
         for use in linked.uses(here):
             if use is None:
                 return LEAVES
@@ -130,7 +130,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
                 continue
             passed = _passed(linked, use, layout)
             if passed is None:
-                return Reason(f"its result goes into {label(linked, use)}, which is no affine map")
+                return no_affine_map("its result goes into", linked, use)
             todo.append((use, passed))
     if any(len(set(layouts)) != 1 or len(layouts) != len(value_inputs(use.node)) for use, layouts in picks.items()):
         return Reason("its forward branches, and its result goes another way in one branch")
@@ -188,6 +188,17 @@ def bias_is_free(linked: Linked, affine: Affine, planned: bool = False) -> bool:
     path, _, name = affine.bias.rpartition(".")
     bias = linked.modules[path]._parameters.get(name)
     return bias is not None and (bias.requires_grad or planned) and linked.tracing.names.holders(bias) == 1
+
+
+def no_affine_map(how: str, linked: Linked, spot: Spot) -> Reason:
+    """Why what stands there is no affine map: the old forms of weight_norm and spectral_norm have a remedy."""
+    module, named = linked.module(spot), f"{how} {label(linked, spot)}"
+    if module is not None and is_made_anew(module):
+        return Reason(
+            f"{named}, whose weight a hook makes anew in every forward",
+            "use the weight_norm or spectral_norm of torch.nn.utils.parametrizations",
+        )
+    return Reason(f"{named}, which is no affine map")
 
 
 def label(linked: Linked, spot: Spot) -> str:

@@ -82,6 +82,8 @@ def _new_class(original: type[nn.Module], code: Code) -> type[nn.Module]:
         body[name] = _before_the_instance(namespace[name]) if held else namespace[name]
     if code.flags:
         body["__setattr__"] = _guarding(original, code.flags)
+    if issubclass(original, nn.Sequential):
+        body["__getitem__"] = _refusing_parts(original)
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     try:
@@ -125,6 +127,21 @@ def _guarding(original: type[nn.Module], flags: Mapping[str, object]) -> Callabl
         original.__setattr__(self, name, value)
 
     return guarded
+
+
+def _refusing_parts(original: type[nn.Sequential]) -> Callable[[nn.Sequential, Any], nn.Module]:
+    """A `__getitem__` that makes no part of the module: it would be one of the same class, without its δ."""
+
+    def item(module: nn.Sequential, key: Any) -> nn.Module:
+        if isinstance(key, slice):
+            raise SurgeryError(
+                f"a part of an extended {original.__name__} would lose its δ: contract the model first, or leave the sites "
+                "of this module out with select"
+            )
+        part: nn.Module = original.__getitem__(module, key)
+        return part
+
+    return item
 
 
 def _refuse_pickling(module: nn.Module) -> None:

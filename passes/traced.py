@@ -12,10 +12,13 @@ from torch import Tensor, fx
 
 from .recording import asked_by_a_forward
 from .source import reads_class, says_something, unpacked_into
+from .splice import parts_of
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
 
+
+_NUMBER = "needs the number that a value holds"
 
 # What a value says of itself that a write in place changes.
 _CHANGING = {"shape", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "_version", "data", "T", "mT", "H", "mH"}
@@ -23,6 +26,8 @@ _CHANGING = {"shape", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "_v
 
 class Traced(fx.Proxy):
     """What a forward gets in place of a value: what it does with it becomes a node, or is refused."""
+
+    __array_priority__ = torch.Tensor.__array_priority__  # NumPy's numbers leave `np.sqrt(2) * x` to x
 
     # Made by fx's own __init__: what compiles a forward looks into a frame of ours, and asks for the class of what is not yet
     # made.
@@ -59,9 +64,14 @@ class Traced(fx.Proxy):
         return self.tracer.iter(self) if names is None else (value[index] for index in range(names))
 
     def __len__(self) -> int:
-        """The number of axes that this trace is made for; Python asks for it too, before it runs over the items."""
-        count = cast("OwnerTracer", self.tracer).sizes.length(self.node) if asked_by_a_forward() else None
-        return self.refuse("needs the number that a value holds") if count is None else count
+        """How many parts it is cut into, or the number of axes that this trace is made for; Python asks for it too, before
+        it runs over the items.
+        """
+        if not asked_by_a_forward():
+            return self.refuse(_NUMBER)
+        parts = parts_of(self.node)
+        count = cast("OwnerTracer", self.tracer).sizes.length(self.node) if parts is None else parts
+        return self.refuse(_NUMBER) if count is None else count
 
     def refuse(self, reason: str) -> NoReturn:
         """End the trace."""
@@ -81,7 +91,7 @@ def _refusing(name: str, what: str) -> Callable[..., Any]:
 
 for _names, _what in {
     ("__hash__",): "uses a traced value as a key",
-    ("__int__", "__float__", "__complex__", "__index__", "__array__"): "needs the number that a value holds",
+    ("__int__", "__float__", "__complex__", "__index__", "__array__"): _NUMBER,
     ("__copy__", "__deepcopy__"): "copies a traced value as an object",
 }.items():
     for _name in _names:

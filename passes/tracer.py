@@ -24,12 +24,13 @@ from .lent import Lent
 from .look_alike import stateless_forward
 from .nodes import new_node
 from .outside import Kept
-from .reads import MISSING, PLAIN, TENSOR, Names, Read, copy_of, fingerprint, inherited
+from .reads import MISSING, PLAIN, TENSOR, Names, Read, as_python, copy_of, fingerprint, inherited
 from .recording import Recorder
 from .records import fields_of
 from .set_attributes import OWN, SetAttributes, is_set_by, refuse_shared
 from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes, parts_of
+from .tensors import sure_tensor
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 from .watchers import watches
 from .with_blocks import in_with
@@ -196,13 +197,15 @@ class OwnerTracer(fx.Tracer):
         return issubclass(self.python_type(value), classes) if isinstance(value, Traced) else None
 
     def python_type(self, value: Traced) -> type:
-        """The Python type that a value has for the method: that of what the caller passes; a computed one's is not known."""
+        """The Python type that a value has for the method: that of what the caller passes, or of a computed tensor."""
         if type(value) is StoredTensor:
             return type(value.stored)
-        if value.node not in self.containers:
+        node = value.node
+        arguments = {node} if node in self.containers else sure_tensor(node, self.root, self.containers)
+        if arguments is None:
             self.refuse("its forward asks for the Python type of a computed value")
-        self.typed.add(str(value.node.target))
-        return self.containers[value.node]
+        self.typed |= {str(argument.target) for argument in arguments}
+        return self.containers.get(node, Tensor)
 
     def create_proxy(
         self,
@@ -239,7 +242,7 @@ class OwnerTracer(fx.Tracer):
             return self.create_node(
                 "call_function", kind, (), {name: self.create_arg(each) for name, each in made.items()}
             )
-        return super().create_arg(a)
+        return super().create_arg(as_python(a))
 
     def tensor(self, tensor: Tensor) -> StoredTensor:
         """A parameter or buffer as a traced value."""
@@ -297,7 +300,7 @@ class OwnerTracer(fx.Tracer):
         """A call of a function that is not torch's becomes a node, but for a length that this trace knows."""
         if function is len:
             value = args[0]
-            count = len(value) if type(value) is StoredTensor else None
+            count = len(value) if type(value) is StoredTensor else parts_of(value.node)
             if count is None and self.counted:
                 count = self.sizes.length(value.node)
             if count is not None:

@@ -19,6 +19,7 @@ from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .observed import Observed, observed
 from .otherwise import objects_in
+from .parts import taken_in_parts
 from .results import result_of, result_of_attention, settled
 from .set_attributes import refuse_mixed
 from .trace import OwnerGraph, Tracing
@@ -76,7 +77,7 @@ class Units:
         example_inputs: ExampleInputs | None = None,
         without: Mapping[str, UntraceableError] = MappingProxyType({}),
     ) -> None:
-        self.model, self.without, self._halves = model, without, dict[str, UntraceableError]()
+        self.model, self._halves = model, dict[str, UntraceableError]()
         self.tracing = Tracing(model)
         self.modules = self.tracing.modules
         self.graphs: dict[Unit, OwnerGraph] = {}
@@ -95,6 +96,7 @@ class Units:
         self._variants: dict[str, list[Unit]] = {}
         self._methods: dict[str, list[Unit]] = {}
         self._as_observed: set[str] = set()
+        self.without = {**without, **taken_in_parts(self.tracing)}
         with self.tracing.session():
             self._enter("", _root_call(self.tracing, example_inputs))
         self.observed = self._observed(example_inputs)
@@ -105,7 +107,7 @@ class Units:
                     self._enter_unseen(path)
             self.unseen |= self._mentioned_in_untraced_code()
         if self._halves:  # a module that traces in some of the ways in which it is called has no graph in any
-            Units.__init__(self, model, example_inputs, {**without, **self._halves})
+            Units.__init__(self, model, example_inputs, {**self.without, **self._halves})
 
     def _observed(self, example_inputs: ExampleInputs | None) -> Observed | None:
         """What a run on the example inputs shows of the calls of modules that no graph calls; None without a run.

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from .activations import acts_as
 from .choices import Step, step_of
+from .outcome import Reason
 from .set_attributes import returning
 from .trace import OwnerGraph
 
@@ -55,6 +56,13 @@ def modes_agree(owned: OwnerGraph) -> bool:
         and (one.target in _SWITCHED or (str(one.args), str(one.kwargs)) == (str(two.args), str(two.kwargs)))
         for one, two in pairs
     )
+
+
+def how_modes_differ(owned: OwnerGraph, whose: str = "its forward") -> Reason:
+    """Why the modes do not agree, which they do not."""
+    if any(map(always_drops, owned.versions[1].nodes)):
+        return Reason(f"a dropout in {whose} is on in eval mode too", "give F.dropout training=self.training")
+    return Reason(f"{whose} differs between training and eval mode in more than dropout and normalisation")
 
 
 def always_drops(node: fx.Node) -> bool:
@@ -150,22 +158,40 @@ def _merged(layout: Layout) -> Layout | None:
 
 
 def _view(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
-    """`x.view(x.size(0), -1)`, `x.reshape(len(x), -1)` and the like: a flatten from axis 1 on."""
+    """`x.view(x.size(0), -1)` and the like, a flatten from axis 1 on; `x.view(-1, x.size(-1))`, which keeps the last axis."""
     shape = node.args[1:] if len(node.args) > 2 else _argument(node, 1, "shape")
-    if not isinstance(shape, tuple | list) or len(shape) != 2 or shape[1] != -1:
+    if not isinstance(shape, tuple | list):
+        return None
+    if layout.axis == -1 and not layout.flat and shape and _is_last_size(shape[-1], node.args[0]):
+        return replace(layout, rank=len(shape))
+    if len(shape) != 2 or shape[1] != -1:
         return None
     second = layout.rank is not None and layout.axis == 1 - layout.rank
     return _merged(layout) if second and _is_batch_size(shape[0], node.args[0]) else None
 
 
 def _is_batch_size(size: Any, value: Any) -> bool:
+    return _is_size_of(size, value, 0)
+
+
+def _is_last_size(size: Any, value: Any) -> bool:
+    """Whether it is the length of the value's last axis, or of what the value is a contiguous copy of."""
+    while isinstance(value, fx.Node):
+        if _is_size_of(size, value, -1):
+            return True
+        copies = value.op == "call_method" and value.target in ("contiguous", "clone")
+        value = value.args[0] if copies else None
+    return False
+
+
+def _is_size_of(size: Any, value: Any, axis: int) -> bool:
     if not isinstance(size, fx.Node):
         return False
     if size.target is len:
         return size.args == (value,)
     if size.op == "call_method" and size.target == "size":
-        return size.args == (value, 0)
-    if size.target is not getattr and size.op == "call_function" and len(size.args) == 2 and size.args[1] == 0:
+        return size.args == (value, axis)
+    if size.target is not getattr and size.op == "call_function" and len(size.args) == 2 and size.args[1] == axis:
         shape = size.args[0]  # x.shape[0] or x.size()[0]
         if isinstance(shape, fx.Node):
             return shape.args == (value, "shape") or (shape.target == "size" and shape.args == (value,))

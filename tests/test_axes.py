@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Callable[[Untraceable, Tensor], Tensor], tuple[int, ...],
     "positions in a row": (lambda m, x: m.conv2(x).view(len(x), 8, -1), IMAGE, 8, -2),
     "tokens of a map": (lambda m, x: m.conv2(x).flatten(2).transpose(1, 2), IMAGE, 8, -1),
     "averaged": (lambda m, x: m.conv2(x).mean((2, 3)), IMAGE, 8, -1),
+    "squeezed": (lambda m, x: m.conv1(x)[:, :, None].squeeze(2), SEQUENCE, 8, -2),
     "tokens": (lambda m, x: m.fc(x), TOKENS, 8, -1),
     "states": (lambda m, x: m.gru(x)[0], TOKENS, 8, -1),
     "channels last": (lambda m, x: m.fc(x), GRID, 8, -1),
@@ -65,3 +66,41 @@ def test_without_a_map_in_front_of_it_the_shape_tells_the_axis() -> None:
         net = Untraceable(lambda m, x: x.exp())
         plan = bypass_fx.plan(net, mode="all", example_inputs=(torch.randn(shape),))
         assert [(site.width, site.channel_dim) for site in plan] == [(shape[axis], axis)]
+
+
+class Score(nn.Module):
+    """Applies an activation to what a function of (module, x) makes, in a graph."""
+
+    def __init__(self, body: Callable[[Score, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.fc, self.scale = body, nn.Linear(6, 1), nn.Parameter(torch.zeros(6))
+        self.weight = nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: torch.sigmoid(m.fc(x).squeeze(1)),
+        lambda m, x: torch.sigmoid(m.fc(x).view(-1)),
+        lambda m, x: torch.relu(m.fc(x)[:, 0]),
+        lambda m, x: F.leaky_relu(torch.mm(x, x.t())),  # of every row with every other
+    ],
+)
+def test_the_rows_of_the_batch_are_no_channels(body: Callable[[Score, Tensor], Tensor]) -> None:
+    plan = bypass_fx.plan(Score(body), mode="all", example_inputs=(torch.randn(4, 6),))
+    assert not plan.sites and "may be the rows of the batch" in plan.refusals[0].reason
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: x * F.softplus(m.scale),
+        lambda m, x: torch.relu(torch.mm(x, m.weight)),
+    ],
+)
+def test_an_axis_that_no_batch_has_may_be_that_of_channels(body: Callable[[Score, Tensor], Tensor]) -> None:
+    plan = bypass_fx.plan(Score(body), mode="all", example_inputs=(torch.randn(4, 6),))
+    assert [site.width for site in plan] == [6]

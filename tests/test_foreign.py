@@ -72,6 +72,7 @@ BODIES = {
     "len": lambda self, x: self.b(torch.relu(self.a(x.reshape(len(x), -1)))) / len(x),
     "len of a size": lambda self, x: self.b(torch.relu(self.a(x if len(x.shape) == 2 else x[0]))),
     "len of a list": lambda self, x: self.b(torch.relu(self.a(sum([x, x]) / len([x, x])))),
+    "len of parts": lambda self, x: self.b(torch.relu(self.a(x))) * len(range(len(x.chunk(2, 1)))),
     "len of a parameter": lambda self, x: self.b(torch.relu(self.a(x))) * len(self.b.bias),
     "a library that the forward imports": twice,
     "bool as a dtype": lambda self, x: self.b(torch.relu(self.a(x))) * torch.ones(len(x), 1, dtype=bool),

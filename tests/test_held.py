@@ -206,3 +206,34 @@ def test_activations_of_modules_in_a_plain_list_are_listed() -> None:
     plan = bypass_fx.plan(model, mode="all")
     assert not plan.sites and {refusal.activation for refusal in plan.refusals} == {"relu", "tanh"}
     assert "is not its child" in plan.refusals[0].reason
+
+
+class Entry(dict[str, Any]):
+    """An entry of a table, whose items are read as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+TABLE = {
+    "linear": Entry(function=lambda x, **_: x, gain=1.0),
+    "lrelu": Entry(function=lambda x, slope, **_: F.leaky_relu(x, slope), gain=math.sqrt(2)),
+    "plain": [{"function": torch.tanh}],
+}
+
+
+class ByTable(nn.Module):
+    """Looks its activation up, and does what no graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), "lrelu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        entry: Any = TABLE[self.act]
+        return entry.function(self.fc(x), slope=0.2) * (entry.gain + sum(range(len(x))))  # type: ignore[no-any-return]
+
+
+def test_activations_in_the_entries_of_a_table_are_listed() -> None:
+    plan = bypass_fx.plan(ByTable(), mode="all", example_inputs=(X,))
+    assert not plan.sites and {refusal.activation for refusal in plan.refusals} == {"leaky_relu", "tanh"}

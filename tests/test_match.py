@@ -336,9 +336,35 @@ class Averaged(nn.Module):
         return self.a(torch.tanh(self.norm(self.w(x)).mean((2, 3))))  # type: ignore[no-any-return]
 
 
+class Rows(nn.Module):
+    """Every step of a sequence is a row while σ is applied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.w(x)
+        y = torch.tanh(y.contiguous().view(-1, y.size(-1)))
+        return self.a(y.reshape(x.size(0), -1, y.shape[-1]))  # type: ignore[no-any-return]
+
+
+class Regrouped(Rows):
+    """As many numbers a row as another value has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.w(x).view(-1, x.size(1)))
+        return self.a(y.view(x.size(0), x.size(1), -1))  # type: ignore[no-any-return]
+
+
+def test_a_view_that_may_regroup_the_channels_is_no_wire() -> None:
+    assert "view, which moves the channels" in reasons(Regrouped())
+
+
 @pytest.mark.parametrize(
     ("net", "shape", "channels"),
     [
+        (Rows(), (2, 5, 4), (6, -1, ())),
         (Permuted(), (2, 5, 5, 4), (6, -3, ())),
         (Flattened(), (2, 4, 5, 5), (6, -1, (6, -1))),
         (Averaged(), (2, 4, 5, 5), (6, -1, ())),

@@ -298,3 +298,27 @@ def test_a_splice_keeps_what_it_is_spliced_into() -> None:
         spliced((torch.Size([2, 7]), 8), ((0, 3, 4),))
     with pytest.raises(SurgeryError, match="got the size"):
         spliced(([2, 7], 8), ((0, 1, 4),))
+
+
+class Cut(nn.Module):
+    """A list of the parts of a value, to which children add theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(16, 4), nn.Linear(4, 2)
+        self.more = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.a(x).chunk(2, -1))
+        parts.extend(each(parts[-1]) for each in self.more)
+        first, *rest = self.a(x).split([4, 4], dim=-1)
+        count = len(rest) * len(self.a(x).chunk(2, -1))
+        return self.c(torch.relu(self.b(torch.cat(parts, -1)))) + first[..., :count]  # type: ignore[no-any-return]
+
+
+def test_the_parts_of_a_value_can_be_counted_and_listed() -> None:
+    net, x = Cut(), torch.randn(3, 4)
+    before = net(x)
+    bypass_fx.extend(net, mode="strict")
+    assert [site.constraint for site in bypass_fx.sites(net)] == ["folded"]
+    assert torch.equal(net(x), before)

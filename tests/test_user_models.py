@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -206,10 +207,39 @@ def test_optional_outputs_dicts_and_several_inputs_work() -> None:
     net(batch, scale=0.5)
 
 
-def test_the_hook_form_of_weight_norm_is_no_affine_map() -> None:
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_the_hook_form_of_weight_norm_is_no_affine_map(norm: str, place: int) -> None:
     net = mlp()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that the hook form will go
-        nn.utils.weight_norm(net[0])
-    assert not bypass_fx.plan(net, mode="strict").sites
+        getattr(nn.utils, norm)(net[place])
+    plan = bypass_fx.plan(net, mode="strict")
+    assert not plan.sites and "a hook makes anew in every forward" in plan.refusals[0].reason
+    assert "parametrizations" in plan.refusals[0].remedy
     assert bypass_fx.plan(net, mode="all").sites[0].kind == "relaxed"
+
+
+def test_a_dropout_that_stays_on_in_eval_mode_is_named() -> None:
+    class Always(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(F.dropout(torch.relu(self.fc1(x))))  # type: ignore[no-any-return]
+
+    plan = bypass_fx.plan(Always(), mode="strict")
+    assert not plan.sites and "is on in eval mode too" in plan.refusals[0].reason
+    assert "training=self.training" in plan.refusals[0].remedy
+
+
+def test_a_refusal_asks_for_example_inputs_only_where_there_were_none() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x) * int(x.shape[0])
+
+    net, x = nn.Sequential(nn.Linear(4, 4), Named()), torch.randn(2, 4)
+    without, given = bypass_fx.plan(net, mode="all"), bypass_fx.plan(net, mode="all", example_inputs=(x,))
+    assert not without.sites and not given.sites
+    assert "example_inputs" in without.refusals[0].remedy and "example_inputs" not in given.refusals[0].remedy
