@@ -222,9 +222,16 @@ class BypassSchedule:
 
     @torch.no_grad()
     def finish(self) -> ScheduleReport:
-        """End now, whatever the phase: every site still out is projected from where it is, and the outcome is kept."""
+        """End now, whatever the phase: sites still out are projected from where they are, and the outcome is kept, unasked.
+
+        Raises:
+            NonFiniteError: as `step`.
+        """
         if not self._bypass.over:
-            self._bypass.measure()
+            try:
+                self._bypass.measure()
+            except NonFiniteError as error:
+                self._stop(error)
             self._contract(self._bypass.those_out())
         self._end()
         return self.reports[-1]
@@ -236,14 +243,13 @@ class BypassSchedule:
         Raises:
             BypassError: there is no snapshot.
         """
-        under_way = self._snapshot is not None and self.phase != "done"
-        expect(under_way, "there is no bypass under way with a snapshot of θ*")
+        expect(self._snapshot is not None, "there is no bypass under way with a snapshot of θ*")
         assert self._snapshot is not None
         if self._bypass.over:
             *earlier, last = self.reports
             self.reports = (*earlier, replace(last, rolled_back=reason))
         else:
-            self.reports += (self._reported(self._bypass.those_out() if self._bypass.norms else (), reason),)
+            self.reports += (self._bypass.report(self._bypass.those_out() if self._bypass.norms else (), reason),)
             self._bypass.contract(drop=True)
         self._snapshot.restore(self._model, self._optimizer)
         self._end()
@@ -327,6 +333,7 @@ class BypassSchedule:
             self._stop(error)
         if self._bypass.over:
             self._contract()
+            self._judge()
         elif self._bypass.exhausted:
             self._give_up()
         else:
@@ -349,21 +356,14 @@ class BypassSchedule:
             stacklevel=5,
         )
         self._contract(self._bypass.those_out())
+        self._judge()
 
     def _contract(self, left_out: tuple[Arrival, ...] = ()) -> None:
-        report = self._reported(left_out)
+        report = self._bypass.report(left_out)
         if not self._bypass.over:
             self._bypass.contract()
         self.reports += (report,)
         self.phase, self._returning = "train3", False
-        self._judge()
-
-    def _reported(self, left_out: tuple[Arrival, ...], rolled_back: str = "") -> ScheduleReport:
-        comeback, bypass = self._course.comeback, self._bypass
-        notes = comeback.notes() if bypass.phase == "opt2" else ()
-        return ScheduleReport(
-            comeback.name, bypass.opt1_steps, bypass.opt2_steps, tuple(bypass.arrivals), left_out, rolled_back, notes
-        )
 
     def _rest(self, loss: Tensor | float | None) -> None:
         self._rested += 1
