@@ -387,11 +387,11 @@ class BypassSchedule:
                 return
         if self._rested >= max(after, self._course.rest if more else 0):
             self._look_at(self._readout.flush())
-            if more and self._choice.again(self._model):
+            again = more and self._choice.again(self._model)
+            self._end()
+            if again:
                 self._earlier_steps = self.steps
                 self._begin()
-            else:
-                self._end()
 
     def _end(self) -> None:
         self.phase, self._returning = "done", False
