@@ -261,8 +261,7 @@ class Bypass:
                 self._latest = torch.where(gone, torch.zeros_like(self._latest), self._latest)
 
     def _where(self, name: str) -> Arrival:
-        delta = float(torch.linalg.vector_norm(self._deltas[name]))
-        return Arrival(name, self.opt2_steps, self.norms[name], delta)
+        return Arrival(name, self.opt2_steps, self.norms[name], float(torch.linalg.vector_norm(self._deltas[name])))
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -372,6 +371,7 @@ class Bypass:
             "phase": self.phase,
             "opt1_steps": self.opt1_steps,
             "opt2_steps": self.opt2_steps,
+            "rate_factor": self._rate_factor,
             "out": sorted(self.out),
             "norms": dict(self.norms),
             "latest": None if self._latest is None else self._latest.tolist(),
@@ -383,7 +383,8 @@ class Bypass:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another bypass of the same plan stopped."""
-        self.opt1_steps, self.opt2_steps = state["opt1_steps"], state["opt2_steps"]
+        kept = ("opt1_steps", "opt2_steps", "rate_factor")
+        self.opt1_steps, self.opt2_steps, self._rate_factor = (state[key] for key in kept)
         if state["phase"] == "opt2":
             if self.phase == "opt1":
                 self._turn_back()

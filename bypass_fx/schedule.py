@@ -29,7 +29,7 @@ from bypass_fx.snapshot import Snapshot
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
 
 Phase = Literal["opt1", "opt2", "train3", "done"]
-FORMAT = 4
+FORMAT = 5
 
 
 class BypassSchedule:
