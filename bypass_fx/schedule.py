@@ -131,8 +131,7 @@ class BypassSchedule:
         )
         param_group.expect_optimizer(optimizer, model.parameters())
         param_group.rate_factor(optimizer, lr)
-        self._model, self._optimizer = model, optimizer
-        self._where = snapshot
+        self._model, self._optimizer, self._where = model, optimizer, snapshot
         self._choice = Choice(plan, as_plan, optimizer, cycles)
         self.phase: Phase = "opt1"
         self.reports: tuple[ScheduleReport, ...] = ()  # of the bypasses that are over
@@ -381,10 +380,11 @@ class BypassSchedule:
         more = len(self.reports) < self._course.cycles
         after = self._accept.after if self._accept else 0
         if self._accept and self._rested == after:
-            objection = self._accept.objection(self._model, self.steps - self._earlier_steps + after)
-            if objection:
+            self._rested -= 1  # a condition that raises is asked again after the next step
+            if objection := self._accept.objection(self._model, self.steps - self._earlier_steps + after):
                 self.rollback(objection)
                 return
+            self._rested = after
         if self._rested >= max(after, self._course.rest if more else 0):
             self._look_at(self._readout.flush())
             again = more and self._choice.again(self._model)
