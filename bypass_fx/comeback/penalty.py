@@ -87,7 +87,7 @@ class Penalty(Comeback):
             self._note = f"penalty: after {now.t} steps of opt2 {reason}"
             if self._hand_over:
                 self._note += "; it handed over to the proximal return"
-            warnings.warn(self._note, stacklevel=6)
+            warnings.warn(self._note, stacklevel=8)  # the line that calls `BypassSchedule.step`
         if reason and self._hand_over:
             self._handed_over = True
             self._on.zero_()
