@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bypass_fx.passes.errors import BypassError
 
@@ -49,6 +50,7 @@ class Condition(Accept):
 
     def __init__(self, holds: Callable[[nn.Module], Any], after: int = 0) -> None:
         super().__init__(after)
+        _expect_function("holds", holds)
         self._holds = holds
 
     def objection(self, model: nn.Module, steps: int) -> str:
@@ -63,6 +65,9 @@ class NotWorse(Accept):
         after: steps of train3 before θ is looked at.
         tolerance: how much higher than at θ* the loss may be.
 
+    Raises:
+        BypassError: an argument is none of its kind.
+
     Example:
         >>> model = nn.Linear(2, 1)
         >>> accept = NotWorse(lambda model: model.weight.square().sum())
@@ -74,7 +79,10 @@ class NotWorse(Accept):
 
     def __init__(self, evaluate: Evaluate, after: int = 0, tolerance: float = 0.0) -> None:
         super().__init__(after)
-        self._evaluate, self._tolerance = evaluate, tolerance
+        _expect_function("evaluate", evaluate)
+        if not (isinstance(tolerance, float | Real | Tensor) and tolerance == tolerance):
+            raise BypassError(f"tolerance is {tolerance!r}; give a number, such as 0.01")
+        self._evaluate, self._tolerance = evaluate, float(tolerance)
         self._at_start = math.nan
 
     def begin(self, model: nn.Module) -> None:
@@ -106,7 +114,7 @@ class BeatsForecast(Accept):
         after: steps of train3 before the outcome is looked at.
 
     Raises:
-        BypassError: there are too few losses, or one is not positive.
+        BypassError: there are too few losses, one is not positive, or another argument is none of its kind.
 
     Example:
         >>> accept = BeatsForecast(lambda model: 0.09, losses=[1 / s for s in range(1, 11)])
@@ -120,6 +128,9 @@ class BeatsForecast(Accept):
         super().__init__(after)
         if len(losses) < 4 or not all(math.isfinite(loss) and loss > 0 for loss in losses):
             raise BypassError("a forecast needs at least 4 losses from before θ*, all positive; use NotWorse otherwise")
+        _expect_function("evaluate", evaluate)
+        if not (isinstance(every, int | Integral) and int(every) >= 1):
+            raise BypassError(f"every is {every!r}; give the steps between two of the losses, 1 or more")
         self._evaluate = evaluate
         self._trained = len(losses) * every
         half = len(losses) // 2
@@ -154,6 +165,11 @@ def resolve(accept: Accept | Callable[[nn.Module], Any] | None) -> Accept | None
     if not callable(accept):
         raise BypassError(f"accept is {accept!r}; give bypass_fx.NotWorse(evaluate), or a function of the model")
     return Condition(accept)
+
+
+def _expect_function(name: str, function: Any) -> None:
+    if not callable(function):
+        raise BypassError(f"{name} is {function!r}; give a function of the model")
 
 
 def _loss(evaluate: Evaluate, model: nn.Module) -> float:

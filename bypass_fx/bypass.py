@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 
 from bypass_fx import constraint, gradient_averaging, param_group, surgery
 from bypass_fx.arrival import Threshold
-from bypass_fx.bypass_report import Arrival, NonFiniteError
+from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.comeback import Comeback, Moment
 from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep, HeldStill
 from bypass_fx.gamma import Adaptive
-from bypass_fx.moving import Moving
+from bypass_fx.moving import Moving, mask
 from bypass_fx.passes.fold import in_fold_order
-from bypass_fx.passes.matrices import placed_like, tensor_named
-from bypass_fx.passes.plan import Plan, Site
+from bypass_fx.passes.matrices import tensor_named
+from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.rescaled import rescale
 
@@ -70,7 +70,7 @@ class Bypass:
         self.phase: Literal["opt1", "opt2"] = "opt1"
         self.over = self.exhausted = False
         self._hooks: list[param_group.ScaledRate | DampedStep] = []
-        masks = {self._deltas[site.name]: _mask(site, self._deltas[site.name]) for site in self.plan if site.moving}
+        masks = {self._deltas[site.name]: mask(site, self._deltas[site.name]) for site in self.plan if site.moving}
         self._held = [HeldStill(optimizer, masks)] if masks else []
         if course.opt1 == 0:
             self._turn_back()
@@ -261,8 +261,7 @@ class Bypass:
                 self._latest = torch.where(gone, torch.zeros_like(self._latest), self._latest)
 
     def _where(self, name: str) -> Arrival:
-        delta = float(torch.linalg.vector_norm(self._deltas[name]))
-        return Arrival(name, self.opt2_steps, self.norms[name], delta)
+        return Arrival(name, self.opt2_steps, self.norms[name], float(torch.linalg.vector_norm(self._deltas[name])))
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -283,6 +282,12 @@ class Bypass:
             f"opt2 ended after its {self._course.opt2} steps with {len(left_out)} of {len(self.plan)} sites "
             f"still out, {furthest.site!r} furthest with a norm of {furthest.norm:.3g}"
         )
+
+    def report(self, left_out: tuple[Arrival, ...] = (), rolled_back: str = "") -> ScheduleReport:
+        """How it went until now."""
+        back, steps = self._course.comeback, (self.opt1_steps, self.opt2_steps)
+        notes = back.notes() if self.phase == "opt2" else ()
+        return ScheduleReport(back.name, *steps, tuple(self.arrivals), left_out, rolled_back, notes)
 
     @torch.no_grad()
     def contract(self, drop: bool = False) -> None:
@@ -366,6 +371,7 @@ class Bypass:
             "phase": self.phase,
             "opt1_steps": self.opt1_steps,
             "opt2_steps": self.opt2_steps,
+            "rate_factor": self._rate_factor,
             "out": sorted(self.out),
             "norms": dict(self.norms),
             "latest": None if self._latest is None else self._latest.tolist(),
@@ -377,7 +383,8 @@ class Bypass:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another bypass of the same plan stopped."""
-        self.opt1_steps, self.opt2_steps = state["opt1_steps"], state["opt2_steps"]
+        kept = ("opt1_steps", "opt2_steps", "rate_factor")
+        self.opt1_steps, self.opt2_steps, self._rate_factor = (state[key] for key in kept)
         if state["phase"] == "opt2":
             if self.phase == "opt1":
                 self._turn_back()
@@ -391,10 +398,3 @@ class Bypass:
             self._latest = torch.tensor(state["latest"]).to(self.gamma)
         self._readout.load_state_dict(state["under_way"])
         self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]
-
-
-def _mask(site: Site, delta: nn.Parameter) -> Tensor:
-    """1 for the coefficients that move and 0 for the others, in δ's placement."""
-    mask = torch.zeros(site.width)
-    mask[list(site.moving)] = 1
-    return placed_like(delta.detach(), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -69,11 +70,11 @@ class Course:
         for name in ("lr", "delta_lr"):
             rate = getattr(self, name)
             expect(
-                rate is None or (_is_number(rate) and rate > 0),
+                rate is None or (_is_number(rate) and 0 < rate < math.inf),
                 f"{name} is {rate!r}; give a positive learning rate, or None",
             )
         decay = self.delta_weight_decay
-        expect(_is_number(decay) and decay >= 0, f"delta_weight_decay is {decay!r}; give a number from 0 up")
+        expect(_is_number(decay) and 0 <= decay < math.inf, f"delta_weight_decay is {decay!r}; give a number from 0 up")
 
     @property
     def every(self) -> int:

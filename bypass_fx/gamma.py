@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from bypass_fx.passes.errors import BypassError
@@ -132,8 +133,8 @@ class Adaptive:
         _expect_factor("Adaptive", growth)
         if not 0 < fall < 1:
             raise BypassError(f"Adaptive got fall={fall}; give a number between 0 and 1, such as 0.9")
-        if window < 1:
-            raise BypassError(f"Adaptive got window={window}; give a number of steps, 1 or more")
+        if not (isinstance(window, int | Integral) and int(window) >= 1):
+            raise BypassError(f"Adaptive got window={window!r}; give a number of steps, 1 or more")
         self._start, self._growth, self._fall, self._window = start, growth, fall, window
         self.begin()
 

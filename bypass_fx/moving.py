@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from bypass_fx.passes.matrices import whole
+from bypass_fx.passes.matrices import placed_like, whole
+from bypass_fx.passes.plan import Site
 
 
 class Moving:
@@ -55,3 +56,10 @@ class Moving:
     def broken(self) -> str | None:
         """The name of a parameter beside D that is not finite; a norm may overflow where no number does."""
         return next((name for name, each in self._beside.items() if not bool(whole(each).isfinite().all())), None)
+
+
+def mask(site: Site, delta: nn.Parameter) -> Tensor:
+    """1 for the coefficients that move and 0 for the others, in δ's placement."""
+    moving = torch.zeros(site.width)
+    moving[list(site.moving)] = 1
+    return placed_like(delta.detach(), moving)

@@ -18,7 +18,7 @@ RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr", "base_values", "warm
 OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 # Some optimisers count steps per group; D's moments are new, so its count starts anew.
 _OWN = ("params", "param_names", "step")
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 def expect_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -120,7 +120,7 @@ def add(
     ratio = _ratio(lr, example)
     _withdraw(optimizer, ids)
     group = {key: deepcopy(value) for key, value in example.items() if key not in _OWN}
-    group.update({key: _copy(group[key], ratio) for key in _RATES if group.get(key) is not None})
+    group.update({key: _copy(group[key], ratio) for key in RATES if group.get(key) is not None})
     if "weight_decay" in group:
         group["weight_decay"] = weight_decay
     named = "param_names" in example and names is not None

@@ -29,7 +29,7 @@ from bypass_fx.snapshot import Snapshot
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
 
 Phase = Literal["opt1", "opt2", "train3", "done"]
-FORMAT = 4
+FORMAT = 5
 
 
 class BypassSchedule:
@@ -131,8 +131,7 @@ class BypassSchedule:
         )
         param_group.expect_optimizer(optimizer, model.parameters())
         param_group.rate_factor(optimizer, lr)
-        self._model, self._optimizer = model, optimizer
-        self._where = snapshot
+        self._model, self._optimizer, self._where = model, optimizer, snapshot
         self._choice = Choice(plan, as_plan, optimizer, cycles)
         self.phase: Phase = "opt1"
         self.reports: tuple[ScheduleReport, ...] = ()  # of the bypasses that are over
@@ -222,9 +221,16 @@ class BypassSchedule:
 
     @torch.no_grad()
     def finish(self) -> ScheduleReport:
-        """End now, whatever the phase: every site still out is projected from where it is, and the outcome is kept."""
+        """End now, whatever the phase: sites still out are projected from where they are, and the outcome is kept, unasked.
+
+        Raises:
+            NonFiniteError: as `step`.
+        """
         if not self._bypass.over:
-            self._bypass.measure()
+            try:
+                self._bypass.measure()
+            except NonFiniteError as error:
+                self._stop(error)
             self._contract(self._bypass.those_out())
         self._end()
         return self.reports[-1]
@@ -236,14 +242,13 @@ class BypassSchedule:
         Raises:
             BypassError: there is no snapshot.
         """
-        under_way = self._snapshot is not None and self.phase != "done"
-        expect(under_way, "there is no bypass under way with a snapshot of θ*")
+        expect(self._snapshot is not None, "there is no bypass under way with a snapshot of θ*")
         assert self._snapshot is not None
         if self._bypass.over:
             *earlier, last = self.reports
             self.reports = (*earlier, replace(last, rolled_back=reason))
         else:
-            self.reports += (self._reported(self._bypass.those_out() if self._bypass.norms else (), reason),)
+            self.reports += (self._bypass.report(self._bypass.those_out() if self._bypass.norms else (), reason),)
             self._bypass.contract(drop=True)
         self._snapshot.restore(self._model, self._optimizer)
         self._end()
@@ -327,6 +332,7 @@ class BypassSchedule:
             self._stop(error)
         if self._bypass.over:
             self._contract()
+            self._judge()
         elif self._bypass.exhausted:
             self._give_up()
         else:
@@ -349,21 +355,14 @@ class BypassSchedule:
             stacklevel=5,
         )
         self._contract(self._bypass.those_out())
+        self._judge()
 
     def _contract(self, left_out: tuple[Arrival, ...] = ()) -> None:
-        report = self._reported(left_out)
+        report = self._bypass.report(left_out)
         if not self._bypass.over:
             self._bypass.contract()
         self.reports += (report,)
         self.phase, self._returning = "train3", False
-        self._judge()
-
-    def _reported(self, left_out: tuple[Arrival, ...], rolled_back: str = "") -> ScheduleReport:
-        comeback, bypass = self._course.comeback, self._bypass
-        notes = comeback.notes() if bypass.phase == "opt2" else ()
-        return ScheduleReport(
-            comeback.name, bypass.opt1_steps, bypass.opt2_steps, tuple(bypass.arrivals), left_out, rolled_back, notes
-        )
 
     def _rest(self, loss: Tensor | float | None) -> None:
         self._rested += 1
@@ -381,17 +380,18 @@ class BypassSchedule:
         more = len(self.reports) < self._course.cycles
         after = self._accept.after if self._accept else 0
         if self._accept and self._rested == after:
-            objection = self._accept.objection(self._model, self.steps - self._earlier_steps + after)
-            if objection:
+            self._rested -= 1  # a condition that raises is asked again after the next step
+            if objection := self._accept.objection(self._model, self.steps - self._earlier_steps + after):
                 self.rollback(objection)
                 return
+            self._rested = after
         if self._rested >= max(after, self._course.rest if more else 0):
             self._look_at(self._readout.flush())
-            if more and self._choice.again(self._model):
+            again = more and self._choice.again(self._model)
+            self._end()
+            if again:
                 self._earlier_steps = self.steps
                 self._begin()
-            else:
-                self._end()
 
     def _end(self) -> None:
         self.phase, self._returning = "done", False

@@ -109,13 +109,15 @@ class Snapshot:
                     holder.state[parameter] = back(states[str(index)], tensors, holder.state.get(parameter))
                 else:
                     holder.state.pop(parameter, None)
-        places = self._places(optimizer)
+        places, pairs = self._places(optimizer), [*self._paired(optimizer)]
+        # A scheduler made since has no state to go back to, and goes on from the rates that it has set.
+        led = _OF_SCHEDULERS if len(pairs) < len([*_drivers(optimizer)]) else set()
         for index, place in places.items():
             group, kept = optimizer.param_groups[place], self._rest["groups"][index]
-            for key in group.keys() - kept.keys() - _OF_D:
+            for key in group.keys() - kept.keys() - _OF_D - _OF_SCHEDULERS:
                 del group[key]
-            group.update({key: back(value, tensors, group.get(key)) for key, value in kept.items()})
-        for attributes, kept in self._paired(optimizer):
+            group.update({key: back(kept[key], tensors, group.get(key)) for key in kept.keys() - led})
+        for attributes, kept in pairs:
             for key, value in kept.items():
                 put = back(value, tensors, attributes.get(key))
                 attributes[key] = _put_at(put, places, attributes.get(key)) if key in _PER_GROUP else put
@@ -175,6 +177,7 @@ class Snapshot:
 
 
 _OF_D = {"params", "param_names"}
+_OF_SCHEDULERS = {*param_group.RATES, "max_momentum", "base_momentum"}
 _PER_GROUP = {*param_group.RATE_LISTS, *param_group.OTHER_LISTS}
 
 

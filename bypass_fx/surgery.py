@@ -15,12 +15,13 @@ from torch.nn.parameter import is_lazy
 from .activation import psi
 from .constraint import residual
 from .extension import delta_of, is_extended, is_marked, mark, root_of, sites, unmark
+from .fitting import check_fit
 from .gradient_averaging import share_gradients
-from .passes import fold, insert, matrices, subclass
+from .passes import fold, insert, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
 from .passes.match import match
-from .passes.matrices import is_sharded, tensor_named
+from .passes.matrices import is_sharded
 from .passes.plan import MODES, Mode, Plan, Site
 from .passes.plan_text import no_site
 from .passes.rewrite import Psi
@@ -227,7 +228,7 @@ def extend(
 
 def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
     for site in plan.sites:
-        _check_fit(linked.model, site)
+        check_fit(linked.model, site)
     insert.apply(insert.prepare(linked, plan, psi))
     mark(linked.model, plan)
 
@@ -251,25 +252,6 @@ def extended_with(
         yield
     finally:
         _take_out(inner, sites(inner))  # there is nothing to fold, and b_A + 0 · b_W may be other bits than b_A
-
-
-def _check_fit(model: nn.Module, site: Site) -> None:
-    """Check that the model has the plan's W and A, of the plan's width."""
-    for affine in filter(None, (site.first, site.second)):
-        for name in filter(None, (affine.weight, affine.bias)):
-            try:
-                tensor_named(model, name)
-            except AttributeError:
-                raise PlanError(f"{site.name}: the model has no {name} as in the plan; plan this model anew") from None
-    strange = [channel for channel in site.moving if not 0 <= channel < site.width]
-    if strange:
-        raise PlanError(f"{site.name}: moving names channel {strange[0]}; give numbers from 0 to {site.width - 1}")
-    if site.first is not None:
-        made = matrices.rows(model, site.first).shape[:2].numel()
-        if made != site.width:
-            raise PlanError(
-                f"{site.name}: {site.first} makes {made} channels, the plan has {site.width}; plan this model anew"
-            )
 
 
 @torch.no_grad()

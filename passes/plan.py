@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from . import plan_text
 from .errors import PlanError
@@ -18,6 +20,7 @@ Mode = Literal["auto", "strict", "relaxed", "all"]
 
 MODES: tuple[Mode, ...] = ("auto", "strict", "relaxed", "all")
 FORMAT = 2
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +154,9 @@ class Plan:
                     f"the plan has format {written}, this version reads format {FORMAT}; plan the model anew"
                 )
             sites = tuple(_site(entry) for entry in data["sites"])
-            return cls(sites, tuple(Refusal(**entry) for entry in data["refusals"]), data["mode"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            refusals = tuple(_expect_typed(Refusal(**entry)) for entry in data["refusals"])
+            return _expect_typed(cls(sites, refusals, data["mode"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a plan written by Plan.to_json: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -167,8 +171,35 @@ class Plan:
 
 def _site(entry: dict[str, Any]) -> Site:
     affine = {key: _affine(entry[key]) if entry[key] else None for key in ("first", "second")}
-    return Site(**{**entry, **affine, "view": tuple(entry["view"]), "moving": tuple(entry.get("moving", ()))})
+    view, moving = tuple(entry["view"]), tuple(entry.get("moving", ()))
+    return _expect_typed(Site(**{**entry, **affine, "view": view, "moving": moving}))
 
 
 def _affine(entry: dict[str, Any]) -> Affine:
-    return Affine(**{**entry, "part": tuple((start, stop) for start, stop in entry["part"])})
+    return _expect_typed(Affine(**{**entry, "part": tuple((start, stop) for start, stop in entry["part"])}))
+
+
+def _expect_typed(made: Made) -> Made:
+    """What was read, if every field is of the type that it was declared with."""
+    cls: type = type(made)
+    for name, kind in _kinds(cls).items():
+        if not _is_a(getattr(made, name), kind):
+            raise TypeError(f"{name} is {getattr(made, name)!r}")
+    return made
+
+
+@cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, each) for each in inner)
+    if get_origin(kind) is tuple:
+        kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    return type(value) is kind

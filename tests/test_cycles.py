@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,14 @@ def test_a_rollback_goes_to_the_theta_star_of_its_own_cycle_and_ends() -> None:
     until_done(model, optimizer, schedule)
     assert [report.rolled_back for report in schedule.reports] == ["", "accept said no"]
     assert all(map(torch.equal, model.parameters(), kept[0]))
+
+
+def test_the_file_of_theta_star_goes_with_its_cycle(tmp_path: Path) -> None:
+    model, optimizer, schedule = begin(1, 1, cycles=3, snapshot=tmp_path)
+    while schedule.phase != "done":
+        assert len(list(tmp_path.iterdir())) == 1
+        train_step(model, optimizer, schedule)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_verdict_that_waits_longer_than_the_rest_is_waited_for() -> None:

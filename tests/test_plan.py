@@ -45,6 +45,33 @@ def test_a_damaged_plan_is_refused(text: str) -> None:
         bypass_fx.Plan.from_json(text)
 
 
+WRONG = [
+    ("mode", "loose"), ("exact", 3), ("constraint", "zzz"), ("width", "8"), ("moving", "0"), ("view", [[1]]), ("first", "0"),
+    ("first.groups", True), ("first.norm", 1.5), ("first.part", [[0]]), ("first.bias", {}), ("second.weight", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG, ids=[field for field, _ in WRONG])
+def test_a_field_of_another_type_is_refused_as_it_is_read(field: str, value: object) -> None:
+    written = json.loads(bypass_fx.plan(net(), mode="strict").to_json())
+    site = written["sites"][0]
+    part, _, name = field.rpartition(".")
+    holder = written if field == "mode" else site[part] if part else site
+    assert name in holder
+    holder[name] = value
+    with pytest.raises(bypass_fx.PlanError, match=r"not a plan written by Plan\.to_json"):
+        bypass_fx.Plan.from_json(json.dumps(written))
+
+
+def test_a_plan_whose_matrices_lie_otherwise_is_refused() -> None:
+    written = json.loads(bypass_fx.plan(net(), mode="strict").to_json())
+    written["sites"][0]["second"]["groups"] = 3
+    model = net()
+    with pytest.raises(bypass_fx.PlanError, match="plan this model anew"):
+        bypass_fx.extend(model, bypass_fx.Plan.from_json(json.dumps(written)))
+    assert not bypass_fx.surgery.is_extended(model)
+
+
 def test_names_of_parameters_are_qualified() -> None:
     site = bypass_fx.plan(nn.Sequential(net()), mode="strict").sites[0]
     assert site.owner == "0" and site.parameter == "0.delta_1" and site.name == "0.1"

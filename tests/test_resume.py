@@ -110,6 +110,26 @@ def test_the_runs_above_pass_through_every_phase_and_a_single_arrival() -> None:
     assert seen >= {"opt1", "opt2", "train3", "done", 1, 2, False}
 
 
+def test_lambda_prime_goes_on_where_the_rate_had_fallen_before_theta_star() -> None:
+    """As under ReduceLROnPlateau, or by hand: a new optimiser has its first rate again until its state is loaded."""
+
+    def begun(rate: float) -> tuple[nn.Module, torch.optim.Optimizer, BypassSchedule]:
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        optimizer.param_groups[0]["lr"] = rate
+        return model, optimizer, BypassSchedule(model, optimizer, 1, 8, lr=5e-3)
+
+    one, other = begun(1e-3), begun(1e-2)
+    for _ in range(3):
+        train_step(*one)
+    for part, saved in zip(reversed(other), reversed(one), strict=True):
+        part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    while one[2].phase != "done":
+        train_step(*one)
+        train_step(*other)
+    assert all(map(torch.equal, one[0].parameters(), other[0].parameters()))
+
+
 def test_a_state_that_does_not_fit_is_refused() -> None:
     _, _, schedule = begin()
     state = schedule.state_dict()

@@ -14,7 +14,7 @@ import bypass_fx
 from bypass_fx import comeback, constraint, surgery
 from bypass_fx.gamma import Linear, PiecewiseLinear
 from bypass_fx.passes.errors import BypassError
-from bypass_fx.schedule import Arrival, BypassSchedule
+from bypass_fx.schedule import Arrival, BypassSchedule, NonFiniteError
 from tests import bypasses
 from tests.bypasses import X, Y, adam, begin, deltas, mlp, train_step, until_done
 
@@ -189,6 +189,26 @@ def test_finish_contracts_at_once_in_any_phase() -> None:
         assert len(report.left_out) == (0 if phase == "done" else 2)
         assert not surgery.is_extended(model)
         assert len(optimizer.param_groups) == 1
+
+
+def test_finish_keeps_the_outcome_and_begins_no_further_cycle() -> None:
+    model, optimizer, schedule = begin(opt1=3, opt2=5, cycles=3, accept=lambda model: False)
+    train_step(model, optimizer, schedule)
+    assert schedule.finish().rolled_back == ""
+    assert (schedule.phase, len(schedule.reports)) == ("done", 1)
+    assert not surgery.is_extended(model)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_finish_goes_back_to_theta_star_where_the_model_is_not_finite() -> None:
+    model, _, schedule = begin(opt1=3, opt2=5)
+    start = model[0].bias.detach().clone()
+    model[0].bias.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="θ\\* again"):
+        schedule.finish()
+    assert schedule.phase == "done"
+    assert not surgery.is_extended(model)
+    assert torch.equal(model[0].bias, start)
 
 
 # Learning rates

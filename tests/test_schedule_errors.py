@@ -48,6 +48,8 @@ pytestmark = pytest.mark.usefixtures("small_heap")
         ({"select": 3}, "select=3 is no choice of sites; give patterns"),
         ({"plan": 3}, "plan is a int; give what bypass_fx.plan"),
         ({"snapshot": False}, "snapshot is False; give 'cpu', a folder, or None"),
+        ({"lr": float("inf")}, "lr is inf; give a positive"),
+        ({"delta_weight_decay": float("inf")}, "delta_weight_decay is inf; give a number from 0 up"),
         ({"lr": "fast"}, "lr is 'fast'; give a positive"),
         ({"delta_weight_decay": -0.1}, "delta_weight_decay is -0.1; give a number from 0 up"),
         ({"unit": "epoch", "steps_per_epoch": 2.5}, "needs steps_per_epoch, 1 or more"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from bypass_fx import param_group, surgery
 from bypass_fx import snapshot as snapshots
@@ -114,6 +117,38 @@ def test_a_scheduler_that_knows_ds_group_already_forgets_it() -> None:
     driver = lr_scheduler.CosineAnnealingLR(optimizer, 10)
     BypassSchedule(model, optimizer, 3, 5).rollback()
     assert driver.base_lrs == [0.01] and [group["lr"] for group in optimizer.param_groups] == [0.01]
+
+
+DRIVERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=20),
+    "warm-up": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, total_iters=8),
+    "swa": lambda optimizer: SWALR(optimizer, swa_lr=1e-3, anneal_epochs=8),
+}
+
+
+@pytest.mark.parametrize("make", DRIVERS.values(), ids=DRIVERS)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_scheduler_made_during_the_bypass_goes_on_from_its_own_rates(
+    make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], resumed: bool
+) -> None:
+    model, optimizer, schedule = begin()
+    plain = adam(mlp())
+    driver, alone = make(optimizer), make(plain)
+    for step in range(12):
+        if step == 2:
+            if resumed:
+                parts = (schedule, model, optimizer, driver)
+                states = copy.deepcopy([part.state_dict() for part in parts])
+                model, optimizer, schedule = begin()
+                driver = make(optimizer)
+                for part, state in zip((schedule, model, optimizer, driver), states, strict=True):
+                    part.load_state_dict(state)
+            schedule.rollback()
+        train_step(model, optimizer, schedule)
+        plain.step()
+        driver.step()
+        alone.step()
+        assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
 def test_a_place_that_can_hold_no_snapshot_is_refused(tmp_path: Path) -> None:

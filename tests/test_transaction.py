@@ -16,7 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 from bypass_fx import surgery
 from bypass_fx.accept import BeatsForecast, Condition, NotWorse
 from bypass_fx.comeback import Penalty
-from bypass_fx.gamma import Linear
+from bypass_fx.gamma import Adaptive, Linear
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule
 from bypass_fx.snapshot import Snapshot
@@ -234,3 +234,47 @@ def test_a_frozen_or_tied_model_is_kept_whole() -> None:
             value.add_(1)
     snapshot.restore(model, optimizer)
     assert all(map(torch.equal, before, (*model.parameters(), *model.buffers())))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_condition_that_raises_is_asked_again(after: int) -> None:
+    answers = iter([KeyError("the disk"), False])
+
+    def holds(model: nn.Module) -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    start = copy.deepcopy(model.state_dict())
+    schedule = BypassSchedule(model, optimizer, 1, 1, mode="all", accept=Condition(holds, after))
+    for _ in range(1 + after):
+        schedule.step()
+    with pytest.raises(KeyError):
+        schedule.step()
+    assert schedule.phase == "train3"
+    model[0].bias.data.add_(1)
+    schedule.step()
+    assert schedule.report is not None and schedule.report.rolled_back == "accept said no"
+    assert all(map(torch.equal, start.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Condition(3), "holds is 3; give a function"),  # type: ignore[arg-type]
+        (lambda: NotWorse(None), "evaluate is None; give a function"),  # type: ignore[arg-type]
+        (lambda: NotWorse(float, tolerance="low"), "tolerance is 'low'"),  # type: ignore[arg-type]
+        (lambda: NotWorse(float, tolerance=float("nan")), "tolerance is nan"),
+        (lambda: BeatsForecast(float, [4, 3, 2, 1], every=0), "every is 0"),
+        (lambda: Penalty(window=2.5), "window=2.5; give a number of steps"),  # type: ignore[arg-type]
+        (lambda: Adaptive(1.0, window=2.5), "window=2.5; give a number of steps"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_would_fail_at_the_end_of_a_bypass_is_refused_when_it_is_made(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(BypassError, match=message):
+        make()

@@ -15,7 +15,7 @@ from bypass_fx.comeback import Variety
 from bypass_fx.comeback.variety import Side, cut, hindrance
 from bypass_fx.schedule import BypassSchedule
 from tests.attentions import Attention, Separate
-from tests.bypasses import X, Y
+from tests.bypasses import X, Y, train_step, until_done
 from tests.test_constraint import extended
 
 PATTERNS = {
@@ -274,3 +274,19 @@ def test_a_d_and_w_slow_down_along_the_path_and_only_those() -> None:
         assert slowed == pytest.approx([0.1, 0.09, 0.08])
     for whole in (b, b_a):
         assert whole == pytest.approx([0.1] * 3)
+
+
+def test_a_weight_that_is_frozen_on_the_way_stays_and_d_goes_to_zero_instead() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    schedule = BypassSchedule(model, optimizer, 3, 10, comeback="variety", epsilon=1e-12)
+    for _ in range(7):
+        train_step(model, optimizer, schedule)
+    model.requires_grad_(False)
+    model[2].bias.requires_grad_(True)
+    kept = [model[0].weight.clone(), model[2].weight.clone()]
+    until_done(model, optimizer, schedule)
+    assert schedule.report is not None
+    assert [(arrival.norm, arrival.delta) for arrival in schedule.report.arrivals] == [(0.0, 0.0)]
+    assert schedule.report.notes == ("variety: site '1' went to D = 0: 0.weight is frozen",)
+    assert torch.equal(model[0].weight, kept[0]) and torch.equal(model[2].weight, kept[1])

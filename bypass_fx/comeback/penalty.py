@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bypass_fx import constraint
+from bypass_fx.passes.errors import BypassError
 
 from .base import Comeback, Moment
 from .proximal import Proximal
@@ -32,6 +34,9 @@ class Penalty(Comeback):
     Args:
         hand_over: False stays with the penalty whatever happens, as published.
         window: steps of a window; None takes a twentieth of the budget, at least 10.
+
+    Raises:
+        BypassError: the window is no number of steps.
     """
 
     name = "penalty"
@@ -39,6 +44,8 @@ class Penalty(Comeback):
     uses_gamma = True
 
     def __init__(self, hand_over: bool = True, window: int | None = None) -> None:
+        if not (window is None or (isinstance(window, int | Integral) and int(window) >= 1)):
+            raise BypassError(f"Penalty got window={window!r}; give a number of steps, 1 or more, or None")
         self._hand_over, self._window = hand_over, window
         self._proximal = Proximal()
         self._on = torch.ones(())  # 1, and 0 after the hand-over: a number, so that a compiled loss stays as it is
@@ -80,7 +87,7 @@ class Penalty(Comeback):
             self._note = f"penalty: after {now.t} steps of opt2 {reason}"
             if self._hand_over:
                 self._note += "; it handed over to the proximal return"
-            warnings.warn(self._note, stacklevel=6)
+            warnings.warn(self._note, stacklevel=8)  # the line that calls `BypassSchedule.step`
         if reason and self._hand_over:
             self._handed_over = True
             self._on.zero_()

@@ -81,7 +81,11 @@ class Variety(Comeback):
         return torch.full_like(now.norms, self._descent.factor(now.t, now.budget))
 
     def scale(self, model: nn.Module, site: Site, factor: Tensor) -> None:
-        side = self._sides[site.name]
+        side, root = self._sides[site.name], root_of(model)
+        weights = _weights(site, side) if side != "D" else []
+        if frozen := [name for name in weights if not root.get_parameter(name).requires_grad]:  # since opt2 began
+            self._sides[site.name] = side = "D"
+            self._reasons[site.name] = f"{frozen[0]} is frozen"
         if side == "D":
             fold_down(model, site, factor)
         else:
