@@ -188,7 +188,7 @@ def _is_size_of(size: Any, value: Any, axis: int) -> bool:
     if not isinstance(size, fx.Node):
         return False
     if size.target is len:
-        return size.args == (value,)
+        return axis == 0 and size.args == (value,)
     if size.op == "call_method" and size.target == "size":
         return size.args == (value, axis)
     if size.target is not getattr and size.op == "call_function" and len(size.args) == 2 and size.args[1] == axis:

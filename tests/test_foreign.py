@@ -148,3 +148,15 @@ def test_a_name_of_the_forward_s_module_comes_before_python_s() -> None:
     expected = model(x)
     assert len(expected) == 3 and len(bypass_fx.plan(model)) == 1
     assert torch.equal(bypass_fx.extend(model)(x), expected) and space["int"] is own
+
+
+def test_len_is_the_size_of_the_first_axis_and_of_no_other() -> None:
+    def mixes(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        z: Tensor = self.b(torch.relu(y.view(-1, len(y))))
+        return z
+
+    model: Any = type("Own", (nn.Module,), {"forward": mixes})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    model(torch.randn(8, 4))  # as many rows as channels: what runs into b are columns of both
+    assert not bypass_fx.plan(model, mode="strict")
