@@ -395,6 +395,6 @@ class Bypass:
             self._damp()
         self.out, self.norms = frozenset(state["out"]), dict(state["norms"])
         if state["latest"] is not None:
-            self._latest = torch.tensor(state["latest"]).to(self.gamma)
+            self._latest = self.gamma.new_tensor(state["latest"])
         self._readout.load_state_dict(state["under_way"])
         self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]

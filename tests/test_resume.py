@@ -130,6 +130,30 @@ def test_lambda_prime_goes_on_where_the_rate_had_fallen_before_theta_star() -> N
     assert all(map(torch.equal, one[0].parameters(), other[0].parameters()))
 
 
+def test_norms_of_a_double_model_go_on_with_all_their_digits() -> None:
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer, BypassSchedule]:
+        model = mlp().double()
+        optimizer = adam(model)
+        proximal = Proximal(landing=0)
+        schedule = BypassSchedule(model, optimizer, 2, 9, comeback=proximal, gamma=Linear(0.01), penalty_every=4)
+        return model, optimizer, schedule
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: BypassSchedule) -> None:
+        (nn.functional.mse_loss(model(X.double()), Y.double()) + schedule.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    one, other = begun(), begun()
+    for _ in range(4):
+        step(*one)
+    for part, saved in zip(reversed(other), reversed(one), strict=True):
+        part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for pair in (one, other):
+        step(*pair)
+    assert all(map(torch.equal, one[0].parameters(), other[0].parameters()))
+
+
 def test_a_state_that_does_not_fit_is_refused() -> None:
     _, _, schedule = begin()
     state = schedule.state_dict()
