@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bypass_fx import param_group, surgery
+from bypass_fx.passes.dice import unrolled
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode, Plan
 from bypass_fx.passes.units import ExampleInputs
@@ -153,8 +154,7 @@ class _Trial:
         parameters = [*self._model.parameters()]
         gradients = [parameter.grad for parameter in parameters]
         snapshot = Snapshot(self._model, self._optimizer)
-        devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.is_cuda})
-        with torch.random.fork_rng(devices):
+        with unrolled(parameters):
             for parameter in parameters:
                 parameter.grad = None  # the user's own gradients are put aside, untouched
             try:

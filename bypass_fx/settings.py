@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from bypass_fx.gamma import Gamma, Linear, PiecewiseLinear
 from bypass_fx.nearest import did_you_mean
@@ -80,7 +81,7 @@ class Settings:
         tensorboard: whether a run with a folder also writes events for TensorBoard.
 
     Raises:
-        SettingsError: a setting is out of range.
+        SettingsError: a setting is out of range, or of another type.
 
     Example:
         >>> Settings(epsilon=0.0)
@@ -136,6 +137,8 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Settings).items():
+            _expect_kind(name, getattr(self, name), kind)
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -146,7 +149,7 @@ class Settings:
                 raise SettingsError(f"{name} is {value}; give a number from 0 up")
         for name in (*_FROM_ZERO_WHOLE, *_FROM_ONE_WHOLE):
             value, least = getattr(self, name), int(name in _FROM_ONE_WHOLE)
-            if value is not None and not (isinstance(value, Integral) and int(value) >= least):
+            if value is not None and value < least:
                 raise SettingsError(f"{name} is {value}; give a whole number from {least} up")
         if self.seed >= 2**32:
             raise SettingsError(f"seed is {self.seed}; give a whole number below 2**32")
@@ -257,6 +260,18 @@ def parse_gamma(text: str) -> Gamma:
         raise SettingsError(f"gamma is {text!r}; write a slope, such as 0.005, or SLOPE,T:SLOPE,...") from error
     except BypassError as error:
         raise SettingsError(f"gamma is {text!r}: {error}") from error
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number"),
+    str: (str, "a text"), NoneType: (NoneType, "None"),
+}  # fmt: skip
+
+
+def _expect_kind(name: str, value: Any, kind: Any) -> None:
+    kinds = [_KINDS.get(each, _KINDS[str]) for each in (get_args(kind) if isinstance(kind, UnionType) else (kind,))]
+    if not any(isinstance(value, each) for each, _ in kinds) or (isinstance(value, bool) and kind is not bool):
+        raise SettingsError(f"{name} is {value!r}; give {' or '.join(told for _, told in kinds)}")
 
 
 def _expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bypass_fx import surgery
 from bypass_fx.activation import psi
 from bypass_fx.passes.derivatives import Parameter
+from bypass_fx.passes.dice import unrolled
 from bypass_fx.passes.errors import BypassError, PlanError
 from bypass_fx.passes.plan import Mode, Plan
 from bypass_fx.passes.units import ExampleInputs
@@ -211,8 +212,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are as before, whatever happens inside."""
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(devices):
+    with unrolled(model.parameters()):
         try:
             yield
         finally:

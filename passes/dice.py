@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 Dice = tuple[Any, Any, bytes]
@@ -37,6 +40,18 @@ def put_back(before: Dice) -> None:
     numpy: Any = sys.modules.get("numpy")
     if isinstance(of_numpy, bytes) and len(of_numpy) == _MERSENNE_TWISTER:
         ctypes.memmove(numpy.random.get_bit_generator().ctypes.state_address, of_numpy, _MERSENNE_TWISTER)
+
+
+@contextmanager
+def unrolled(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Afterwards every one is as before, those of the GPUs that hold these tensors too."""
+    before = dice()
+    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            put_back(before)
 
 
 def _numpys(numpy: Any) -> Any:

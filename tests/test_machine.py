@@ -250,6 +250,23 @@ def test_a_preset_is_a_set_of_settings_that_can_be_changed_and_saved(name: str) 
         from_dict({"sped": 7})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"lr": "fast"}, "lr is 'fast'; give a number"),
+        ({"return_lr": "fast"}, "return_lr is 'fast'; give a number or None"),
+        ({"train1": None}, "train1 is None; give a whole number"),
+        ({"opt1": 2.5}, "opt1 is 2.5; give a whole number"),
+        ({"baseline": "yes"}, "baseline is 'yes'; give True or False"),
+        ({"comeback": 3}, "comeback is 3; give a text"),
+        ({"mode": None}, "mode is None; give a text"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{told}$"):
+        preset("default", wrong)
+
+
 def test_the_papers_preset_runs_its_own_return() -> None:
     model = build("mlp", Fit((64,), 10))
     lengths = {"train1": 1, "opt1": 1, "opt2": 2, "train3": 1, "epsilon": 1e6}

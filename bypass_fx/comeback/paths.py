@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from bypass_fx.nearest import named
 from bypass_fx.passes.errors import BypassError
@@ -40,8 +41,9 @@ class Descent:
 
     def __post_init__(self) -> None:
         named(self.path, PATHS, "path")
-        if not 0 <= self.share <= 1:
-            raise BypassError(f"the share of a descent is {self.share}; give a number from 0 to 1, such as 0.25")
+        if not (isinstance(self.share, Real) and 0 <= self.share <= 1):
+            told = "the share of the budget that a descent, or a landing, takes"
+            raise BypassError(f"{told} is {self.share!r}; give a number from 0 to 1, such as 0.25")
 
     def at(self, t: int, budget: int) -> float:
         """c(t)."""
