@@ -83,3 +83,4 @@ def _fill(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
+    axes.locator_params(axis="x", nbins=5)  # six digits each, where there are many epochs

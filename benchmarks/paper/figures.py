@@ -105,6 +105,7 @@ def sensitivity(rows: Sequence[Row]) -> Figure:
 
 def _curve(axes: Axes, rows: Sequence[Row], column: str, label: str, style: Mapping[str, Any]) -> None:
     if rows:
-        steps = np.array(rows[0]["curve"]["step"]) / rows[0]["per_epoch"]
-        values = np.array([row["curve"][column] for row in rows], dtype=float)
-        axes.plot(steps, values.mean(0), lw=1, label=label, **style)
+        steps = np.array(rows[0]["curve"]["step"])  # a row's records stand where its own phases begin
+        curves = [np.array([row["curve"]["step"], row["curve"][column]], dtype=float) for row in rows]
+        values = np.array([np.interp(steps, *curve) for curve in curves])
+        axes.plot(steps / rows[0]["per_epoch"], values.mean(0), lw=1, label=label, **style)
