@@ -269,14 +269,21 @@ _SPLITS: set[Any] = {
 }  # fmt: skip
 
 
-def parts_of(node: fx.Node) -> int | None:
-    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`."""
+def parts_of(node: fx.Node, surely: bool = False) -> int | None:
+    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`.
+
+    A chunk may make fewer of a short axis; `surely` leaves it out.
+    """
     if node.target not in _SPLITS:
         return None
-    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    by_name = (value for name, value in node.kwargs.items() if name not in _NOT_HOW)
+    how = node.args[1] if len(node.args) > 1 else next(by_name, None)
     if isinstance(how, list | tuple):
         return len(how) + ("tensor_split" in str(node.target))
-    return how if isinstance(how, int) and "chunk" in str(node.target) else None
+    return how if isinstance(how, int) and "chunk" in str(node.target) and not surely else None
+
+
+_NOT_HOW = ("input", "tensor", "dim")
 
 
 def _name(node: fx.Node) -> str:
