@@ -336,7 +336,7 @@ def chunks_by_name(self: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("body", [chunks_counted, chunks_by_name])
-def test_chunks_may_be_fewer_than_asked_for_and_are_counted_in_each_call(body: Any) -> None:
+def test_chunks_of_rows_may_be_fewer_than_asked_for_and_are_counted_in_each_call(body: Any) -> None:
     net = type("Own", (Cut,), {"forward": body})()
     inputs = torch.randn(5, 4), torch.randn(3, 4), torch.randn(4, 4)  # chunk(4) makes three parts of five rows
     before = [net(x) for x in inputs]
