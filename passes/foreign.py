@@ -91,7 +91,8 @@ def _calling(original: Callable[..., Any], called: Called) -> Callable[..., Any]
         traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
         return called(original, args, kwargs) if traced else original(*args, **kwargs)
 
-    if not isinstance(original, type):
+    if not isinstance(original, type):  # other code may use what it has beside: `np.add.reduce`
+        vars(calling).update({name: getattr(original, name) for name in dir(original) if not name.startswith("_")})
         return calling
     return _StandIn(original.__name__, (), {"original": original, "calling": staticmethod(calling)})
 

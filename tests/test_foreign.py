@@ -77,6 +77,7 @@ BODIES = {
     "a library that the forward imports": twice,
     "bool as a dtype": lambda self, x: self.b(torch.relu(self.a(x))) * torch.ones(len(x), 1, dtype=bool),
     "float as a dtype": lambda self, x: self.b(torch.relu(self.a(x.to(float).to(x.dtype)))),
+    "what a ufunc has beside": lambda self, x: self.b(torch.relu(self.a(x))) * np.add.reduce([1, 2]),
     "int as a dtype": lambda self, x: self.b(torch.relu(self.a(x + x.new_zeros(4, dtype=int)))),
 }
 
