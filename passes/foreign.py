@@ -33,14 +33,14 @@ def calls_become(called: Called, functions: Iterable[FunctionType]) -> Iterator[
     functions = list(functions)
     spaces = {(id(space), name): (space, name, original) for space, name, original in _named(functions)}
     before = {key: space.get(name, _ABSENT) for key, (space, name, _) in spaces.items()}
-    for space, name, original in spaces.values():
-        space[name] = _calling(original, called)
     try:
+        for space, name, original in spaces.values():
+            space[name] = _calling(original, called)
         yield
     finally:
         for key, (space, name, _) in spaces.items():
             if before[key] is _ABSENT:
-                del space[name]
+                space.pop(name, None)
             else:
                 space[name] = before[key]
 

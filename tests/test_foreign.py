@@ -127,7 +127,11 @@ def equal_kind(value: Any) -> bool:
     return type(value) == int and {int: True}.get(type(value), False)  # noqa: E721
 
 
-KINDS = {"kind": [kind], "equal kind": [equal_kind], "from bytes": [lambda value: int.from_bytes(b"\x03", "big") == value]}
+KINDS = {
+    "kind": [kind],
+    "equal kind": [equal_kind],
+    "from bytes": [lambda value: int.from_bytes(b"\x03", "big") == value],
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -142,6 +146,37 @@ def test_code_that_a_forward_reaches_unseen_may_ask_for_them_as_types(name: str)
     x = torch.randn(3, 4)
     expected = model(x)
     assert torch.equal(bypass_fx.extend(model)(x), expected) and expected.any()
+
+
+class Odd:
+    """What calls itself one of NumPy's functions, and does not tell all that it has."""
+
+    __module__ = "numpy.odd"
+
+    def __call__(self, value: int) -> int:
+        return value
+
+    @property
+    def secret(self) -> int:
+        raise ValueError("secret")
+
+
+def test_all_names_are_back_where_one_could_not_be_replaced() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(x))) * oddly(int(x.shape[0])) * round(x.shape[1])
+        return y
+
+    model: Any = type("Own", (nn.Module,), {"forward": forward})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    assert not bypass_fx.plan(model).sites
+    assert not {"int", "round"} & globals().keys() and isinstance(odd, Odd)
+
+
+def oddly(value: int) -> int:
+    return odd(value)
+
+
+odd = Odd()
 
 
 def test_a_type_that_other_code_compares_by_identity_stays_what_it_is() -> None:
