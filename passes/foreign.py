@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import FunctionType, ModuleType
+from itertools import pairwise
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import fx
 from torch.nn.utils import rnn
 from torch.utils._pytree import tree_leaves
 
-from .source import nested
+from .source import functions_of, nested
 
 LIBRARIES = ("einops", "math", "numpy")
 NUMBERS: dict[str, Callable[..., Any]] = {"len": len, "int": int, "float": float, "round": round}
@@ -32,14 +33,14 @@ def calls_become(called: Called, functions: Iterable[FunctionType]) -> Iterator[
     functions = list(functions)
     spaces = {(id(space), name): (space, name, original) for space, name, original in _named(functions)}
     before = {key: space.get(name, _ABSENT) for key, (space, name, _) in spaces.items()}
-    for space, name, original in spaces.values():
-        space[name] = _calling(original, called)
     try:
+        for space, name, original in spaces.values():
+            space[name] = _calling(original, called)
         yield
     finally:
         for key, (space, name, _) in spaces.items():
             if before[key] is _ABSENT:
-                del space[name]
+                space.pop(name, None)
             else:
                 space[name] = before[key]
 
@@ -58,7 +59,7 @@ def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str,
             elif _is_function(value):
                 yield space, name, space[name]
         for name in NUMBERS.keys() & _globals(function)[0]:
-            if name not in space and (id(space), name) not in others:
+            if name not in space and (id(space), name) not in others and not _is_compared(name, space):
                 yield space, name, NUMBERS[name]
 
 
@@ -73,6 +74,33 @@ def _globals(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
     ]
     called = {each for each in loads if each.opname == "LOAD_GLOBAL" and each.arg is not None and each.arg & 1}
     return frozenset(each.argval for each in called), frozenset(each.argval for each in loads if each not in called)
+
+
+def _is_compared(name: str, space: dict[str, Any]) -> bool:
+    """Whether code that shares its names with a forward asks for that very type (`type(x) is int`)."""
+    if not isinstance(NUMBERS[name], type):
+        return False
+    functions = (each for value in [*space.values()] for each in _defined(value, space))
+    return any(name in _compared(code) for each in functions for code in nested(each.__code__))
+
+
+def _defined(value: Any, space: dict[str, Any]) -> Iterator[FunctionType]:
+    """The functions that a module defines, those in a class of it too."""
+    if isinstance(value, type) and value.__module__ == space.get("__name__"):
+        for inner in [*vars(value).values()]:
+            yield from _defined(inner, space)
+    elif isinstance(value, FunctionType | staticmethod | classmethod | property):
+        yield from (each for each in functions_of(value) if each.__globals__ is space)
+
+
+@cache
+def _compared(code: CodeType) -> frozenset[str]:
+    """What a code asks to be one and the same as something."""
+    if NUMBERS.keys().isdisjoint(code.co_names):
+        return frozenset()
+    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    names = (each.argval for each, after in pairwise(steps) if after.opname == "IS_OP")
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _is_function(value: Any) -> bool:
@@ -91,7 +119,8 @@ def _calling(original: Callable[..., Any], called: Called) -> Callable[..., Any]
         traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
         return called(original, args, kwargs) if traced else original(*args, **kwargs)
 
-    if not isinstance(original, type):
+    if not isinstance(original, type):  # other code may use what it has beside: `np.add.reduce`
+        vars(calling).update({name: getattr(original, name) for name in dir(original) if not name.startswith("_")})
         return calling
     return _StandIn(original.__name__, (), {"original": original, "calling": staticmethod(calling)})
 
@@ -107,6 +136,15 @@ class _StandIn(type):
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.original)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.original
+
+    def __hash__(cls) -> int:
+        return hash(cls.original)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.original, name)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         return issubclass(subclass, cls.original)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 from functools import cache
 from types import CodeType
+from typing import TypeGuard
 
 from torch import nn
 
@@ -29,7 +30,7 @@ def taken_in_parts(tracing: Tracing) -> dict[str, UntraceableError]:
     }
 
 
-def is_cut_by_torch(cls: type[nn.Module]) -> bool:
+def is_cut_by_torch(cls: type[nn.Module]) -> TypeGuard[type[nn.Sequential]]:
     """Whether a slice of a module of this class is a new module of the same class."""
     return issubclass(cls, nn.Sequential) and cls.__getitem__ is nn.Sequential.__getitem__
 

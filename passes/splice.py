@@ -269,14 +269,22 @@ _SPLITS: set[Any] = {
 }  # fmt: skip
 
 
-def parts_of(node: fx.Node) -> int | None:
-    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`."""
+def parts_of(node: fx.Node, surely: bool = False) -> int | None:
+    """Into how many parts a call cuts a value, where it says so: `chunk(3)`, `split([8, 8])`.
+
+    A chunk makes fewer of a short axis; `surely` leaves out those of the first, which is as long as the batch.
+    """
     if node.target not in _SPLITS:
         return None
-    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    by_name = (value for name, value in node.kwargs.items() if name not in _NOT_HOW)
+    how = node.args[1] if len(node.args) > 1 else next(by_name, None)
     if isinstance(how, list | tuple):
         return len(how) + ("tensor_split" in str(node.target))
-    return how if isinstance(how, int) and "chunk" in str(node.target) else None
+    rows = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) == 0
+    return how if isinstance(how, int) and "chunk" in str(node.target) and not (surely and rows) else None
+
+
+_NOT_HOW = ("input", "tensor", "dim")
 
 
 def _name(node: fx.Node) -> str:

@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from .errors import PlanError, SurgeryError
+from .parts import is_cut_by_torch
 from .reads import fingerprint
 
 Rewriter = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
@@ -82,7 +83,7 @@ def _new_class(original: type[nn.Module], code: Code) -> type[nn.Module]:
         body[name] = _before_the_instance(namespace[name]) if held else namespace[name]
     if code.flags:
         body["__setattr__"] = _guarding(original, code.flags)
-    if issubclass(original, nn.Sequential):
+    if is_cut_by_torch(original):
         body["__getitem__"] = _refusing_parts(original)
     if not hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy

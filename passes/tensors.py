@@ -59,7 +59,8 @@ def sure_tensor(value: fx.Node, owner: nn.Module, given: Mapping[fx.Node, type])
         if here.op == "placeholder" and issubclass(given.get(here, object), Tensor):
             return {here}
         calls_maker = here.op == "call_module" and _makes_a_tensor(owner, str(here.target))
-        if here.op == "get_attr" or here.target in _MAKING or calls_maker:
+        places = here.target is torch.where and len(here.args) + len(here.kwargs) == 1  # a tuple of them
+        if here.op == "get_attr" or (here.target in _MAKING and not places) or calls_maker:
             return set()
         taken = here.all_input_nodes if here.target in _OPERATORS else _first(here)
         todo += [each for each in taken if each not in seen]

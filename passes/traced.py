@@ -69,7 +69,9 @@ class Traced(fx.Proxy):
         """
         if not asked_by_a_forward():
             return self.refuse(_NUMBER)
-        parts = parts_of(self.node)
+        parts = parts_of(self.node, surely=True)
+        if parts is None and parts_of(self.node) is not None:
+            raise TypeError("a batch may have fewer rows than parts were asked for")  # list() goes on without a length
         count = cast("OwnerTracer", self.tracer).sizes.length(self.node) if parts is None else parts
         return self.refuse(_NUMBER) if count is None else count
 

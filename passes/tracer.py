@@ -300,7 +300,7 @@ class OwnerTracer(fx.Tracer):
         """A call of a function that is not torch's becomes a node, but for a length that this trace knows."""
         if function is len:
             value = args[0]
-            count = len(value) if type(value) is StoredTensor else parts_of(value.node)
+            count = len(value) if type(value) is StoredTensor else parts_of(value.node, surely=True)
             if count is None and self.counted:
                 count = self.sizes.length(value.node)
             if count is not None:

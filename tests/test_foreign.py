@@ -77,6 +77,7 @@ BODIES = {
     "a library that the forward imports": twice,
     "bool as a dtype": lambda self, x: self.b(torch.relu(self.a(x))) * torch.ones(len(x), 1, dtype=bool),
     "float as a dtype": lambda self, x: self.b(torch.relu(self.a(x.to(float).to(x.dtype)))),
+    "what a ufunc has beside": lambda self, x: self.b(torch.relu(self.a(x))) * np.add.reduce([1, 2]),
     "int as a dtype": lambda self, x: self.b(torch.relu(self.a(x + x.new_zeros(4, dtype=int)))),
 }
 
@@ -118,16 +119,25 @@ def test_python_s_own_names_as_types_stay_what_they_are() -> None:
     assert torch.equal(bypass_fx.extend(model)(x), expected)
 
 
-def kind(value: Any) -> str:
-    return "whole" if isinstance(value, int) else "other"
+def kind(value: Any) -> bool:
+    return isinstance(value, int)
 
 
-KINDS = {"kind": [kind]}
+def equal_kind(value: Any) -> bool:
+    return type(value) == int and {int: True}.get(type(value), False)  # noqa: E721
 
 
-def test_code_that_a_forward_reaches_unseen_may_ask_for_them_as_types() -> None:
+KINDS = {
+    "kind": [kind],
+    "equal kind": [equal_kind],
+    "from bytes": [lambda value: int.from_bytes(b"\x03", "big") == value],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_code_that_a_forward_reaches_unseen_may_ask_for_them_as_types(name: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        known = KINDS["kind"][0](3) == "whole"
+        known = KINDS[name][0](3)
         y: Tensor = self.b(torch.relu(self.a(x))) * int(x.shape[0] if known else 0)
         return y
 
@@ -136,6 +146,65 @@ def test_code_that_a_forward_reaches_unseen_may_ask_for_them_as_types() -> None:
     x = torch.randn(3, 4)
     expected = model(x)
     assert torch.equal(bypass_fx.extend(model)(x), expected) and expected.any()
+
+
+class Odd:
+    """What calls itself one of NumPy's functions, and does not tell all that it has."""
+
+    __module__ = "numpy.odd"
+
+    def __call__(self, value: int) -> int:
+        return value
+
+    @property
+    def secret(self) -> int:
+        raise ValueError("secret")
+
+
+def test_all_names_are_back_where_one_could_not_be_replaced() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(x))) * oddly(int(x.shape[0])) * round(x.shape[1])
+        return y
+
+    model: Any = type("Own", (nn.Module,), {"forward": forward})()
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    assert not bypass_fx.plan(model).sites
+    assert not {"int", "round"} & globals().keys() and isinstance(odd, Odd)
+
+
+def oddly(value: int) -> int:
+    return odd(value)
+
+
+odd = Odd()
+
+
+def test_a_type_that_other_code_compares_by_identity_stays_what_it_is() -> None:
+    space: dict[str, Any] = {"torch": torch, "__name__": "own"}
+    exec(_WITH_IDENTITY, space)
+    for forward in (space["of_a_number"], space["of_a_size"]):
+        model: Any = type("Own", (nn.Module,), {"forward": forward})()
+        model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 4)
+        x = torch.randn(3, 4)
+        expected = model(x)
+        plan = bypass_fx.plan(model)
+        assert len(plan) == (forward is space["of_a_number"])
+        assert torch.equal(bypass_fx.extend(model, plan)(x) if len(plan) else model(x), expected)
+
+
+_WITH_IDENTITY = """
+class Kinds:
+    def whole(self, value):
+        return type(value) is int
+
+KINDS = Kinds()
+
+def of_a_number(self, x):
+    return self.b(torch.relu(self.a(x))) * (int(3.0) if KINDS.whole(3) else 2)
+
+def of_a_size(self, x):
+    return self.b(torch.relu(self.a(x))) * (int(x.shape[0]) if KINDS.whole(3) else 2)
+"""
 
 
 def test_a_name_of_the_forward_s_module_comes_before_python_s() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,31 @@ def test_a_part_of_an_extended_sequential_is_refused() -> None:
     assert isinstance(net[0], nn.Linear)  # type: ignore[index]
     with pytest.raises(bypass_fx.BypassError, match="would lose its δ"):
         net[:2]  # type: ignore[index]
+
+
+class Listing(nn.Sequential):
+    """A slice of it is a list of its modules."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return [*self._modules.values()][key]
+
+
+class WithListing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Listing(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net(x)
+        for each in self.net[:1]:
+            x = each(x)
+        return x
+
+
+def test_slices_of_a_sequential_that_are_no_parts_stay_what_they_are() -> None:
+    net, x = WithListing(), torch.randn(3, 4)
+    before = net(x)
+    plan = bypass_fx.plan(net, mode="strict")
+    assert [site.name for site in plan] == ["net.1"]
+    bypass_fx.extend(net, plan)
+    assert torch.equal(net(x), before)

@@ -322,3 +322,25 @@ def test_the_parts_of_a_value_can_be_counted_and_listed() -> None:
     bypass_fx.extend(net, mode="strict")
     assert [site.constraint for site in bypass_fx.sites(net)] == ["folded"]
     assert torch.equal(net(x), before)
+
+
+def chunks_counted(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.more[1](torch.relu(self.more[0](x)))
+    return y / len(y.chunk(4))
+
+
+def chunks_by_name(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.more[1](torch.relu(self.more[0](x)))
+    first, *rest = [part * 2 for part in y.chunk(dim=1, chunks=2)]
+    return first + rest[0] / len(torch.chunk(dim=-1, chunks=4, input=y))
+
+
+@pytest.mark.parametrize("body", [chunks_counted, chunks_by_name])
+def test_chunks_of_rows_may_be_fewer_than_asked_for_and_are_counted_in_each_call(body: Any) -> None:
+    net = type("Own", (Cut,), {"forward": body})()
+    inputs = torch.randn(5, 4), torch.randn(3, 4), torch.randn(4, 4)  # chunk(4) makes three parts of five rows
+    before = [net(x) for x in inputs]
+    bypass_fx.extend(net, mode="strict")
+    assert [site.constraint for site in bypass_fx.sites(net)] == ["folded"]
+    for x, y in zip(inputs, before, strict=True):
+        assert torch.equal(net(x), y)

@@ -72,7 +72,12 @@ def test_a_computed_tensor_says_that_it_is_one(body: Any) -> None:
     assert torch.equal(net(x), before)
 
 
-@pytest.mark.parametrize("body", [of_an_attribute, of_a_child])
+def of_places(self: Any, x: Any) -> Any:
+    places = torch.where(x > 0)
+    return self.b(F.relu(self.a(x))) * (2 if isinstance(places, tuple) else 1)
+
+
+@pytest.mark.parametrize("body", [of_an_attribute, of_a_child, of_places])
 def test_what_may_be_something_else_is_refused(body: Any) -> None:
     net = type("Own", (Net,), {"forward": body})()
     plan = bypass_fx.plan(net, mode="strict")
