@@ -73,19 +73,6 @@ def channels_for(linked: Linked, spot: Spot) -> Channels | None:
     return found.pop() if len(found) == 1 else None
 
 
-def of_parameters(value: fx.Node) -> bool:
-    """Whether a value is made of parameters and buffers alone: it has no batch."""
-    todo, seen = [value], {value}
-    while todo:
-        here = todo.pop()
-        if here.op == "placeholder" or not (here.all_input_nodes or here.op == "get_attr"):
-            return False
-        new = [each for each in here.all_input_nodes if each not in seen]
-        seen.update(new)
-        todo += new
-    return True
-
-
 class Provenance:
     """The channels of a model's values, from where they come; what is found once is remembered."""
 

@@ -1,4 +1,4 @@
-"""New nodes of a graph, without what fx does for each and nobody needs here."""
+"""Nodes of a graph: new ones, without what fx does for each and nobody needs here, and what they are made of."""
 
 from __future__ import annotations
 
@@ -67,3 +67,16 @@ def names_a_write(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     trailing = name.endswith("_") and not name.endswith("__")
     return trailing or node.target in _WRITING_OPERATORS or bool(node.kwargs.get("inplace"))
+
+
+def takes_no_argument(value: fx.Node) -> bool:
+    """Whether a value is made of parameters, buffers and constants alone: no argument has a part in it."""
+    todo, seen = [value], {value}
+    while todo:
+        here = todo.pop()
+        if here.op == "placeholder":
+            return False
+        new = [each for each in here.all_input_nodes if each not in seen]
+        seen.update(new)
+        todo += new
+    return True

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from .activations import activation_input
 from .axes import ChannelAxes
 from .calls import bound_to_placeholders, call_of
-from .channels import Channels, of_parameters
+from .channels import Channels
 from .link import Linked
+from .nodes import takes_no_argument
 from .runs import Way, attempt, on_meta, ways
 from .units import ExampleInputs, Spot, Unit, arguments_of
 
@@ -153,7 +154,7 @@ def _agreed(calls: Sequence[Call]) -> Channels | None:
 def _may_be_rows(spot: Spot, channels: Channels, calls: Iterable[Call], rows: int) -> bool:
     """Whether the channels that nothing told may be the rows of a batch of so many."""
     z = activation_input(spot.node)
-    if z is None or of_parameters(z) or any(axis is not None for _, axis in calls):
+    if z is None or takes_no_argument(z) or any(axis is not None for _, axis in calls):
         return False
     return any(len(shape) == 1 for shape, _ in calls) or (channels.width == rows > 1 and channels.axis < 0)
 

@@ -81,3 +81,10 @@ def _makes_a_tensor(owner: nn.Module, path: str) -> bool:
 
 def _is_torchs(module: nn.Module) -> bool:
     return type(module).forward.__module__.startswith("torch.nn.modules.")
+
+
+def names_a_kind(classes: Any) -> bool:
+    """Whether one of the classes that isinstance() is asked for is torch.Tensor or lies below it."""
+    if isinstance(classes, tuple):
+        return any(map(names_a_kind, classes))
+    return isinstance(classes, type) and issubclass(classes, Tensor)

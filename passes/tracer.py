@@ -22,7 +22,7 @@ from .factories import Factories, as_dtype
 from .foreign import calls_become
 from .lent import Lent
 from .look_alike import stateless_forward
-from .nodes import new_node
+from .nodes import new_node, takes_no_argument
 from .outside import Kept
 from .reads import MISSING, PLAIN, TENSOR, Names, Read, as_python, copy_of, fingerprint, inherited
 from .recording import Recorder
@@ -30,7 +30,7 @@ from .records import fields_of
 from .set_attributes import OWN, SetAttributes, is_set_by, refuse_shared
 from .source import Caught, caught, is_tried, nested, raised_by
 from .splice import Sizes, parts_of
-from .tensors import sure_tensor
+from .tensors import names_a_kind, sure_tensor
 from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 from .watchers import watches
 from .with_blocks import in_with
@@ -194,7 +194,12 @@ class OwnerTracer(fx.Tracer):
         """What isinstance() answers to the method: for a traced argument, by what the caller passes."""
         if type(value) is StoredTensor:
             return isinstance(value.stored, classes)
-        return issubclass(self.python_type(value), classes) if isinstance(value, Traced) else None
+        if not isinstance(value, Traced):
+            return None
+        answer = issubclass(self.python_type(value), classes)
+        if not answer and value.node not in self.containers and names_a_kind(classes):
+            self.refuse("its forward asks which kind of tensor a computed value is")
+        return answer
 
     def python_type(self, value: Traced) -> type:
         """The Python type that a value has for the method: that of what the caller passes, or of a computed tensor."""
@@ -381,16 +386,12 @@ class OwnerTracer(fx.Tracer):
             new = [item for key, item in copied.items() if key not in held]
         else:
             kept, new = len(held) == len(copied) and all(map(operator.is_, held, copied)), []
-        if not kept or not all(type(item) is TracedValue and _from_parameters(item.node) for item in new):
+        if not kept or not all(type(item) is TracedValue and takes_no_argument(item.node) for item in new):
             raise UntraceableError("its forward changes a list or dict that its module holds")
 
 
 # Calls that do not fail: what a value says of itself, and comparisons, which no forward tries for their errors.
 _SAFE = {getattr, truth, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
-
-
-def _from_parameters(node: fx.Node) -> bool:
-    return node.op != "placeholder" and all(map(_from_parameters, node.all_input_nodes))
 
 
 FILLS = "its forward calls a child with a list or dict that the child may change, and goes on with it"

@@ -84,6 +84,19 @@ def test_what_may_be_something_else_is_refused(body: Any) -> None:
     assert not plan.sites and "the Python type of a computed value" in plan.refusals[0].reason
 
 
+class Kind(Tensor):
+    """A tensor of a kind of its own, which arithmetic keeps."""
+
+
+def test_which_kind_of_tensor_a_computed_value_is_only_a_run_shows() -> None:
+    def body(self: Any, x: Any) -> Any:
+        return self.b(F.relu(self.a(x))) * (2 if isinstance(x + 1, (list, Kind)) else 1)
+
+    net = type("Own", (Net,), {"forward": body})()
+    plan = bypass_fx.plan(net, mode="strict")
+    assert not plan.sites and "which kind of tensor" in plan.refusals[0].reason
+
+
 def test_an_argument_on_which_the_answer_hangs_must_be_a_tensor() -> None:
     def body(self: Any, x: Any) -> Any:
         x = x * 2
