@@ -66,14 +66,13 @@ def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str,
 @cache
 def _globals(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
     """The global names that a function calls, and those that it takes in another way (`dtype=int`)."""
-    loads = [
-        each
-        for code in nested(function.__code__)
-        for each in dis.get_instructions(code)
-        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in NUMBERS
-    ]
-    called = {each for each in loads if each.opname == "LOAD_GLOBAL" and each.arg is not None and each.arg & 1}
-    return frozenset(each.argval for each in called), frozenset(each.argval for each in loads if each not in called)
+    called, taken = set[str](), set[str]()
+    for code in nested(function.__code__):
+        for each in dis.get_instructions(code):
+            if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in NUMBERS:
+                calls = each.opname == "LOAD_GLOBAL" and (each.arg or 0) & 1
+                (called if calls else taken).add(each.argval)
+    return frozenset(called), frozenset(taken)
 
 
 def _is_compared(name: str, space: dict[str, Any]) -> bool:
