@@ -14,6 +14,7 @@ import bypass_fx
 from benchmarks.helps import protocol, race, record, report, verdict
 from benchmarks.helps.arms import Arm, kick
 from benchmarks.helps.tasks import Task, minibatches
+from benchmarks.results_file import ResultsFile
 from bypass_fx.optimizers import make_optimizer
 from bypass_fx.phases import Lengths, embedded
 from bypass_fx.settings import preset
@@ -201,6 +202,22 @@ def test_a_stage_is_run_once_and_reported(tmp_path: Path) -> None:
     assert "| homotopy | " in told and f"| homotopy, equal time ({timed['steps']} steps) | " in told
     report.draw(small, file, tmp_path / "helps.png")
     assert (tmp_path / "helps.png").stat().st_size > 5000
+
+
+def test_an_arm_that_did_not_run_everywhere_says_where_not(tmp_path: Path) -> None:
+    file = ResultsFile(str(tmp_path / "helps.jsonl"), ("torch",))
+    tasks = {name: _task(name) for name in ("eggholder", "ackley")}
+    small = replace(SHORT, tasks=tasks, plain=(PLAIN,), verdict=(HOMOTOPY,))
+    for task in tasks:
+        file.add({"kind": "costs", "task": task, "costs": {"continue": 1.0, "homotopy": 1.1}})
+        for arm, family, loss in (("homotopy", "bypass", 0.5), ("continue", "plain", 1.0)):
+            if (arm, task) != ("homotopy", "ackley"):
+                row = {"loss": [loss], "test_loss": [1.0], "seeds": [0], "at_start": [2.0], "rolled_back": [False]}
+                about = {"kind": "arm", "task": task, "arm": arm, "family": family, "budget": "steps"}
+                file.add({**about, "train1": 1, "steps": 1, **row})
+    told = report.summary(small, "in-sample", file)
+    assert "| continue | 1.000 |" in told and "| homotopy, without ackley | 0.500 |" in told
+    assert told.index("| continue | 1.000 |") < told.index("| homotopy, without ackley |")
 
 
 def test_the_preset_of_the_library_is_what_the_search_froze() -> None:

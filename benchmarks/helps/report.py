@@ -116,15 +116,25 @@ def _overall(protocol: Protocol, stage: Stage, file: ResultsFile, tasks: list[st
         "|---|---|---|---|---|---|---|",
     ]
     for budget in ("steps", "time"):
-        for arm in dict.fromkeys(name for task in tasks for name in rows_of(file, task, budget)):
-            by_task = [ratios(file, task, arm, budget) for task in tasks]
-            to_continue = [ratios(file, task, arm, budget, "continue") for task in tasks]
-            if any(values is None for values in by_task):
-                continue
-            worst = max(max(values) for values in to_continue if values)
-            name = arm if budget == "steps" else f"{arm}, equal time"
-            lines.append(f"| {name} | {_numbers([values for values in by_task if values])} | {worst:.3f} |")
+        for arm, run in _where_run(file, tasks, budget).items():
+            worst = max(max(ratios(file, task, arm, budget, "continue") or ()) for task in run)
+            name = _named(arm if budget == "steps" else f"{arm}, equal time", run, tasks)
+            lines.append(
+                f"| {name} | {_numbers([ratios(file, task, arm, budget) or () for task in run])} | {worst:.3f} |"
+            )
     return lines + _lower_of_both(file, tasks)
+
+
+def _where_run(file: ResultsFile, tasks: list[str], budget: str = "steps") -> dict[str, list[str]]:
+    """The tasks that each arm ran on; those that ran on all first."""
+    arms = dict.fromkeys(name for task in tasks for name in rows_of(file, task, budget))
+    found = {arm: [task for task in tasks if arm in rows_of(file, task, budget)] for arm in arms}
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _named(arm: str, run: list[str], tasks: list[str]) -> str:
+    left_out = [task for task in tasks if task not in run]
+    return f"{arm}, without {', '.join(left_out)}" if left_out else arm
 
 
 def _lower_of_both(file: ResultsFile, tasks: list[str]) -> list[str]:
@@ -136,7 +146,8 @@ def _lower_of_both(file: ResultsFile, tasks: list[str]) -> list[str]:
             return []
         lower.append([min(pair) for pair in zip(preset, plain, strict=True)])
         to_continue += [low / other for low, other in zip(lower[-1], plain, strict=True)]
-    return [f"| the lower of preset and continue, both trained | {_numbers(lower)} | {max(to_continue):.3f} |"]
+    name = "the lower of preset and continue, both trained"
+    return [f"| {name} | {_numbers(lower)} | {max(to_continue):.3f} |"] if lower else []
 
 
 def _by_stuck(file: ResultsFile, tasks: list[str]) -> list[str]:
@@ -155,10 +166,8 @@ def _by_stuck(file: ResultsFile, tasks: list[str]) -> list[str]:
         "| arm | with | | without | |",
         "|---|---|---|---|---|",
     ]
-    for arm in dict.fromkeys(name for task in tasks for name in rows_of(file, task)):
-        by_task = {task: ratios(file, task, arm, against="continue") for task in tasks}
-        if any(values is None for values in by_task.values()):
-            continue
+    for arm, run in _where_run(file, tasks).items():
+        by_task = {task: ratios(file, task, arm, against="continue") for task in run}
         cells = []
         for wanted in (True, False):
             seen = [
@@ -170,7 +179,7 @@ def _by_stuck(file: ResultsFile, tasks: list[str]) -> list[str]:
             tally = verdict.tally(seen) if seen else None
             shown = f"{tally.wins:.0%}, {tally.ties:.0%}, {tally.losses:.0%}".replace("%", " %") if tally else ""
             cells += [f"{geometric_mean(seen):.3f}" if seen else "", shown]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append(f"| {_named(arm, run, tasks)} | {' | '.join(cells)} |")
     return lines
 
 
