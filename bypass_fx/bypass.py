@@ -203,7 +203,7 @@ class Bypass:
                 if name not in self.out:
                     seen.values[index] = 0
         if measured or self._latest is None:
-            self._latest = seen.values if seen else self._norms()
+            self._latest = seen.values if seen else self._norms(comeback.norms(self._root))
         self._latest = norms = self._shrunk(self._latest, measured)
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
@@ -302,8 +302,8 @@ class Bypass:
         self.out = frozenset()
         self.over = True
 
-    def _norms(self) -> Tensor:
-        found = constraint.residuals(self._root, self.plan.sites)
+    def _norms(self, found: list[Tensor] | None = None) -> Tensor:
+        found = constraint.residuals(self._root, self.plan.sites) if found is None else found
         return torch.stack([norm.to(self.gamma) for norm in found])
 
     def _set_gamma(self) -> None:

@@ -45,7 +45,7 @@ def residuals(model: nn.Module, chosen: Sequence[Site]) -> list[Tensor]:
         batches.setdefault((alone, present[0].dtype, present[0].device, shapes), []).append((index, terms))
     for batch in batches.values():
         norms = _norms_of([terms for _, terms in batch])
-        for (index, _), norm in zip(batch, norms.unbind(), strict=True):
+        for (index, _), norm in zip(batch, norms.unbind() if norms.dim() else [norms], strict=True):
             found[index] = norm
     return [norm for norm in found if norm is not None]
 
@@ -83,17 +83,17 @@ def _beside(model: nn.Module, site: Site, a: Tensor, d: Tensor, b: Tensor) -> tu
 
 
 def _norm_of_site(model: nn.Module, site: Site) -> Tensor:
-    return _norms_of([_terms(model, site)])[0]
+    return _norms_of([_terms(model, site)])
 
 
 def _norms_of(batch: Sequence[list[Term]]) -> Tensor:
-    """The norms of sites whose terms have the same shapes, shape (sites,)."""
+    """The norms of sites whose terms have the same shapes, shape (sites,); of one site 0-dim."""
     parts: list[Tensor] = []
     for terms in zip(*batch, strict=True):  # the first term of every site, then the second
         a, d, w = (_stacked([term[k] for term in terms]) for k in range(3))
         assert d is not None, "a term has a δ"
         if a is None or w is None:
-            parts.append(torch.linalg.vector_norm(d, dim=1))
+            parts.append(torch.linalg.vector_norm(d, dim=-1))
         else:
             parts.append(norm_of_product(a, d, w))
     norms: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
@@ -104,7 +104,7 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
     if not present:
         return None
-    return torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
+    return torch.stack(present) if len(present) > 1 else present[0]
 
 
 def residual_entries(model: nn.Module, site: Site) -> Tensor:
@@ -123,12 +123,12 @@ def residual_entries(model: nn.Module, site: Site) -> Tensor:
 def _entries(model: nn.Module, site: Site) -> Tensor:
     assert site.first is not None and site.second is not None, "a strict site has a W and an A"
     a, d, w = cells(model, site)
-    products = [(a * d.unsqueeze(1)) @ w]
+    products = [torch.bmm(a * d.unsqueeze(1), w)]
     b = offset(model, site.first) if site.constraint == "augmented" else None
     if b is not None:
         a, d, column = _beside(model, site, a, d, b)
-        products.append(a @ (d.unsqueeze(2) * column))
-    return torch.cat([product.flatten() for product in products])
+        products.append(torch.bmm(a, d.unsqueeze(2) * column))
+    return products[0].flatten() if len(products) == 1 else torch.cat([product.flatten() for product in products])
 
 
 def cells(model: nn.Module, site: Site) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,8 +51,9 @@ def gram_is_cheaper(a: Tensor, w: Tensor) -> bool:
 
 
 def _product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
+    times = torch.bmm if a.dim() == 3 else torch.matmul  # which would make views of what it is given first
     scaled_a = a.shape[-2] <= w.shape[-1]
-    return (a * d.unsqueeze(-2)) @ w if scaled_a else a @ (d.unsqueeze(-1) * w)
+    return times(a * d.unsqueeze(-2), w) if scaled_a else times(a, d.unsqueeze(-1) * w)
 
 
 def _norm_of(r: Tensor) -> Tensor:

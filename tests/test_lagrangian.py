@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bypass_fx
 from bypass_fx import constraint, surgery
-from bypass_fx.comeback import AugmentedLagrangian, Moment
+from bypass_fx.comeback import AugmentedLagrangian, Moment, lagrangian
 from bypass_fx.comeback.lagrangian import curvature
 from bypass_fx.schedule import BypassSchedule
 from tests.bypasses import X, Y
@@ -50,6 +50,26 @@ def test_the_penalty_is_that_of_the_matrix_and_smooth() -> None:
     a, d, w = model[2].weight, surgery.delta_of(model, bypass_fx.sites(model)[0]), model[0].weight  # type: ignore[index]
     pull = (multiplier + weight * r).view(3, 4)
     assert torch.allclose(d.grad, torch.einsum("mn,ml,nl->n", a, pull, w))  # type: ignore[arg-type]
+
+
+def test_a_step_takes_the_residual_s_entries_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken = dense(), []
+    once, again = AugmentedLagrangian(), AugmentedLagrangian()
+    with torch.no_grad():
+        for come in (once, again):
+            come.begin(model)
+            observe(come, model, t=0)  # μ is 0 before it
+        (norm,) = once.norms(model)
+        entries = constraint.residual_entries
+        monkeypatch.setattr(lagrangian, "residual_entries", lambda *of: taken.append(of) or entries(*of))
+        observe(once, model, t=1)
+        assert not taken
+        observe(again, model, t=1)
+        assert len(taken) == 1
+        assert torch.equal(once.state_dict()["multipliers"]["1"], again.state_dict()["multipliers"]["1"])
+        observe(once, model, t=2)  # what was taken after the step before is not this one's
+        assert len(taken) == 2
+    assert torch.allclose(norm, constraint.residuals(model, bypass_fx.sites(model))[0])
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**16))

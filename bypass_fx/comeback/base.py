@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from bypass_fx.extension import delta_of
+from bypass_fx.constraint import residuals
+from bypass_fx.extension import delta_of, sites
 from bypass_fx.passes.plan import Site
 
 
@@ -72,6 +73,10 @@ class Comeback:
     def pace(self, t: int, budget: int) -> float:
         """The factor on D's learning rate in step `t` of opt2, beside λ'."""
         return 1.0
+
+    def norms(self, model: nn.Module) -> list[Tensor]:
+        """The norm of each site's residual after an optimiser step, 0-dim; `observe` comes next."""
+        return residuals(model, sites(model))
 
     def observe(self, model: nn.Module, now: Moment) -> None:
         """Take note of an optimiser step."""

@@ -45,6 +45,7 @@ class AugmentedLagrangian(Comeback):
         self._landing = Descent(share=landing)
         self._multipliers: dict[str, Tensor] = {}
         self._weights = torch.zeros(0)  # μ, [sites]
+        self._entries: list[Tensor] = []  # of R of each site, on the way from `norms` to `observe`
 
     @property
     def ends(self) -> bool:
@@ -58,29 +59,40 @@ class AugmentedLagrangian(Comeback):
 
     def penalty(self, model: nn.Module, out: frozenset[str], gamma: Tensor) -> Tensor | None:
         terms = []
-        for index, site in enumerate(sites(model)):
+        for site, half in zip(sites(model), (self._weights / 2).unbind(), strict=True):
             if torch.compiler.is_compiling() or site.name in out:  # Λ and μ of a site that arrived are 0
-                r, weight = residual_entries(model, site), self._weights[index]
-                term = (self._multipliers[site.name] * r).sum() + weight.to(r.device) / 2 * r.square().sum()
-                terms.append(term.to(gamma.device))
+                r = residual_entries(model, site)
+                pull = torch.addcmul(self._multipliers[site.name], r, half.to(r.device))  # Λ + μ/2 R
+                terms.append(torch.dot(r, pull).to(gamma.device))
         return torch.stack(terms).sum() if terms else None
 
     def pace(self, t: int, budget: int) -> float:
         return self._landing.at(t, budget)
 
+    def norms(self, model: nn.Module) -> list[Tensor]:
+        self._entries = [residual_entries(model, site) for site in sites(model)]
+        return [torch.linalg.vector_norm(entries) for entries in self._entries]
+
     def observe(self, model: nn.Module, now: Moment) -> None:
+        entries, self._entries = self._entries, []
         walk = now.budget * (1 - self._landing.share)
         landing = now.t + 1 >= walk
+        shares = (self._weights / _PER_ROUND).unbind()
+        bounds = []
         for index, site in enumerate(sites(model)):
-            multiplier, weight = self._multipliers[site.name], self._weights[index]
+            multiplier = self._multipliers[site.name]
             if now.last and site.name not in now.last:  # it has arrived
                 multiplier.zero_()
-                weight.zero_()
+                self._weights[index].zero_()
+                bounds.append(self._weights.new_zeros(()))
             elif not landing:
-                multiplier.add_(residual_entries(model, site) * weight.to(multiplier.device) / _PER_ROUND)
-                rise = min(1.0, (now.t + 1) / (_RISE * walk))
-                stiffest = now.lr * curvature(model, site).to(weight)
-                weight.copy_(torch.where(stiffest > 0, rise / stiffest, torch.zeros_like(stiffest)))
+                r = entries[index] if entries else residual_entries(model, site)
+                multiplier.addcmul_(r, shares[index].to(r.device))
+                bounds.append(curvature(model, site).to(self._weights))
+        if not landing:
+            stiffest = now.lr * torch.stack(bounds)
+            rise = min(1.0, (now.t + 1) / (_RISE * walk))
+            self._weights.copy_(torch.where(stiffest > 0, rise / stiffest, torch.zeros_like(stiffest)))
 
     def shrink(self, now: Moment) -> Tensor | None:
         factor = self._landing.factor(now.t, now.budget)
@@ -106,6 +118,6 @@ def curvature(model: nn.Module, site: Site) -> Tensor:
     if site.constraint == "zero":
         return tensor_named(model, site.parameter).new_ones(())
     a, d, w = cells(model, site)
-    by_column, by_row = a.square().sum(1), w.square().sum(2)
-    bound: Tensor = (d.square() * (by_row + by_column) + by_column * by_row).sum(1).amax()
+    by_column, by_row = (torch.linalg.vector_norm(each, dim=dim).square() for each, dim in ((a, 1), (w, 2)))
+    bound: Tensor = torch.addcmul(by_column * by_row, d.square(), by_row + by_column).sum(1).amax()
     return bound
