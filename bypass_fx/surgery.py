@@ -20,7 +20,7 @@ from .gradient_averaging import share_gradients
 from .passes import fold, insert, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
-from .passes.match import match
+from .passes.match import expect_strict, match
 from .passes.matrices import is_sharded
 from .passes.plan import MODES, Mode, Plan, Site
 from .passes.plan_text import no_site
@@ -221,16 +221,23 @@ def extend(
         raise PlanError(no_site(chosen, select))
     if plan is not None and select not in MEASURED and (select is not None or mode != "auto"):
         raise PlanError("mode and select say which sites to plan, and a plan is given: leave them out, or the plan")
-    _insert(linked, chosen, psi)
+    edits = _prepared(linked, chosen, psi)
+    if plan is not None:
+        expect_strict(linked, plan)
+    _insert(inner, chosen, edits)
     share_gradients(model, parameters, [delta_of(inner, site) for site in chosen.sites])
     return model
 
 
-def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
+def _prepared(linked: Linked, plan: Plan, psi: Psi) -> list[insert.Edit]:
     for site in plan.sites:
         check_fit(linked.model, site)
-    insert.apply(insert.prepare(linked, plan, psi))
-    mark(linked.model, plan)
+    return insert.prepare(linked, plan, psi)
+
+
+def _insert(model: nn.Module, plan: Plan, edits: list[insert.Edit]) -> None:
+    insert.apply(edits)
+    mark(model, plan)
 
 
 @contextmanager
@@ -245,7 +252,7 @@ def extended_with(
     """
     inner = unwrapped(model)
     _ready_parameters(inner)
-    _insert(Linked(inner, as_inputs(example_inputs)), plan, psi)
+    _insert(inner, plan, _prepared(Linked(inner, as_inputs(example_inputs)), plan, psi))
     try:
         for site in plan.sites:
             delta_of(inner, site).requires_grad_(False)
