@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bypass_fx
 from bypass_fx import surgery
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule
@@ -45,6 +46,10 @@ pytestmark = pytest.mark.usefixtures("small_heap")
         ({"accept": 0.5}, "accept is 0.5; give bypass_fx.NotWorse"),
         ({"snapshot": None, "at_budget": "rollback"}, "no way back to θ"),
         ({"select": "probe"}, "pass loss_fn="),
+        ({"come_back": "variety"}, "'come_back' is no known argument; bypass_fx.plan takes mode"),
+        ({"example_input": None}, "'example_input' is no known argument; did you mean example_inputs?"),
+        ({"example_inputs": 3}, "example_inputs is 3; give a tuple"),
+        ({"select": "stuck", "loss_fn": len, "batches": [], "steps": 3}, "'steps' is no known argument"),
         ({"select": 3}, "select=3 is no choice of sites; give patterns"),
         ({"plan": 3}, "plan is a int; give what bypass_fx.plan"),
         ({"snapshot": False}, "snapshot is False; give 'cpu', a folder, or None"),
@@ -73,6 +78,14 @@ def test_an_optimiser_of_another_model_is_refused_before_anything_changes() -> N
     with pytest.raises(BypassError, match=r"none of the model's parameters; build it from this model's"):
         BypassSchedule(model, adam(mlp()), 3, 5)
     assert not surgery.is_extended(model)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(BypassError, match=r"a torch\.nn\.Module is needed, this is a int"):
+        BypassSchedule(3, adam(mlp()), 3, 5)  # type: ignore[arg-type]
+    for function in (bypass_fx.norms, bypass_fx.penalty, bypass_fx.contract, bypass_fx.sites):
+        with pytest.raises(BypassError, match=r"a torch\.nn\.Module is needed, this is a int"):
+            function(3)  # type: ignore[arg-type]
 
 
 def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again() -> None:
