@@ -186,6 +186,8 @@ def _from_factory(module_name: str, attribute: str, fit: Fit | None) -> nn.Modul
     if not callable(factory):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelError(f"module {module_name!r} has no factory {attribute!r}; {_nearest(attribute, public)}")
+    if isinstance(factory, nn.Module):
+        raise ModelError(f"{name!r} is a model already; name a function that makes it, such as `lambda: {attribute}`")
     wanted: dict[str, Any] = {}
     if fit:
         features = math.prod(fit.shape)
