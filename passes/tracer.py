@@ -71,9 +71,7 @@ class OwnerTracer(fx.Tracer):
         self.set, self.lent = SetAttributes(module), Lent()
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
-        self.loose: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # tensors that are no parameters or buffers, and copies of them
+        self.loose: dict[int, tuple[Tensor, Tensor]] = {}  # other tensors than parameters and buffers, and copies
         self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
         self.own: set[CodeType] = set()  # the code that the method may run
         self.graph = fx.Graph()
