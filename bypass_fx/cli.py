@@ -289,7 +289,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _TRAIN_NEEDS:
             raise
-        terminal.show_error(f"{package} is not installed; run: pip install 'bypass_fx[train]'")
+        needed = package if package == "tensorboard" else "'bypass_fx[train]'"
+        terminal.show_error(f"{package} is not installed; run: pip install {needed}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
