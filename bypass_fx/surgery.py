@@ -95,8 +95,8 @@ def plan(
         **measuring: `loss_fn`, `batches` and further arguments of `bypass_fx.stuck` or `bypass_fx.probe`, for these two.
 
     Raises:
-        PlanError: the mode is unknown, the model can't be analysed, no channel is stuck, or no set of sites gained
-            anything in the probe.
+        PlanError: the mode or another argument is unknown, the model can't be analysed, no channel is stuck, or no set of
+            sites gained anything in the probe.
         SurgeryError: the model is extended already.
 
     Example:
@@ -167,7 +167,8 @@ def extend(
     Args:
         model: any module; for a compiled one the module inside is extended.
         plan: the sites; made here from `mode`, `select` and `example_inputs`, if None. One that was made with
-            `example_inputs` needs them here too.
+            `example_inputs` needs them here too; one that was made for another model, or edited, must have its strict
+            sites between the same W and A here.
         mode, select, example_inputs, **measuring: as for `plan`.
 
     Raises:
