@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from bypass_fx.numeric import is_above, is_count
 from bypass_fx.passes.errors import BypassError
 
 Gamma = Callable[[float], float]
@@ -69,7 +69,7 @@ class PiecewiseLinear:
                 f"PiecewiseLinear got {len(self.slopes)} slopes and {len(self.breaks)} breaks; "
                 "give one slope more than breaks"
             )
-        if not all(_is_above(b, a) for a, b in zip((0.0, *self.breaks), self.breaks, strict=False)):
+        if not all(is_above(b, a) for a, b in zip((0.0, *self.breaks), self.breaks, strict=False)):
             raise BypassError(f"PiecewiseLinear got the breaks {tuple(self.breaks)}; give positive times that rise")
         object.__setattr__(self, "slopes", tuple(self.slopes))
         object.__setattr__(self, "breaks", tuple(self.breaks))
@@ -134,9 +134,9 @@ class Adaptive:
     def __init__(self, start: float, growth: float = 2.0, fall: float = 0.9, window: int = 20) -> None:
         _expect_growth("Adaptive", (start,), "start")
         _expect_factor("Adaptive", growth)
-        if not (_is_above(fall, 0) and fall < 1):
+        if not (is_above(fall, 0) and fall < 1):
             raise BypassError(f"Adaptive got fall={fall!r}; give a number between 0 and 1, such as 0.9")
-        if not (isinstance(window, int | Integral) and int(window) >= 1):
+        if not is_count(window, 1):
             raise BypassError(f"Adaptive got window={window!r}; give a number of steps, 1 or more")
         self._start, self._growth, self._fall, self._window = start, growth, fall, window
         self.begin()
@@ -169,18 +169,10 @@ class Adaptive:
 
 def _expect_growth(name: str, slopes: Iterable[float], what: str = "slope") -> None:
     for slope in slopes:
-        if not _is_above(slope, 0):
+        if not is_above(slope, 0):
             raise BypassError(f"{name} got the {what} {slope!r}; γ must grow, give a positive number")
 
 
 def _expect_factor(name: str, growth: float) -> None:
-    if not _is_above(growth, 1):
+    if not is_above(growth, 1):
         raise BypassError(f"{name} got growth={growth!r}; γ must grow, give a number above 1")
-
-
-def _is_above(number: Any, bound: float) -> bool:
-    """Whether it is a finite number above the bound, of whatever library."""
-    try:
-        return math.isfinite(number) and bool(number > bound)
-    except TypeError:  # it is no number
-        return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from bypass_fx import param_group, surgery
 from bypass_fx.course import expect
 from bypass_fx.measured import LossFn, expect_loss, loss_of
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.dice import unrolled
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode, Plan
@@ -112,10 +112,7 @@ def probe(
     kept = list(batches)
     if not kept:
         raise BypassError("a probe needs at least one batch to take its steps on")
-    expect(
-        steps is None or (isinstance(steps, Integral) and int(steps) >= 1),
-        f"steps is {steps!r}; give a number of steps, 1 or more",
-    )
+    expect(steps is None or is_count(steps, 1), f"steps is {steps!r}; give a number of steps, 1 or more")
     expect(
         candidates is None or isinstance(candidates, Mapping),
         f"candidates is {candidates!r}; give a dict of a name for each set of sites",

@@ -18,6 +18,7 @@ from bypass_fx import constraint, joint_step, surgery
 from bypass_fx.bypass import Seen
 from bypass_fx.course import expect
 from bypass_fx.joint_step import JointStep
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Site
 from bypass_fx.replica_groups import Call, Function, Group, Piece
@@ -73,6 +74,7 @@ class Replicas:
         self.models, self.optimizers = tuple(models), tuple(optimizers)
         self.schedules: list[BypassSchedule | None] = [None] * len(models)
         self.failures: dict[int, NonFiniteError] = {}
+        expect(at_once is None or is_count(at_once, 1), f"at_once is {at_once!r}; give a number of replicas, 1 or more")
         self._at_once = at_once or len(models)
         expect(not any(map(surgery.is_extended, models)), "a model is extended; contract it, and extend by `lead`")
         kinds = [_trainable(model) for model in models]

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from bypass_fx import surgery
 from bypass_fx.activation import psi
 from bypass_fx.measured import LossFn, expect_loss, loss_of
+from bypass_fx.numeric import is_above
 from bypass_fx.passes.derivatives import Parameter
 from bypass_fx.passes.dice import unrolled
 from bypass_fx.passes.errors import BypassError
@@ -101,7 +101,7 @@ def stuck(
         ((1,), (1,), (0.0, 1.0))
     """
     expect_loss(loss_fn, batches)
-    if not (isinstance(threshold, Real) and threshold > 0):
+    if not is_above(threshold, 0):
         raise BypassError(f"threshold is {threshold!r}; give a share above 0, such as 1e-3")
     if not (plan is None or isinstance(plan, Plan)):
         raise BypassError(f"plan is a {type(plan).__name__}; give what bypass_fx.plan(model) makes, or None")

@@ -100,7 +100,9 @@ def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again()
 
 def test_whole_numbers_of_numpy_are_numbers_of_steps() -> None:
     model = mlp()
-    assert BypassSchedule(model, adam(model), np.int64(3), np.int64(5)).phase == "opt1"
+    accept = bypass_fx.NotWorse(lambda model: 1.0, after=np.int64(2))  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {"epsilon": np.float32(1e-4), "lr": np.float32(1e-3), "accept": accept}
+    assert BypassSchedule(model, adam(model), np.int64(3), np.int64(5), **numbers).phase == "opt1"
 
 
 @pytest.mark.parametrize(
