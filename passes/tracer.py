@@ -17,7 +17,7 @@ from .branches import Answers, Questions, RaisesError
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Forward, Items, Value
 from .choices import truth
-from .errors import UntraceableError
+from .errors import UntraceableError, in_short
 from .factories import Factories, as_dtype
 from .foreign import calls_become
 from .lent import Lent
@@ -107,8 +107,7 @@ class OwnerTracer(fx.Tracer):
         except UntraceableError:
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
-            text = str(error).strip().split("\n")[0]
-            why = f"its forward does not trace ({type(error).__name__}: {text})"
+            why = f"its forward does not trace ({in_short(error)})"
             raise (RaisesError(why, error) if raised_by(error, functions) else UntraceableError(why)) from error
         finally:
             self.set.put_back()
