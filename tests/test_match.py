@@ -309,21 +309,6 @@ def test_example_inputs_settle_what_provenance_does_not() -> None:
     assert "does not run on them" in plan.refusals[0].reason
 
 
-def test_a_model_that_raises_an_error_without_a_word_is_refused_as_any_other() -> None:
-    class Silent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.act = nn.Linear(4, 8), nn.GELU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            if float(self.fc(x).sum()) > -1e9:
-                raise RuntimeError("\n")
-            return x
-
-    plan = bypass_fx.plan(nn.Sequential(Silent()), mode="all", example_inputs=(torch.randn(3, 4),))
-    assert "does not run on them (RuntimeError: )" in plan.refusals[0].reason
-
-
 class Permuted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
