@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.errors import BypassError
 
 Evaluate = Callable[[nn.Module], Any]
@@ -26,7 +27,7 @@ class Accept:
     """
 
     def __init__(self, after: int = 0) -> None:
-        if not (isinstance(after, int) and after >= 0):
+        if not is_count(after):
             raise BypassError(f"after is {after!r}; give a number of steps of train3, 0 or more")
         self.after = after
 
@@ -129,7 +130,7 @@ class BeatsForecast(Accept):
         if len(losses) < 4 or not all(math.isfinite(loss) and loss > 0 for loss in losses):
             raise BypassError("a forecast needs at least 4 losses from before θ*, all positive; use NotWorse otherwise")
         _expect_function("evaluate", evaluate)
-        if not (isinstance(every, int | Integral) and int(every) >= 1):
+        if not is_count(every, 1):
             raise BypassError(f"every is {every!r}; give the steps between two of the losses, 1 or more")
         self._evaluate = evaluate
         self._trained = len(losses) * every

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from bypass_fx.numeric import is_above
 from bypass_fx.passes.errors import BypassError
 
 
@@ -88,5 +88,5 @@ def _first_fit(patterns: Mapping[str, float], name: str) -> float:
 
 
 def _expect_positive(epsilon: float) -> None:
-    if not (isinstance(epsilon, int | float) and epsilon > 0 and math.isfinite(epsilon)):
+    if not is_above(epsilon, 0):
         raise BypassError(f"epsilon is {epsilon!r}; give a positive number, such as 1e-4")

@@ -255,6 +255,7 @@ def _at_theta_star(
 
     from bypass_fx import data as datasets
     from bypass_fx import models
+    from bypass_fx.evaluation import expect_fit
     from bypass_fx.feed import placed
     from bypass_fx.task import task
     from bypass_fx.weights import load_weights
@@ -265,11 +266,13 @@ def _at_theta_star(
     network = models.build(model, models.Fit(examples.shape, examples.outputs))
     if weights:
         load_weights(network, weights)
+    kind = task(examples.task)
+    expect_fit(network, examples, kind, torch.device("cpu"))
     shuffled = torch.utils.data.DataLoader(
         examples.train, batch_size, shuffle=True, drop_last=True, collate_fn=examples.collate,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
-    return network, task(examples.task).loss, (placed(batch, torch.device("cpu")) for batch in shuffled)
+    return network, kind.loss, (placed(batch, torch.device("cpu")) for batch in shuffled)
 
 
 def main() -> None:
@@ -286,7 +289,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _TRAIN_NEEDS:
             raise
-        terminal.show_error(f"{package} is not installed; run: pip install 'bypass_fx[train]'")
+        needed = package if package == "tensorboard" else "'bypass_fx[train]'"
+        terminal.show_error(f"{package} is not installed; run: pip install {needed}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -69,7 +69,7 @@ def inspect(
 ) -> None:
     """Show where a model can be bypassed, why not elsewhere, what it costs and what the surgery writes.
 
-    For timm's and torchvision's models no weights are made or downloaded; large ones need no memory.
+    For timm's and torchvision's models no weights are downloaded, nor made (but for RegNets); large ones need no memory.
 
     [bold]Examples[/]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .extension import root_of, sites
 from .matrix_norm import norm_of_product
+from .passes.errors import SurgeryError
 from .passes.matrices import columns, is_sharded, offset, rows, tensor_named
 from .passes.plan import Site
 from .passes.trace import module_at
@@ -170,6 +171,9 @@ def _dense(blocks: Tensor) -> Tensor:
 def norms(model: nn.Module) -> dict[str, Tensor]:
     """The residual of every site, by name, detached.
 
+    Raises:
+        SurgeryError: the model is not extended.
+
     Example:
         >>> import bypass_fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -186,9 +190,16 @@ def penalty(model: nn.Module, out: Iterable[str] | None = None) -> Tensor:
 
     Args:
         out: names of the sites that count; all of the model's, if None.
+
+    Raises:
+        SurgeryError: the model is not extended, or has no site of a name.
     """
-    chosen = None if out is None else frozenset(out)
-    terms = residuals(model, [site for site in sites(model) if chosen is None or site.name in chosen])
+    found = sites(model)
+    names = {site.name for site in found}
+    chosen = names if out is None else frozenset(out)
+    if not chosen <= names:
+        raise SurgeryError(f"no site is called {min(chosen - names)!r}: the sites are {', '.join(sorted(names))}")
+    terms = residuals(model, [site for site in found if site.name in chosen])
     if not terms:
         return torch.zeros((), device=next(model.parameters()).device)
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,6 +11,7 @@ from bypass_fx import arrival
 from bypass_fx.arrival import Epsilon
 from bypass_fx.comeback import Comeback
 from bypass_fx.gamma import Adaptive, Gamma
+from bypass_fx.numeric import is_above, is_count
 from bypass_fx.passes.errors import BypassError
 
 AtBudget = Literal["contract", "continue", "rollback"]
@@ -47,17 +46,15 @@ class Course:
             value = getattr(self, name)
             what = "number" if name == "cycles" else "number of steps"
             called = "penalty_every" if name == "every" else name
-            fits = isinstance(value, Integral) and int(value) >= least
-            expect(fits, f"{called} is {value!r}; give a {what}, {least} or more")
+            expect(is_count(value, least), f"{called} is {value!r}; give a {what}, {least} or more")
         arrival.check(self.epsilon)
         expect(
             self.at_budget in ("contract", "continue", "rollback"),
             f"at_budget is {self.at_budget!r}; choose 'contract', 'continue' or 'rollback'",
         )
         expect(self.unit in ("step", "epoch"), f"unit is {self.unit!r}; choose 'step' or 'epoch'")
-        per_epoch = self.steps_per_epoch
-        counted = isinstance(per_epoch, Integral) and int(per_epoch) >= 1
-        expect(self.unit == "step" or counted, "unit='epoch' needs steps_per_epoch, 1 or more")
+        counted = self.unit == "step" or is_count(self.steps_per_epoch, 1)
+        expect(counted, "unit='epoch' needs steps_per_epoch, 1 or more")
         expect(
             self.gamma is not None or not self.comeback.uses_gamma,
             f"the comeback {self.comeback.name!r} needs γ(t); pass gamma=bypass_fx.Linear(0.005), say",
@@ -69,12 +66,10 @@ class Course:
         _expect_function(self.gamma)
         for name in ("lr", "delta_lr"):
             rate = getattr(self, name)
-            expect(
-                rate is None or (_is_number(rate) and 0 < rate < math.inf),
-                f"{name} is {rate!r}; give a positive learning rate, or None",
-            )
+            told = f"{name} is {rate!r}; give a positive learning rate, or None"
+            expect(rate is None or is_above(rate, 0), told)
         decay = self.delta_weight_decay
-        expect(_is_number(decay) and 0 <= decay < math.inf, f"delta_weight_decay is {decay!r}; give a number from 0 up")
+        expect(decay == 0 or is_above(decay, 0), f"delta_weight_decay is {decay!r}; give a number from 0 up")
 
     @property
     def every(self) -> int:
@@ -85,10 +80,6 @@ class Course:
     def per_unit(self) -> int:
         """Steps in a unit of t."""
         return self.steps_per_epoch if self.unit == "epoch" and self.steps_per_epoch else 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _expect_function(gamma: Gamma | None) -> None:

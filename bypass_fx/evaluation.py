@@ -11,26 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bypass_fx.data import Data, Examples
 from bypass_fx.feed import Shares, in_order, placed
 from bypass_fx.models import ModelError
-from bypass_fx.task import Task, TaskError, batch_length, output_of, task
-
-
-def evaluate(model: nn.Module, data: Data, examples: Examples, kind: Task | None = None) -> dict[str, float]:
-    """The loss and the metrics over a set, in evaluation mode and on the model's device; the model's mode is kept.
-
-    Args:
-        model: any module.
-        data: what the set belongs to.
-        examples: the set, `data.train` or `data.test`.
-        kind: the task; None takes the one of the data's name.
-    """
-    kind = kind or task(data.task)
-    was_training = model.training
-    model.eval()
-    try:
-        sums = total_of(lambda batch: kind.sums(model, batch), data, examples, next(model.parameters()).device)
-    finally:
-        model.train(was_training)
-    return kind.score(sums.tolist())
+from bypass_fx.task import Task, TaskError, batch_length, output_of
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .passes.errors import SurgeryError
+from .passes.errors import PlanError, SurgeryError
 from .passes.plan import Plan, Site
 
 _MARK = "_bypass_plan"
@@ -30,12 +30,24 @@ def is_extended(model: nn.Module) -> bool:
     return any(_MARK in module.__dict__ for module in model.modules())
 
 
+def expect_module(model: object) -> None:
+    """Check that a model is one.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The module that `extend` was called on: the model itself, or the one inside a wrapper.
 
     Raises:
         SurgeryError: the model is not extended.
+        PlanError: it is no model.
     """
+    expect_module(model)
     if _MARK in model.__dict__:
         return model
     marked = [module for module in model.modules() if _MARK in module.__dict__]

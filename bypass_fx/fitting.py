@@ -25,6 +25,8 @@ def check_fit(model: nn.Module, site: Site) -> None:
     strange = [channel for channel in site.moving if not 0 <= channel < site.width]
     if strange:
         raise PlanError(f"{site.name}: moving names channel {strange[0]}; give numbers from 0 to {site.width - 1}")
+    if list(site.moving) != sorted({*site.moving}):
+        raise PlanError(f"{site.name}: moving is {site.moving}; give each channel once, in ascending order")
     if site.first is None or site.second is None:
         return
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from bypass_fx.numeric import is_above, is_count
 from bypass_fx.passes.errors import BypassError
 
 Gamma = Callable[[float], float]
@@ -60,13 +60,16 @@ class PiecewiseLinear:
     breaks: Sequence[float]
 
     def __post_init__(self) -> None:
+        for name, given in (("slopes", self.slopes), ("breaks", self.breaks)):
+            if not isinstance(given, Iterable):
+                raise BypassError(f"PiecewiseLinear got {name}={given!r}; give a sequence of numbers")
         _expect_growth("PiecewiseLinear", self.slopes)
         if len(self.slopes) != len(self.breaks) + 1:
             raise BypassError(
                 f"PiecewiseLinear got {len(self.slopes)} slopes and {len(self.breaks)} breaks; "
                 "give one slope more than breaks"
             )
-        if any(b <= a for a, b in zip((0.0, *self.breaks), self.breaks, strict=False)):
+        if not all(is_above(b, a) for a, b in zip((0.0, *self.breaks), self.breaks, strict=False)):
             raise BypassError(f"PiecewiseLinear got the breaks {tuple(self.breaks)}; give positive times that rise")
         object.__setattr__(self, "slopes", tuple(self.slopes))
         object.__setattr__(self, "breaks", tuple(self.breaks))
@@ -131,9 +134,9 @@ class Adaptive:
     def __init__(self, start: float, growth: float = 2.0, fall: float = 0.9, window: int = 20) -> None:
         _expect_growth("Adaptive", (start,), "start")
         _expect_factor("Adaptive", growth)
-        if not 0 < fall < 1:
-            raise BypassError(f"Adaptive got fall={fall}; give a number between 0 and 1, such as 0.9")
-        if not (isinstance(window, int | Integral) and int(window) >= 1):
+        if not (is_above(fall, 0) and fall < 1):
+            raise BypassError(f"Adaptive got fall={fall!r}; give a number between 0 and 1, such as 0.9")
+        if not is_count(window, 1):
             raise BypassError(f"Adaptive got window={window!r}; give a number of steps, 1 or more")
         self._start, self._growth, self._fall, self._window = start, growth, fall, window
         self.begin()
@@ -164,12 +167,12 @@ class Adaptive:
         self._value, self._count, self._before = state["value"], state["count"], state["before"]
 
 
-def _expect_growth(name: str, slopes: Sequence[float], what: str = "slope") -> None:
+def _expect_growth(name: str, slopes: Iterable[float], what: str = "slope") -> None:
     for slope in slopes:
-        if not (math.isfinite(slope) and slope > 0):
-            raise BypassError(f"{name} got the {what} {slope}; γ must grow, give a positive number")
+        if not is_above(slope, 0):
+            raise BypassError(f"{name} got the {what} {slope!r}; γ must grow, give a positive number")
 
 
 def _expect_factor(name: str, growth: float) -> None:
-    if not (math.isfinite(growth) and growth > 1):
-        raise BypassError(f"{name} got growth={growth}; γ must grow, give a number above 1")
+    if not is_above(growth, 1):
+        raise BypassError(f"{name} got growth={growth!r}; γ must grow, give a number above 1")

@@ -98,13 +98,20 @@ def takes_vectors(name: str) -> bool:
 
 
 def build_empty(name: str, fit: Fit | None = None) -> nn.Module:
-    """The model called `name`, to look at: as `build`, but timm's and torchvision's hold no memory for weights.
+    """The model called `name`, to look at: as `build`, but timm's and torchvision's hold no memory for weights, unless
+    their code reads back what it makes, as that of torchvision's RegNets does.
 
     Raises:
         ModelError: as `build`.
     """
-    library = name.startswith(("timm:", "torchvision:"))
-    with torch.device("meta" if library else "cpu"):
+    if not name.startswith(("timm:", "torchvision:")):
+        return build(name, fit)
+    try:
+        with torch.device("meta"):
+            return build(name, fit)
+    except ModelError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
         return build(name, fit)
 
 
@@ -186,6 +193,8 @@ def _from_factory(module_name: str, attribute: str, fit: Fit | None) -> nn.Modul
     if not callable(factory):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelError(f"module {module_name!r} has no factory {attribute!r}; {_nearest(attribute, public)}")
+    if isinstance(factory, nn.Module):
+        raise ModelError(f"{name!r} is a model already; name a function that makes it, such as `lambda: {attribute}`")
     wanted: dict[str, Any] = {}
     if fit:
         features = math.prod(fit.shape)

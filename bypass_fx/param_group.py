@@ -32,7 +32,7 @@ def expect_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -
     if isinstance(unwrap(optimizer), torch.optim.Muon):
         raise BypassError("torch's Muon steps matrices only, D is a vector; pass the optimiser that holds the biases")
     ids = {id(parameter) for parameter in parameters}
-    holding = [group for group in optimizer.param_groups if _holds(group, ids)]
+    holding = [group for group in optimizer.param_groups if holds(group, ids)]
     if not holding:
         raise BypassError(
             "the optimizer holds none of the model's parameters; build it from this model's model.parameters()"
@@ -114,7 +114,7 @@ def add(
         return
     wanted = {id(parameter) for parameter in like} - ids
     index, example = min(
-        ((index, group) for index, group in enumerate(optimizer.param_groups) if _holds(group, wanted)),
+        ((index, group) for index, group in enumerate(optimizer.param_groups) if holds(group, wanted)),
         key=lambda pair: bool(pair[1].get("use_muon")),  # Muon steps matrices, D is a vector
     )
     ratio = _ratio(lr, example)
@@ -141,7 +141,7 @@ def remove(optimizer: Optimizer, deltas: Sequence[nn.Parameter]) -> None:
         _forget_curvature(plain)
     else:
         groups = optimizer.param_groups
-        index = next((i for i, group in enumerate(groups) if _holds(group, ids)), None)
+        index = next((i for i, group in enumerate(groups) if holds(group, ids)), None)
         if index is not None:
             _edit_schedulers(optimizer, len(groups), lambda old, _: [*old[:index], *old[index + 1 :]])
             del groups[index]
@@ -157,7 +157,7 @@ def current_lr(optimizer: Optimizer, delta: nn.Parameter) -> float | Tensor:
     Raises:
         BypassError: its group has none any more.
     """
-    group = next(group for group in reversed(optimizer.param_groups) if _holds(group, {id(delta)}))
+    group = next(group for group in reversed(optimizer.param_groups) if holds(group, {id(delta)}))
     rate: float | Tensor | None = group.get("lr")
     if rate is None:
         raise BypassError(f"{type(optimizer).__name__} sets no learning rate any more; give D's group an lr")
@@ -219,7 +219,8 @@ def _set_rate(group: dict[str, Any], rate: Any) -> None:
         group["lr"] = rate
 
 
-def _holds(group: Mapping[str, Any], ids: set[int]) -> bool:
+def holds(group: Mapping[str, Any], ids: set[int]) -> bool:
+    """Whether a group holds one of the parameters with these ids."""
     return any(id(parameter) in ids for parameter in group["params"])
 
 
@@ -250,7 +251,7 @@ def _begin_state(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
 
 def _withdraw(optimizer: Optimizer, ids: set[int]) -> None:
     for group in optimizer.param_groups:
-        if _holds(group, ids):
+        if holds(group, ids):
             kept = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in ids]
             for key in {"params", "param_names"} & group.keys():
                 group[key][:] = [group[key][i] for i in kept]  # in place: LBFGS keeps a second reference to the list

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bypass_fx import param_group, surgery
+from bypass_fx.course import expect
+from bypass_fx.measured import LossFn, expect_loss, loss_of
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.dice import unrolled
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode, Plan
 from bypass_fx.passes.units import ExampleInputs
 from bypass_fx.snapshot import Snapshot
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 _ALONE = 8  # so many sites are tried one by one
 
 
@@ -96,8 +98,8 @@ def probe(
         mode, example_inputs: as for `plan`.
 
     Raises:
-        BypassError: there is no site, no batch, or the number of steps is none, or a loss is no 0-dim tensor or has no
-            gradient; the model is as it was.
+        BypassError: an argument doesn't fit, there is no site or no batch, or a loss is no 0-dim tensor or has no gradient;
+            the model is as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -106,12 +108,16 @@ def probe(
         >>> [site.name for site in report.sites], report.candidates[0].name, list(net.state_dict())
         (['1'], 'all', ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
+    expect_loss(loss_fn, batches)
     kept = list(batches)
     if not kept:
         raise BypassError("a probe needs at least one batch to take its steps on")
-    if steps is not None and steps < 1:
-        raise BypassError(f"steps is {steps}; give a number of steps, 1 or more")
-    steps = steps or len(kept)
+    expect(steps is None or is_count(steps, 1), f"steps is {steps!r}; give a number of steps, 1 or more")
+    expect(
+        candidates is None or isinstance(candidates, Mapping),
+        f"candidates is {candidates!r}; give a dict of a name for each set of sites",
+    )
+    steps = len(kept) if steps is None else int(steps)
     plan = surgery.plan(model, mode=mode, example_inputs=example_inputs)
     if not plan.sites:
         surgery.extend(model, plan)  # raises, with the reasons
@@ -221,10 +227,7 @@ class _Trial:
         return sum(float(self._loss(batch)) for batch in self._batches) / len(self._batches)
 
     def _loss(self, batch: Any) -> Tensor:
-        loss = self._loss_fn(self._model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise BypassError("loss_fn must return one number, a 0-dim tensor")
-        return loss
+        return loss_of(self._loss_fn, self._model, batch)
 
 
 def _sets(plan: Plan, sites: tuple[SiteProbe, ...]) -> dict[str, Plan]:

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 
 from bypass_fx import constraint, joint_step, surgery
 from bypass_fx.bypass import Seen
+from bypass_fx.course import expect
 from bypass_fx.joint_step import JointStep
-from bypass_fx.passes.errors import BypassError
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Site
 from bypass_fx.replica_groups import Call, Function, Group, Piece
@@ -69,14 +70,15 @@ class Replicas:
     def __init__(
         self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], at_once: int | None = None
     ) -> None:
-        _expect(len(models) > 0 and len(models) == len(optimizers), "give as many optimizers as models, one or more")
+        expect(len(models) > 0 and len(models) == len(optimizers), "give as many optimizers as models, one or more")
         self.models, self.optimizers = tuple(models), tuple(optimizers)
         self.schedules: list[BypassSchedule | None] = [None] * len(models)
         self.failures: dict[int, NonFiniteError] = {}
+        expect(at_once is None or is_count(at_once, 1), f"at_once is {at_once!r}; give a number of replicas, 1 or more")
         self._at_once = at_once or len(models)
-        _expect(not any(map(surgery.is_extended, models)), "a model is extended; contract it, and extend by `lead`")
+        expect(not any(map(surgery.is_extended, models)), "a model is extended; contract it, and extend by `lead`")
         kinds = [_trainable(model) for model in models]
-        _expect(
+        expect(
             all(kind == kinds[0] for kind in kinds) and any(kinds[0].values()),
             "the models differ in their parameters or buffers, or none can be trained; give seeds of one model",
         )
@@ -109,7 +111,7 @@ class Replicas:
         for row, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
             self.schedules[row] = begin(model, optimizer)
         remembering = [id(part) for schedule in self.schedules if schedule for part in schedule.remembering]
-        _expect(
+        expect(
             len({*remembering}) == len(remembering),
             "two replicas share one return, γ or condition, which remembers what it saw; make each anew in `begin`",
         )
@@ -147,7 +149,7 @@ class Replicas:
         parts = []
         for piece in self._pieces():
             losses = self._mapped(piece, loss_fn, batch, shared)
-            _expect(isinstance(losses, Tensor) and losses.dim() == 1, "loss_fn must return one number, a 0-dim tensor")
+            expect(isinstance(losses, Tensor) and losses.dim() == 1, "loss_fn must return one number, a 0-dim tensor")
             self._differentiate(piece, losses.sum())
             parts.append((piece, losses.detach()))
         self._penalise()
@@ -189,7 +191,7 @@ class Replicas:
         Raises:
             BypassError: a schedule is under way.
         """
-        _expect(not self.walking, "a bypass is under way; copy the replicas before it begins, or after it has ended")
+        expect(not self.walking, "a bypass is under way; copy the replicas before it begins, or after it has ended")
         models, optimizers = copy.deepcopy((self.models, self.optimizers), memo)
         twin = type(self)(models, optimizers, self._at_once)
         twin.values.copy_(self.values)
@@ -258,9 +260,7 @@ class Replicas:
         members: list[tuple[tuple[Site, ...], list[int]]] = []
         for row, model in enumerate(self.models):
             extended = surgery.sites(model) if surgery.is_extended(model) else ()
-            sites = tuple(
-                replace(site, moving=()) for site in extended
-            )  # which channels move is the schedule's business
+            sites = tuple(replace(site, moving=()) for site in extended)  # which move is the schedule's business
             together = next((rows for known, rows in members if known == sites), None)
             if together is None:
                 members.append((sites, [row]))
@@ -358,8 +358,3 @@ def _gathered(parts: list[tuple[Piece, Any]]) -> Any:
         return parts[0][1]
     order = torch.tensor([number for piece, _ in parts for number in piece.numbers]).argsort()
     return tree_map(lambda *each: torch.cat(each)[order.to(each[0].device)], *(result for _, result in parts))
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise BypassError(message)

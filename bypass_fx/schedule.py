@@ -129,7 +129,7 @@ class BypassSchedule:
             snapshot is not None or not (accept or at_budget == "rollback"),
             "without a snapshot there is no way back to θ*; leave out snapshot=None, or accept= and at_budget='rollback'",
         )
-        param_group.expect_optimizer(optimizer, model.parameters())
+        param_group.expect_optimizer(optimizer, surgery.unwrapped(model).parameters())
         param_group.rate_factor(optimizer, lr)
         self._model, self._optimizer, self._where = model, optimizer, snapshot
         self._choice = Choice(plan, as_plan, optimizer, cycles)

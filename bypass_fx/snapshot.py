@@ -134,7 +134,7 @@ class Snapshot:
         for index, members in enumerate(self._groups):
             for place, group in enumerate(optimizer.param_groups):
                 same = _only_holds(group, members) if members else not group["params"]
-                if (same or _holds(group, members)) and place not in found.values():
+                if (same or param_group.holds(group, members)) and place not in found.values():
                     found[index] = place
                     break
         return found
@@ -214,10 +214,6 @@ def _tensors(model: nn.Module, stepped: Iterable[nn.Parameter], left_out: set[in
 
 def _only_holds(group: Mapping[str, Any], ids: set[int]) -> bool:
     return bool(group["params"]) and all(id(parameter) in ids for parameter in group["params"])
-
-
-def _holds(group: Mapping[str, Any], ids: set[int]) -> bool:
-    return any(id(parameter) in ids for parameter in group["params"])
 
 
 def _members(optimizer: Optimizer, indices: Iterable[int], left_out: set[int]) -> list[set[int]]:

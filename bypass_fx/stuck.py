@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from bypass_fx import surgery
 from bypass_fx.activation import psi
+from bypass_fx.measured import LossFn, expect_loss, loss_of
+from bypass_fx.numeric import is_above
 from bypass_fx.passes.derivatives import Parameter
 from bypass_fx.passes.dice import unrolled
-from bypass_fx.passes.errors import BypassError, PlanError
+from bypass_fx.passes.errors import BypassError
 from bypass_fx.passes.plan import Mode, Plan
 from bypass_fx.passes.units import ExampleInputs
-from bypass_fx.probe import LossFn
 
 THRESHOLD = 1e-3
 
@@ -87,7 +88,8 @@ def stuck(
         total: the sum of a tensor over all processes, where each has a share of the batches.
 
     Raises:
-        BypassError: there is no site or no batch, or a loss is no 0-dim tensor or has no gradient; the model is as it was.
+        BypassError: an argument doesn't fit, there is no site or no batch, or a loss is no 0-dim tensor or has no gradient;
+            the model is as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -98,6 +100,11 @@ def stuck(
         >>> report.sites[0].stuck, report.plan.sites[0].moving, report.sites[0].shares[1:]
         ((1,), (1,), (0.0, 1.0))
     """
+    expect_loss(loss_fn, batches)
+    if not is_above(threshold, 0):
+        raise BypassError(f"threshold is {threshold!r}; give a share above 0, such as 1e-3")
+    if not (plan is None or isinstance(plan, Plan)):
+        raise BypassError(f"plan is a {type(plan).__name__}; give what bypass_fx.plan(model) makes, or None")
     plan = plan or surgery.plan(model, mode=mode, example_inputs=example_inputs)
     if not plan.sites:
         surgery.extend(model, plan)  # raises, with the reasons
@@ -115,21 +122,6 @@ def stuck(
     flows = {name: _site_flow(name, total(both), threshold) for name, both in sums.items()}
     moving = tuple(replace(site, moving=flows[site.name].stuck) for site in plan if flows[site.name].stuck)
     return StuckReport(Plan(moving, plan.refusals, plan.mode), tuple(flows.values()))
-
-
-def stuck_plan(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], **arguments: Any) -> Plan:
-    """The plan with the stuck channels only, arguments as for `stuck`.
-
-    Raises:
-        PlanError: no channel is stuck.
-    """
-    report = stuck(model, loss_fn, batches, **arguments)
-    if not report.plan.sites:
-        raise PlanError(
-            f"none of the {report.channels} channels is stuck, so there is nothing to bypass here: train on, or choose the "
-            "sites yourself"
-        )
-    return report.plan
 
 
 @dataclass(slots=True)
@@ -167,11 +159,9 @@ def _add(sums: dict[str, Tensor], flow: _Flow, model: nn.Module, loss_fn: LossFn
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         before, _watching.flow = _watching.flow, flow
         try:
-            loss = loss_fn(model, batch)
+            loss = loss_of(loss_fn, model, batch)
         finally:
             _watching.flow = before
-        if not isinstance(loss, Tensor) or loss.dim():
-            raise BypassError("loss_fn must return one number, a 0-dim tensor")
         if not loss.requires_grad:
             raise BypassError(
                 "the loss has no gradient: let loss_fn return the loss as for training, not detached nor made under no_grad, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,13 +15,14 @@ from torch.nn.parameter import is_lazy
 
 from .activation import psi
 from .constraint import residual
-from .extension import delta_of, is_extended, is_marked, mark, root_of, sites, unmark
+from .extension import delta_of, expect_module, is_extended, is_marked, mark, root_of, sites, unmark
 from .fitting import check_fit
 from .gradient_averaging import share_gradients
+from .measured import MEASURED, expect_measuring, measured_plan
 from .passes import fold, insert, subclass
 from .passes.errors import PlanError, SurgeryError
 from .passes.link import Linked
-from .passes.match import match
+from .passes.match import expect_strict, match
 from .passes.matrices import is_sharded
 from .passes.plan import MODES, Mode, Plan, Site
 from .passes.plan_text import no_site
@@ -43,7 +45,6 @@ __all__ = [
 ]
 
 Select = str | Sequence[str] | Callable[[Site], bool]
-MEASURED = ("stuck", "probe")  # selections that look at the loss
 Model = TypeVar("Model", bound=nn.Module)
 _WRAPPERS = (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
@@ -94,8 +95,8 @@ def plan(
         **measuring: `loss_fn`, `batches` and further arguments of `bypass_fx.stuck` or `bypass_fx.probe`, for these two.
 
     Raises:
-        PlanError: the mode is unknown, the model can't be analysed, no channel is stuck, or no set of sites gained
-            anything in the probe.
+        PlanError: the mode or another argument is unknown, the model can't be analysed, no channel is stuck, or no set of
+            sites gained anything in the probe.
         SurgeryError: the model is extended already.
 
     Example:
@@ -103,9 +104,9 @@ def plan(
         >>> [site.name for site in plan(net)]
         ['1']
     """
-    _expect_measuring(select, measuring)
+    expect_measuring(select, measuring)
     if select in MEASURED:
-        return _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
+        return measured_plan(model, select, mode=mode, example_inputs=example_inputs, **measuring)
     return linked_plan(model, mode, select, example_inputs)[1]
 
 
@@ -127,33 +128,6 @@ def linked_plan(
     return linked, _plan(linked, mode, select, example_inputs)
 
 
-def _expect_measuring(select: Select | None, measuring: Mapping[str, Any]) -> None:
-    if select in MEASURED and not {"loss_fn", "batches"} <= measuring.keys():
-        raise PlanError(
-            f"select={select!r} looks at gradients to choose the sites: pass loss_fn=(model, batch) → loss, and batches="
-        )
-    if measuring and select not in MEASURED:
-        raise PlanError(
-            f"{', '.join(measuring)}: for select='stuck' or 'probe' only; pass one of these too, or leave them out"
-        )
-
-
-def _measured(model: nn.Module, select: Select | None, **arguments: Any) -> Plan:
-    if select == "stuck":
-        from .stuck import stuck_plan
-
-        return stuck_plan(model, **arguments)
-    from .probe import probe
-
-    report = probe(model, **arguments)
-    if not report.worth:
-        raise PlanError(
-            f"the probe found no sites with which {report.steps} steps gain more than plain training does: train on, or "
-            "choose the sites yourself"
-        )
-    return report.best
-
-
 def _plan(linked: Linked, mode: Mode, select: Select | None, example_inputs: ExampleInputs | None) -> Plan:
     if mode not in MODES:
         raise PlanError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}")
@@ -171,7 +145,7 @@ def chosen_by(select: Select) -> Callable[[Site], bool]:
     patterns = [select] if isinstance(select, str) or not isinstance(select, Iterable) else [*select]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise PlanError(
-            f"select={select!r} is no choice of sites; give patterns of site names, or a function of a Site"
+            f"select={reprlib.repr(select)} is no choice of sites; give patterns of site names, or a function of a Site"
         )
     return lambda site: any(fnmatchcase(site.name, pattern) for pattern in patterns)
 
@@ -193,7 +167,8 @@ def extend(
     Args:
         model: any module; for a compiled one the module inside is extended.
         plan: the sites; made here from `mode`, `select` and `example_inputs`, if None. One that was made with
-            `example_inputs` needs them here too.
+            `example_inputs` needs them here too; one that was made for another model, or edited, must have its strict
+            sites between the same W and A here.
         mode, select, example_inputs, **measuring: as for `plan`.
 
     Raises:
@@ -209,10 +184,10 @@ def extend(
     """
     inner = unwrapped(model)
     parameters = _ready_parameters(inner)
-    _expect_measuring(select, measuring)
+    expect_measuring(select, measuring)
     example_inputs = as_inputs(example_inputs)
     if plan is None and select in MEASURED:
-        plan = _measured(model, select, mode=mode, example_inputs=example_inputs, **measuring)
+        plan = measured_plan(model, select, mode=mode, example_inputs=example_inputs, **measuring)
     if not (plan is None or isinstance(plan, Plan)):
         raise PlanError(f"plan is a {type(plan).__name__}; give what bypass_fx.plan(model) makes, or Plan.from_json")
     linked = Linked(inner, example_inputs)
@@ -221,16 +196,23 @@ def extend(
         raise PlanError(no_site(chosen, select))
     if plan is not None and select not in MEASURED and (select is not None or mode != "auto"):
         raise PlanError("mode and select say which sites to plan, and a plan is given: leave them out, or the plan")
-    _insert(linked, chosen, psi)
+    edits = _prepared(linked, chosen, psi)
+    if plan is not None:
+        expect_strict(linked, plan)
+    _insert(inner, chosen, edits)
     share_gradients(model, parameters, [delta_of(inner, site) for site in chosen.sites])
     return model
 
 
-def _insert(linked: Linked, plan: Plan, psi: Psi) -> None:
+def _prepared(linked: Linked, plan: Plan, psi: Psi) -> list[insert.Edit]:
     for site in plan.sites:
         check_fit(linked.model, site)
-    insert.apply(insert.prepare(linked, plan, psi))
-    mark(linked.model, plan)
+    return insert.prepare(linked, plan, psi)
+
+
+def _insert(model: nn.Module, plan: Plan, edits: list[insert.Edit]) -> None:
+    insert.apply(edits)
+    mark(model, plan)
 
 
 @contextmanager
@@ -245,7 +227,7 @@ def extended_with(
     """
     inner = unwrapped(model)
     _ready_parameters(inner)
-    _insert(Linked(inner, as_inputs(example_inputs)), plan, psi)
+    _insert(inner, plan, _prepared(Linked(inner, as_inputs(example_inputs)), plan, psi))
     try:
         for site in plan.sites:
             delta_of(inner, site).requires_grad_(False)
@@ -373,8 +355,7 @@ def _expect_ready(name: str, parameter: nn.Parameter) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, DataParallel's or DDP's wrapper."""
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"a torch.nn.Module is needed, this is a {type(model).__name__}")
+    expect_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("a scripted module has no Python forward to rewrite: extend the model before torch.jit.script")
     inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)

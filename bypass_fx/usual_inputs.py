@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .passes.errors import PlanError
 from .passes.units import ExampleInputs
 
 
 def as_inputs(given: ExampleInputs | Tensor | None) -> ExampleInputs | None:
-    """Example inputs as the user gives them: a tensor alone is the only argument."""
+    """Example inputs as the user gives them: a tensor alone is the only argument.
+
+    Raises:
+        PlanError: they are none.
+    """
+    if not (given is None or isinstance(given, Iterable)):
+        raise PlanError(
+            f"example_inputs is {given!r}; give a tuple of positional or a dict of keyword arguments of the model's forward"
+        )
     return (given,) if isinstance(given, Tensor) else given
 
 

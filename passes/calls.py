@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx
+
+from .callables import Function
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,28 @@ class Call:
         pairs = zip(self.arguments, other.arguments, strict=True)
         fit = all(mine == given or (mine == Value() and _is_data(given)) for (_, mine), (_, given) in pairs)
         return fit and (self.star, self.stars) == (other.star, other.stars)
+
+
+Returns = Mapping[str, Argument]
+NONE_KNOWN: Returns = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A method of a module, as it is called: what is to be traced.
+
+    Attributes:
+        path: the module's.
+        function: the method, and `functions`, those that it may run.
+        returns: what calls of the module's children return, by their paths, where that is more than a value.
+    """
+
+    path: str
+    function: Function
+    functions: list[FunctionType]
+    signature: inspect.Signature
+    call: Call
+    returns: Returns
 
 
 def default_call(signature: inspect.Signature) -> Call:

@@ -37,7 +37,7 @@ _KEEPS_SHAPE_FUNCTIONS = {
 }  # fmt: skip
 _KEEPS_SHAPE_METHODS = {
     "contiguous", "clone", "to", "float", "half", "type_as", "clamp", "softmax", "clamp_", "sqrt", "abs", "neg",
-    "detach",    "masked_fill", "masked_fill_", "type",
+    "detach", "masked_fill", "masked_fill_", "type",
 }  # fmt: skip
 _BINARY = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.iadd, operator.isub,

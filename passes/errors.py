@@ -15,3 +15,14 @@ class SurgeryError(BypassError):
 
 class UntraceableError(BypassError):
     """An owner's forward can't be written down as a graph."""
+
+
+def in_short(error: Exception) -> str:
+    """What a user's code raised: its kind, and the first line of what it says.
+
+    Example:
+        >>> in_short(ValueError("two\\nlines")), in_short(KeyError())
+        ('ValueError: two', 'KeyError: ')
+    """
+    first, *_ = (*str(error).strip().splitlines(), "")
+    return f"{type(error).__name__}: {first}"

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from .calls import Argument, Call, Constant, Items
 from .errors import SurgeryError
+from .nodes import Verbatim
 from .subclass import Code, Rewriter, original_class, subclass
 
 
@@ -157,7 +158,7 @@ class _Names:
 
     def parameters(self, signature: inspect.Signature) -> str:
         plain = [
-            p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else _Text(self.name(p.default)))
+            p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else Verbatim(self.name(p.default)))
             for p in signature.parameters.values()
         ]
         return str(
@@ -212,16 +213,6 @@ class _Names:
         if name in typed:
             return [f"isinstance({name}, {self.name(argument.container)})"]
         return [] if required else [f"{name} is not None"]
-
-
-class _Text:
-    """Prints as itself, so that a default appears in the signature by name."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
 
 
 def _passed(call: Call) -> list[str]:

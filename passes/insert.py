@@ -40,8 +40,9 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
     """Generate the code for every owner of the plan; the model is not touched.
 
     Raises:
-        PlanError: a site of the plan does not exist in this model; the message names it.
+        PlanError: a site of the plan does not exist in this model, or two are the same; the message names it.
     """
+    _expect_each_once(plan)
     owners: dict[str, list[Site]] = {}
     for site in plan.sites:
         owners.setdefault(site.owner, []).append(site)
@@ -62,6 +63,15 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
         deltas = tuple((site.delta, _new_delta(linked, site)) for site in sites)
         edits.append(Edit(module, shared[key], deltas, hooked=any(site.method != "forward" for site in sites)))
     return edits
+
+
+def _expect_each_once(plan: Plan) -> None:
+    seen: set[tuple[str, ...]] = set()
+    for site in plan.sites:
+        keys = {("name", site.name), ("call", site.owner, site.method, site.call), ("delta", site.owner, site.delta)}
+        if keys & seen:
+            raise PlanError(f"{site.name}: two sites of the plan have this name, call or {site.delta}; leave one out")
+        seen |= keys
 
 
 def _multihead(linked: Linked, site: Site, psi: Psi) -> Edit:

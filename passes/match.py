@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from .activation_calls import Calls
 from .activations import activation_input
 from .attention import value_path
+from .errors import PlanError
 from .infinities import may_be_infinite
 from .link import Linked
-from .multihead import is_multihead, value_path_inside
+from .multihead import is_multihead, is_multihead_site, value_path_inside
 from .otherwise import WITHOUT, objects_in
 from .outcome import SPLIT, Match, Reason
 from .plan import Mode, Plan, Refusal, Site
+from .rewrite import remedy
 from .strict import strict
 from .units import ExampleInputs, Spot, Unit
 
@@ -43,6 +45,45 @@ def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = Non
             outcome = ONLY_STRICT if mode == "relaxed" else outcome
             _enter(linked, name, Unit(path), "attention", "attention", outcome, sites, refusals)
     return Plan(tuple(sites), tuple(refusals), mode)
+
+
+def expect_strict(linked: Linked, plan: Plan) -> None:
+    """Check that the strict sites of a plan, which may be that of another model, are strict in this one, between the same
+    maps.
+
+    Raises:
+        PlanError: one is not.
+    """
+    calls = Calls(linked, planned=True)
+    for site in plan.sites:
+        if site.constraint == "zero":
+            continue
+        outcome = _as_strict(calls, site)
+        if isinstance(outcome, Reason) or not _implies(site, outcome):
+            why = outcome.text if isinstance(outcome, Reason) else "its constraint or its channels are others now"
+            raise PlanError(
+                f"{site.name}: in this model it is no such site between {site.first} and {site.second} as in the plan "
+                f"({why}); {remedy(linked)}"
+            )
+
+
+def _as_strict(calls: Calls, site: Site) -> Match | Reason:
+    """What the strict rules say of a planned site's call."""
+    linked = calls.linked
+    if is_multihead_site(linked, site):
+        return value_path_inside(linked, site.owner, planned=True)
+    here = (site.method, site.call)
+    for _, spot, activation in calls.of(site.owner):
+        if (spot.unit.method, linked.graphs[spot.unit].name_of[spot.node]) == here:
+            return _decide(calls, spot, (ATTENTION if activation == "attention" else RULES)["strict"])
+    return Reason("its call is not seen")
+
+
+def _implies(site: Site, found: Match) -> bool:
+    """Whether a site's constraint, between the maps that it names, is enough where a match was found."""
+    maps = (site.first, site.second, site.width, site.channel_dim, site.view)
+    enough = site.constraint in (found.constraint, "augmented") and site.exact in (found.exact, "eval")
+    return enough and maps == (found.first, found.second, found.channels.width, found.channels.axis, found.view)
 
 
 def _told_apart(named: Iterable[tuple[Spot, str]]) -> dict[Spot, str]:

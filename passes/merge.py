@@ -17,7 +17,7 @@ from .calls import leaves
 from .choices import conditional, pick, truth
 from .errors import UntraceableError
 from .facts import is_fact
-from .nodes import names_a_write, new_node
+from .nodes import Verbatim, names_a_write, new_node
 
 ASKED = "asked"  # in a node's meta: the how manieth question of the trace it answers
 
@@ -78,7 +78,7 @@ class _Merged:
         if copy is not None:
             return f"={copy.name}"
         if node not in self.signatures:
-            given = fx.map_arg((node.args, node.kwargs), lambda inner: _Text(self.signature(inner, answer)))  # type: ignore[arg-type,return-value]
+            given = fx.map_arg((node.args, node.kwargs), lambda inner: Verbatim(self.signature(inner, answer)))  # type: ignore[arg-type,return-value]
             self.signatures[node] = f"{len(self.texts)}"
             text = f"{node.op} {node.target!r} {given}"
             self.signatures[node] = self.texts.setdefault(text, self.signatures[node])
@@ -200,16 +200,6 @@ def _why_bound(node: fx.Node) -> str:
     if call_activation(node) or node.target is F.scaled_dot_product_attention:
         return "calls other activations"
     return "writes in place" if names_a_write(node) or "out" in node.kwargs else ""
-
-
-class _Text:
-    """Prints as itself."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
 
 
 def _has_default(node: fx.Node, name: str) -> bool:

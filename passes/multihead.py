@@ -35,8 +35,11 @@ def is_multihead_site(linked: Linked, site: Site) -> bool:
     return site.call == CALL and module is not None and is_multihead(module)
 
 
-def value_path_inside(linked: Linked, path: str) -> Match | Reason:
-    """A D W_V = 0 with W_V the last third of the fused projection, or the projection of the values alone."""
+def value_path_inside(linked: Linked, path: str, planned: bool = False) -> Match | Reason:
+    """A D W_V = 0 with W_V the last third of the fused projection, or the projection of the values alone.
+
+    `planned` is as for `bias_is_free`.
+    """
     module = linked.modules[path]
     assert isinstance(module, nn.MultiheadAttention)
     if module.bias_v is not None or module.add_zero_attn:
@@ -56,7 +59,9 @@ def value_path_inside(linked: Linked, path: str) -> Match | Reason:
         prefix + "in_proj_bias" if _has_bias(module, "in_proj_bias") else None, part=((2 * width, 3 * width),),
     )  # fmt: skip
     second = Affine(out, "linear", f"{out}.weight", f"{out}.bias" if _has_bias(module.out_proj, "bias") else None)
-    carried = bias_is_free(linked, second) and not linked.callers.get(out) and not linked.uses_by_name(second.bias)
+    carried = (
+        bias_is_free(linked, second, planned) and not linked.callers.get(out) and not linked.uses_by_name(second.bias)
+    )
     constraint: Constraint = "folded" if carried or first.bias is None else "augmented"
     view = (module.num_heads, 1, module.head_dim) if module.num_heads > 1 else ()
     return Match("strict", constraint, Channels(width, -1), first, second, "always", view)

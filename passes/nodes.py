@@ -80,3 +80,13 @@ def takes_no_argument(value: fx.Node) -> bool:
         seen.update(new)
         todo += new
     return True
+
+
+class Verbatim:
+    """Prints as itself, where generated code shows values: an argument, or a default in a signature, by its name."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text

@@ -53,10 +53,10 @@ class Site:
     """One call of an element-wise activation σ that becomes ψ(z) = σ(z) + D z (eq. 7 of the paper).
 
     `name` is the path of the call: the owner's path and the call's name in its `method` (its forward, but for owners
-    whose forward has no graph). `constraint` says what must hold at
-    contraction: "folded" (A D W = 0, with b_A + A D b_W folded in), "augmented" (A D [W b_W] = 0), or "zero" (D = 0).
-    `width` is the number of coefficients δ and `channel_dim` the axis of z along which they lie. `exact` is "always",
-    or "eval" where the fold is exact in eval mode only (a BatchNorm or an active dropout stands inside the pattern).
+    whose forward has no graph). `constraint` says what must hold at contraction: "folded" (A D W = 0, with b_A + A D b_W
+    folded in), "augmented" (A D [W b_W] = 0), or "zero" (D = 0). `width` is the number of coefficients δ and
+    `channel_dim` the axis of z along which they lie. `exact` is "always", or "eval" where the fold is exact in eval mode
+    only (a BatchNorm or an active dropout stands inside the pattern).
 
     Attention is an activation of its values: ψ(V) = Attn(V) + D V, with W the value projection and A the output
     projection. The channels of V lie along two axes, heads and the channels of a head: `view` is then the shape of δ
@@ -165,7 +165,11 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a plan from a JSON file."""
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: as `from_json`; a file that is not there is an OSError.
+        """
         return cls.from_json(Path(path).read_text())
 
 

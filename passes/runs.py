@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .dice import dice, put_back
+from .errors import in_short
 from .fakes import on_fakes
 from .matrices import is_sharded
 from .outside import Kept, inherited_values
@@ -52,7 +53,7 @@ def attempt(
             with in_eval_mode(model), watched:
                 way(model, args, kwargs)
         except Exception as error:  # the user's model on such inputs may raise anything; what was seen still holds
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            return in_short(error)
     return ""
 
 

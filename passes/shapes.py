@@ -15,6 +15,7 @@ from .activations import activation_input
 from .axes import ChannelAxes
 from .calls import bound_to_placeholders, call_of
 from .channels import Channels
+from .errors import in_short
 from .link import Linked
 from .nodes import takes_no_argument
 from .runs import Way, attempt, on_meta, ways
@@ -98,9 +99,7 @@ class Run:
             try:
                 replay = _replay(linked, module, spots, signature, args, kwargs, self._axes)
             except Exception as error:  # the graph is not what the forward does, on these arguments: that does go on
-                self.broken[unit] = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                )
+                self.broken[unit] = in_short(error)
                 return
             self.complex |= replay.complex
             for spot, call in replay.found.items():

@@ -79,9 +79,8 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
 
 def _laid_out(linked: Linked, found: Found, between: list[Spot]) -> tuple[Found, Layout] | Reason:
     """W with the BatchNorm behind it, and where its outputs lie behind the wires that follow, in their order."""
-    layout = Layout(
-        found.axis, 1 - found.axis if found.axis < -1 else None
-    )  # a batch axis, the channels, the positions
+    rank = 1 - found.axis if found.axis < -1 else None  # a batch axis, the channels, the positions
+    layout = Layout(found.axis, rank)
     norm: str | None = None
     for here in between:
         batchnorm = norm_at(linked, here)

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from .branches import Answers, RaisesError, over_answers
 from .callables import Function, function_of, is_callable_attribute, signature_of
-from .calls import Call, default_call
+from .calls import NONE_KNOWN, Call, Forward, Returns, default_call
 from .errors import UntraceableError
 from .held import Held, held_code, names_in, reached_through
 from .names import ModelNames
@@ -29,7 +29,7 @@ from .recording import Recorder, read_plainly
 from .set_attributes import names_set, refuse_change, refuse_memory
 from .source import activations_below, activations_in, activations_named, codes, mapped_by, reached, trap
 from .splice import AxesError, Sizes, joined
-from .tracer import NONE_KNOWN, OwnerTracer, Returns
+from .tracer import OwnerTracer
 from .watchers import watches
 
 
@@ -176,7 +176,11 @@ class Tracing:
                 raise UntraceableError(f"{where}: {reason}")
         noted = Noted()
         try:
-            traced = self._trace(path, noted, self._function(module, method), signature, call, returns)
+            function = self._function(module, method)
+            walk = self._walk(function, module)
+            if walk.why is not None:
+                raise UntraceableError(walk.why)
+            traced = self._trace(Forward(path, function, walk.functions, signature, call, returns), noted)
         except UntraceableError as error:
             self._failures.setdefault(key, []).append((tuple(noted.reads), str(error)))
             raise UntraceableError(f"{where}: {error}") from error
@@ -266,21 +270,9 @@ class Tracing:
                 found.setdefault(activation, f"what `{attribute}` holds")
         return found
 
-    def _trace(
-        self,
-        path: str,
-        noted: Noted,
-        forward: Function,
-        signature: inspect.Signature,
-        call: Call,
-        returns: Returns,
-    ) -> OwnerGraph:
-        module = self.modules[path]
-        walk = self._walk(forward, module)
-        functions = walk.functions
-        if walk.why is not None:
-            raise UntraceableError(walk.why)
-        graph = self._graph(path, noted, forward, functions, signature, call, returns)
+    def _trace(self, forward: Forward, noted: Noted) -> OwnerGraph:
+        module, call = self.modules[forward.path], forward.call
+        graph = self._graph(forward, noted)
         asked = {where for where, name, _ in noted.reads if name == "training"}
         if not asked:
             return OwnerGraph(graph, call, tuple(noted.reads), frozenset(noted.typed))
@@ -291,7 +283,7 @@ class Tracing:
         for each in modules:
             each.__dict__["training"] = not now
         try:
-            other = self._graph(path, noted, forward, functions, signature, call, returns)
+            other = self._graph(forward, noted)
         finally:
             for each in modules:
                 each.__dict__["training"] = now
@@ -302,25 +294,17 @@ class Tracing:
             return OwnerGraph(in_training, call, reads, typed)
         return OwnerGraph(in_training, call, reads, typed, OwnerGraph(in_eval, call, reads, typed))
 
-    def _graph(
-        self,
-        path: str,
-        noted: Noted,
-        forward: Function,
-        functions: list[FunctionType],
-        signature: inspect.Signature,
-        call: Call,
-        returns: Returns,
-    ) -> fx.Graph:
+    def _graph(self, forward: Forward, noted: Noted) -> fx.Graph:
         """The graph of a run; where it asks for traced values that of several, for all answers, and where it runs over the
         items of sizes for several numbers of axes. Where it goes by that number, `len` of a size is left to each call.
         """
         counted = True
 
         def run(axes: tuple[int, ...], answers: Answers) -> OwnerTracer:
-            other = OwnerTracer(self.names, self._recorder, path, self.modules[path], axes, answers, returns, counted)
+            module = self.modules[forward.path]
+            other = OwnerTracer(self.names, self._recorder, module, forward, axes, answers, counted)
             try:
-                other.run(forward, functions, signature, call)
+                other.run()
             except RaisesError as error:
                 other.raised = error
             finally:

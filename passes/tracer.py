@@ -6,8 +6,8 @@ import inspect
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType, MappingProxyType
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, fx, is_grad_enabled, nn
 
 from .branches import Answers, Questions, RaisesError
 from .callables import function_of, signature_of
-from .calls import Argument, Call, Constant, Items, Value
+from .calls import Argument, Call, Constant, Forward, Items, Value
 from .choices import truth
-from .errors import UntraceableError
+from .errors import UntraceableError, in_short
 from .factories import Factories, as_dtype
 from .foreign import calls_become
 from .lent import Lent
@@ -35,8 +35,6 @@ from .traced import StoredTensor, Traced, TracedAttribute, TracedValue
 from .watchers import watches
 from .with_blocks import in_with
 
-Returns = Mapping[str, Argument]
-NONE_KNOWN: Returns = MappingProxyType({})
 TRACED = (TracedValue, TracedAttribute, StoredTensor)
 
 
@@ -51,16 +49,15 @@ class OwnerTracer(fx.Tracer):
         self,
         names: Names,
         recorder: Recorder,
-        path: str,
         module: nn.Module,
-        axes: tuple[int, ...] = (),
-        answers: Answers = (),
-        returns: Returns = NONE_KNOWN,
-        counted: bool = True,
+        forward: Forward,
+        axes: tuple[int, ...],
+        answers: Answers,
+        counted: bool,
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # any number of them
-        self.names, self.recorder, self.path, self.root = names, recorder, path, module
-        self.returns = returns  # what children are known to return, by their paths
+        self.names, self.recorder, self.path, self.root = names, recorder, forward.path, module
+        self.forward = forward
         self.reads: dict[Read, None] = {}
         self.typed: set[str] = set()
         self.stored: dict[str, StoredTensor] = {}
@@ -74,21 +71,18 @@ class OwnerTracer(fx.Tracer):
         self.set, self.lent = SetAttributes(module), Lent()
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
-        self.loose: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # tensors that are no parameters or buffers, and copies of them
+        self.loose: dict[int, tuple[Tensor, Tensor]] = {}  # other tensors than parameters and buffers, and copies
         self.trying: dict[CodeType, Caught] = {}  # where the code catches errors, and goes on
         self.own: set[CodeType] = set()  # the code that the method may run
         self.graph = fx.Graph()
 
-    def run(
-        self, method: Callable[..., Any], functions: list[FunctionType], signature: inspect.Signature, call: Call
-    ) -> fx.Graph:
-        """The graph of the method, which may run these functions, called as `call` says.
+    def run(self) -> fx.Graph:
+        """The graph of the method.
 
         Raises:
             UntraceableError: it can't be written down as a graph.
         """
+        functions = self.forward.functions
         for function in functions:
             self.kept.keep_surroundings(function)
             self.own |= {*nested(function.__code__)}
@@ -101,8 +95,8 @@ class OwnerTracer(fx.Tracer):
                 Factories(self),
                 calls_become(self.called_with_a_value, functions),
             ):
-                args, kwargs = self.arguments(signature, call)
-                result = method(self.root, *args, **kwargs)
+                args, kwargs = self.arguments(self.forward.signature, self.forward.call)
+                result = self.forward.function(self.root, *args, **kwargs)
                 others = [result, *(items for items, _ in self.given)]
                 for name, value in self.set.values():
                     refuse_shared(name, value, others)
@@ -113,8 +107,7 @@ class OwnerTracer(fx.Tracer):
         except UntraceableError:
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
-            text = str(error).strip().split("\n")[0]
-            why = f"its forward does not trace ({type(error).__name__}: {text})"
+            why = f"its forward does not trace ({in_short(error)})"
             raise (RaisesError(why, error) if raised_by(error, functions) else UntraceableError(why)) from error
         finally:
             self.set.put_back()
@@ -292,7 +285,7 @@ class OwnerTracer(fx.Tracer):
             self.refuse(FILLS)
         if self.set.names and watches(module, self.root):
             self.refuse(f"its forward sets attributes, and calls {path}, which may look at them meanwhile")
-        result, known = self.create_proxy("call_module", path, args, kwargs), self.returns.get(path)
+        result, known = self.create_proxy("call_module", path, args, kwargs), self.forward.returns.get(path)
         if isinstance(known, Constant):
             return known.value
         return self.unpacked(result, known) if isinstance(known, Items) else result
@@ -392,9 +385,6 @@ class OwnerTracer(fx.Tracer):
 
 # Calls that do not fail: what a value says of itself, and comparisons, which no forward tries for their errors.
 _SAFE = {getattr, truth, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
-
-
-FILLS = "its forward calls a child with a list or dict that the child may change, and goes on with it"
 
 
 FILLS = "its forward calls a child with a list or dict that the child may change, and goes on with it"

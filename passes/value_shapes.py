@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .calls import bound_to_placeholders, call_of
+from .errors import in_short
 from .fakes import on_fakes
 from .link import Linked
 from .runs import in_eval_mode
@@ -50,8 +51,7 @@ class ValueShapes:
                     linked.model(*args, **kwargs)
                 self.flops = counter.total
             except Exception as error:  # the user's model may raise anything here; what was seen still holds
-                text = str(error).strip().splitlines()[0] if str(error) else ""
-                self.failure = f"{type(error).__name__}: {text}".rstrip(".: ")
+                self.failure = in_short(error).rstrip(".: ")
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -167,11 +167,7 @@ def _view(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | N
     if len(shape) != 2 or shape[1] != -1:
         return None
     second = layout.rank is not None and layout.axis == 1 - layout.rank
-    return _merged(layout) if second and _is_batch_size(shape[0], node.args[0]) else None
-
-
-def _is_batch_size(size: Any, value: Any) -> bool:
-    return _is_size_of(size, value, 0)
+    return _merged(layout) if second and _is_size_of(shape[0], node.args[0], 0) else None
 
 
 def _is_last_size(size: Any, value: Any) -> bool:

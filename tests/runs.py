@@ -1,13 +1,16 @@
 """A short finished run, and settings for one that takes a second."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bypass_fx.data import Data, load
+from bypass_fx.data import Data, Examples, load
+from bypass_fx.evaluation import total_of
 from bypass_fx.models import Fit, build
 from bypass_fx.settings import Settings
+from bypass_fx.task import task
 from bypass_fx.trainer import Trainer
 
 
@@ -28,6 +31,14 @@ def short(**changes: Any) -> Settings:
 def trainer(**changes: Any) -> Trainer:
     data = digits()
     return Trainer(mlp(data), data, short(**changes))
+
+
+def scores(model: nn.Module, data: Data, examples: Examples) -> dict[str, float]:
+    """The loss and the metrics over a set, in evaluation mode."""
+    kind, training = task(data.task), model.training
+    sums = total_of(partial(kind.sums, model.eval()), data, examples, torch.device("cpu"))
+    model.train(training)
+    return kind.score(sums.tolist())
 
 
 def kill(layer: nn.Module, *channels: int) -> None:

@@ -100,6 +100,8 @@ def test_the_penalty_is_the_sum_over_the_sites_still_out() -> None:
     assert torch.allclose(bypass_fx.penalty(net).detach(), torch.stack(list(norms.values())).sum())
     assert torch.allclose(bypass_fx.penalty(net, out=["3"]).detach(), norms["3"])
     assert float(bypass_fx.penalty(net, out=[])) == 0.0
+    with pytest.raises(bypass_fx.SurgeryError, match="no site is called '4': the sites are 1, 3"):
+        bypass_fx.penalty(net, out=["3", "4"])
     assert not any(value.requires_grad for value in norms.values())
 
 

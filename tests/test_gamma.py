@@ -43,7 +43,7 @@ def test_equal_weights_are_equal_and_hashable() -> None:
     assert hash(PiecewiseLinear([1, 2], [3])) == hash(PiecewiseLinear((1, 2), (3,)))
 
 
-@pytest.mark.parametrize("slope", [0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("slope", [0, -1.0, math.nan, math.inf, None, "1", [1]])
 def test_a_weight_that_does_not_grow_is_refused(slope: float) -> None:
     with pytest.raises(BypassError, match="positive"):
         Linear(slope)
@@ -51,7 +51,7 @@ def test_a_weight_that_does_not_grow_is_refused(slope: float) -> None:
         PiecewiseLinear((1.0, slope), (5,))
 
 
-@pytest.mark.parametrize("breaks", [(), (1, 2), (0,), (-3,)])
+@pytest.mark.parametrize("breaks", [(), (1, 2), (0,), (-3,), ("1",), 3])
 def test_breaks_that_do_not_fit_two_slopes_are_refused(breaks: tuple[float, ...]) -> None:
     with pytest.raises(BypassError, match="give"):
         PiecewiseLinear((1.0, 2.0), breaks)
@@ -69,7 +69,7 @@ def test_exponential_grows_by_its_factor_in_each_unit_of_t(start: float, growth:
     assert gamma(t + 1) == pytest.approx(gamma(t) * growth)
 
 
-@pytest.mark.parametrize("growth", [1.0, 0.5, math.nan, math.inf])
+@pytest.mark.parametrize("growth", [1.0, 0.5, math.nan, math.inf, None, "2"])
 def test_a_growth_that_is_none_is_refused(growth: float) -> None:
     for kind in (Exponential, Adaptive):
         with pytest.raises(BypassError, match="give a number above 1"):
@@ -87,7 +87,7 @@ def test_adaptive_grows_where_the_norm_idles_and_rests_where_it_falls() -> None:
     assert gamma(0.0) == 1.0
 
 
-@pytest.mark.parametrize("arguments", [{"start": 0.0}, {"fall": 1.0}, {"fall": 0.0}, {"window": 0}])
+@pytest.mark.parametrize("arguments", [{"start": 0.0}, {"fall": 1.0}, {"fall": 0.0}, {"fall": None}, {"window": 0}])
 def test_an_adaptive_weight_out_of_range_is_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(BypassError, match="give"):
         Adaptive(**{"start": 1.0, **arguments})  # type: ignore[arg-type]

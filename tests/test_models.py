@@ -60,6 +60,12 @@ def test_an_empty_model_of_a_library_holds_no_memory() -> None:
     assert not any(parameter.is_meta for parameter in build_empty("mlp").parameters())
 
 
+def test_a_model_that_reads_back_what_it_makes_is_built_with_weights() -> None:
+    assert not any(parameter.is_meta for parameter in build_empty("torchvision:regnet_x_400mf").parameters())
+    with pytest.raises(ModelError, match="torchvision has no model"):
+        build_empty("torchvision:regnet_x_401mf")
+
+
 @pytest.mark.parametrize(
     ("name", "offer"),
     [

@@ -83,3 +83,65 @@ def test_a_plan_written_before_channels_could_be_chosen_is_the_same_plan() -> No
     for site in written["sites"]:
         assert site.pop("moving") == []
     assert bypass_fx.Plan.from_json(json.dumps(written)) == plan
+
+
+class Between(nn.Module):
+    """W, something, σ, A."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.act, self.second = nn.Linear(4, 8), between, nn.Tanh(), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.act(self.between(self.first(x))))
+        return result
+
+
+class ReadTwice(Between):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.act(self.between(self.first(x)))
+        return self.second(z) + z.mean()
+
+
+CHANGED = [
+    (Between(nn.LayerNorm(8)), "LayerNorm"),
+    (Between(nn.BatchNorm1d(8)), "others now"),
+    (Between(nn.Dropout()), "others now"),
+    (ReadTwice(nn.Identity()), "goes into mean"),
+]
+
+
+@pytest.mark.parametrize(("model", "why"), CHANGED, ids=["norm", "batchnorm", "dropout", "reader"])
+def test_a_strict_site_that_is_none_any_more_is_refused(model: nn.Module, why: str) -> None:
+    plan = bypass_fx.plan(Between(nn.Identity()))
+    bypass_fx.contract(bypass_fx.extend(Between(nn.Identity()), plan))
+    with pytest.raises(
+        bypass_fx.PlanError, match=rf"act: in this model it is no such site.*{why}.*plan this model anew"
+    ):
+        bypass_fx.extend(model, plan)
+    assert not bypass_fx.surgery.is_extended(model)
+
+
+def edited(**changes: object) -> bypass_fx.Plan:
+    written = json.loads(bypass_fx.plan(Between(nn.Identity())).to_json())
+    written["sites"][0].update(changes)
+    return bypass_fx.Plan.from_json(json.dumps(written))
+
+
+@pytest.mark.parametrize("changes", [{"channel_dim": 0}, {"view": [2, 4]}, {"first": None}, {"moving": [3, 0, 3]}])
+def test_an_edit_that_would_fold_something_else_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(bypass_fx.PlanError, match="act: "):
+        bypass_fx.extend(Between(nn.Identity()), edited(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"constraint": "augmented"}, {"constraint": "zero"}, {"exact": "eval"}])
+def test_an_edit_that_asks_for_more_is_taken(changes: dict[str, object]) -> None:
+    model = Between(nn.Identity())
+    bypass_fx.extend(model, edited(**changes))
+    assert len(bypass_fx.sites(model)) == 1
+
+
+def test_a_call_that_a_plan_names_twice_is_refused() -> None:
+    plan = bypass_fx.plan(Between(nn.Identity()))
+    with pytest.raises(bypass_fx.PlanError, match="act: two sites of the plan"):
+        bypass_fx.extend(Between(nn.Identity()), bypass_fx.Plan(plan.sites * 2))

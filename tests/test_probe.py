@@ -153,8 +153,15 @@ def test_what_is_missing_or_too_much_is_named() -> None:
         bypass_fx.plan(mlp(), batches=BATCHES)
     with pytest.raises(BypassError, match="at least one batch"):
         probe(mlp(), loss_fn, [])
-    with pytest.raises(BypassError, match="steps is 0"):
-        probe(mlp(), loss_fn, BATCHES, steps=0)
+    for steps in (0, 2.0, "3"):
+        with pytest.raises(BypassError, match=f"steps is {steps!r}; give a number of steps, 1 or more"):
+            probe(mlp(), loss_fn, BATCHES, steps=steps)  # type: ignore[arg-type]
+    with pytest.raises(BypassError, match=r"candidates is .*; give a dict of a name"):
+        probe(mlp(), loss_fn, BATCHES, candidates=["1"])  # type: ignore[arg-type]
+    with pytest.raises(BypassError, match=r"loss_fn is None; give a function \(model, batch\) → loss"):
+        probe(mlp(), None, BATCHES)  # type: ignore[arg-type]
+    with pytest.raises(BypassError, match="batches is 3; give a list of batches"):
+        probe(mlp(), loss_fn, 3)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="nothing to bypass"):
         probe(nn.Sequential(nn.Linear(6, 2)), loss_fn, BATCHES)
 

@@ -327,6 +327,9 @@ def test_misuse_is_refused() -> None:
     models = seeds()
     with pytest.raises(BypassError, match="as many optimizers"):
         Replicas(models, [sgd(models[0].parameters())])
+    for at_once in (0, -1):  # no replica would go through the model
+        with pytest.raises(BypassError, match=f"at_once is {at_once}; give a number of replicas, 1 or more"):
+            together(models, sgd, at_once)
     replicas = together(models, sgd)
     with pytest.raises(BypassError, match="0-dim"):
         replicas.backward(lambda model, batch: model(batch[0]), batches_at(0))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bypass_fx
 from bypass_fx import surgery
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule
@@ -45,6 +46,10 @@ pytestmark = pytest.mark.usefixtures("small_heap")
         ({"accept": 0.5}, "accept is 0.5; give bypass_fx.NotWorse"),
         ({"snapshot": None, "at_budget": "rollback"}, "no way back to θ"),
         ({"select": "probe"}, "pass loss_fn="),
+        ({"come_back": "variety"}, "'come_back' is no known argument; bypass_fx.plan takes mode"),
+        ({"example_input": None}, "'example_input' is no known argument; did you mean example_inputs?"),
+        ({"example_inputs": 3}, "example_inputs is 3; give a tuple"),
+        ({"select": "stuck", "loss_fn": len, "batches": [], "steps": 3}, "'steps' is no known argument"),
         ({"select": 3}, "select=3 is no choice of sites; give patterns"),
         ({"plan": 3}, "plan is a int; give what bypass_fx.plan"),
         ({"snapshot": False}, "snapshot is False; give 'cpu', a folder, or None"),
@@ -75,6 +80,14 @@ def test_an_optimiser_of_another_model_is_refused_before_anything_changes() -> N
     assert not surgery.is_extended(model)
 
 
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(BypassError, match=r"a torch\.nn\.Module is needed, this is a int"):
+        BypassSchedule(3, adam(mlp()), 3, 5)  # type: ignore[arg-type]
+    for function in (bypass_fx.norms, bypass_fx.penalty, bypass_fx.contract, bypass_fx.sites):
+        with pytest.raises(BypassError, match=r"a torch\.nn\.Module is needed, this is a int"):
+            function(3)  # type: ignore[arg-type]
+
+
 def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again() -> None:
     model = mlp()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -87,7 +100,9 @@ def test_where_d_finds_no_place_in_the_optimiser_the_model_is_contracted_again()
 
 def test_whole_numbers_of_numpy_are_numbers_of_steps() -> None:
     model = mlp()
-    assert BypassSchedule(model, adam(model), np.int64(3), np.int64(5)).phase == "opt1"
+    accept = bypass_fx.NotWorse(lambda model: 1.0, after=np.int64(2))  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {"epsilon": np.float32(1e-4), "lr": np.float32(1e-3), "accept": accept}
+    assert BypassSchedule(model, adam(model), np.int64(3), np.int64(5), **numbers).phase == "opt1"
 
 
 @pytest.mark.parametrize(

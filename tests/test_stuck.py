@@ -269,6 +269,13 @@ def test_what_is_wrong_is_named() -> None:
         stuck(net().to("meta"), loss_fn, [(x.to("meta"), y.to("meta")) for x, y in batches_for(6)])
     with pytest.raises(PlanError, match="nothing to bypass"):
         stuck(nn.Sequential(nn.Linear(6, 2)), loss_fn, batches_for(6))
+    for threshold in (0.0, float("nan"), None):
+        with pytest.raises(BypassError, match=f"threshold is {threshold!r}; give a share above 0"):
+            stuck(model, loss_fn, batches_for(6), threshold=threshold)  # type: ignore[arg-type]
+    with pytest.raises(BypassError, match="loss_fn is None; give a function"):
+        stuck(model, None, batches_for(6))  # type: ignore[arg-type]
+    with pytest.raises(BypassError, match="plan is a str; give what"):
+        stuck(model, loss_fn, batches_for(6), plan="1")  # type: ignore[arg-type]
     optimizer, plan = adam(model), bypass_fx.plan(model)
     for channel in (8, -1):
         strange = Plan((replace(plan.sites[0], moving=(channel,)),))

@@ -13,7 +13,6 @@ from torch.utils.data import TensorDataset
 
 from bypass_fx.data import Data, load
 from bypass_fx.engine import resolve_device
-from bypass_fx.evaluation import evaluate
 from bypass_fx.feed import Feed, in_order
 from bypass_fx.history import Moment, Record
 from bypass_fx.models import Fit, ModelError, build
@@ -22,7 +21,7 @@ from bypass_fx.passes.errors import BypassError
 from bypass_fx.settings import Settings, SettingsError
 from bypass_fx.trainer import Trainer, TrainingError
 from tests import untraced
-from tests.runs import digits, mlp, short, trainer
+from tests.runs import digits, mlp, scores, short, trainer
 
 EPOCH = 5  # 1,437 digits in minibatches of 256
 
@@ -69,7 +68,7 @@ def test_the_baseline_is_plain_training_without_a_break(optimizer: str) -> None:
     _by_hand(plain, data, settings, epochs=8)
     history = Trainer(mlp(data), data, settings).fit()
     baseline = history.moment("end").baseline
-    assert baseline and baseline.train_loss == pytest.approx(evaluate(plain, data, data.train)["loss"], rel=1e-6)
+    assert baseline and baseline.train_loss == pytest.approx(scores(plain, data, data.train)["loss"], rel=1e-6)
 
 
 def test_at_the_start_of_the_bypass_the_arms_are_equal_and_part_after() -> None:
@@ -120,7 +119,7 @@ def test_the_model_comes_back_in_its_own_architecture() -> None:
     parameters = dict(model.named_parameters())
     history = Trainer(model, data, short()).fit()
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
-    assert history.moment("end").bypass.train_loss == pytest.approx(evaluate(model, data, data.train)["loss"])
+    assert history.moment("end").bypass.train_loss == pytest.approx(scores(model, data, data.train)["loss"])
     assert [arrival.site for arrival in history.reports[0].arrivals] == [site.name for site in history.plan]
 
 
@@ -187,16 +186,15 @@ def test_a_compiled_model_trains_as_the_plain_one_does() -> None:
             assert one.train == pytest.approx(other.train, rel=1e-5) and one.test == pytest.approx(other.test, rel=1e-5)
 
 
-def test_evaluation_is_the_mean_over_all_examples_and_keeps_the_mode() -> None:
+def test_evaluation_is_the_mean_over_all_examples() -> None:
     data = digits()
     model = _Dropped().train()
-    scores = evaluate(model, data, data.train)
-    assert model.training
+    found = scores(model, data, data.train)
     x, y = data.train[:]
     with torch.no_grad():
         output = model.eval()(x)
-    assert scores["loss"] == pytest.approx(nn.functional.cross_entropy(output, y).item(), rel=1e-6)
-    assert scores["accuracy"] == pytest.approx((output.argmax(1) == y).float().mean().item())
+    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(output, y).item(), rel=1e-6)
+    assert found["accuracy"] == pytest.approx((output.argmax(1) == y).float().mean().item())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])

@@ -243,3 +243,18 @@ def test_a_refusal_asks_for_example_inputs_only_where_there_were_none() -> None:
     without, given = bypass_fx.plan(net, mode="all"), bypass_fx.plan(net, mode="all", example_inputs=(x,))
     assert not without.sites and not given.sites
     assert "example_inputs" in without.refusals[0].remedy and "example_inputs" not in given.refusals[0].remedy
+
+
+def test_a_model_that_raises_an_error_without_a_word_is_refused_as_any_other() -> None:
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(4, 8), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if float(self.fc(x).sum()) > -1e9:
+                raise RuntimeError("\n")
+            return x
+
+    plan = bypass_fx.plan(nn.Sequential(Silent()), mode="all", example_inputs=(torch.randn(3, 4),))
+    assert "does not run on them (RuntimeError: )" in plan.refusals[0].reason

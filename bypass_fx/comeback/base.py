@@ -18,10 +18,9 @@ class Moment:
     """The moment after an optimiser step of opt2, as a return sees it.
 
     `norms` holds one norm per site, [sites], before any shrinking and 0 where a site has arrived; in steps in which none
-    is taken, that of the last with the shrinking since; `t` counts the
-    earlier steps of opt2, of which `budget` are planned; `gamma` is γ(t), 0-dim; `lr` is λ', D's learning rate. `last`
-    holds the norms of the sites still out as last seen on the host: those after the step before, on a GPU the one before
-    that.
+    is taken, that of the last with the shrinking since; `t` counts the earlier steps of opt2, of which `budget` are
+    planned; `gamma` is γ(t), 0-dim; `lr` is λ', D's learning rate. `last` holds the norms of the sites still out as last
+    seen on the host: those after the step before, on a GPU the one before that.
     """
 
     norms: Tensor

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bypass_fx import constraint
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.errors import BypassError
 
 from .base import Comeback, Moment
@@ -44,7 +44,7 @@ class Penalty(Comeback):
     uses_gamma = True
 
     def __init__(self, hand_over: bool = True, window: int | None = None) -> None:
-        if not (window is None or (isinstance(window, int | Integral) and int(window) >= 1)):
+        if not (window is None or (is_count(window, 1))):
             raise BypassError(f"Penalty got window={window!r}; give a number of steps, 1 or more, or None")
         self._hand_over, self._window = hand_over, window
         self._proximal = Proximal()

@@ -33,9 +33,8 @@ class Variety(Comeback):
     Ends at D ≠ 0 where a side can move, always, T steps after its start at the latest; D is then folded in, A D b_W to
     b_A. Ends at D = 0, as a homotopy, at relaxed sites and where neither side can move: n ≤ l and n ≤ m, groups that
     cut through each other, or weights that are frozen, tied, parametrised or those of several sites; the report says
-    which. A weight that other
-    calls use too is moved for them as well, as an optimiser would. Costs a singular value decomposition of DW, or of
-    AD, at each step and site.
+    which. A weight that other calls use too is moved for them as well, as an optimiser would. Costs a singular value
+    decomposition of DW, or of AD, at each step and site.
 
     Args:
         path: c(t), see `Descent`.

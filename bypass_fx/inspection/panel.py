@@ -96,7 +96,7 @@ def _cost(found: Facts) -> str:
     return f"ψ: {si(forward)}FLOP forward, {si(backward)}FLOP backward for this z; {product}"
 
 
-def si(value: float, base: int = 1000) -> str:
+def si(value: float) -> str:
     """A number with its prefix, in three figures; a space stands before the prefix, or at the end.
 
     Example:
@@ -104,7 +104,7 @@ def si(value: float, base: int = 1000) -> str:
         ('1.23 M', '12 ', '0 ')
     """
     for prefix in ("", "k", "M", "G", "T"):
-        if value < base or prefix == "T":
+        if value < 1000 or prefix == "T":
             break
-        value /= base
+        value /= 1000
     return f"{value:.3g} {prefix}"

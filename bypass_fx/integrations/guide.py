@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bypass_fx import gradient_averaging, surgery
+from bypass_fx.numeric import is_count
 from bypass_fx.passes.errors import BypassError
 from bypass_fx.schedule import BypassSchedule, ScheduleReport
 
@@ -29,7 +30,7 @@ class Guide:
         missing = [name for name in ("opt1", "opt2") if name not in arguments]
         if missing:
             raise BypassError(f"BypassCallback needs {missing[0]}, a number of steps; see bypass_fx.BypassSchedule")
-        if not (isinstance(start, int) and start >= 0):
+        if not is_count(start):
             raise BypassError(f"BypassCallback's start is {start!r}; give a number of steps, 0 or more")
         self._start, self._arguments = start, arguments
         self._earlier: ScheduleReport | None = None  # of the bypass of the run that is gone on with

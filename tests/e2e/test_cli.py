@@ -230,6 +230,13 @@ def test_a_package_that_is_not_installed_is_named(run: Run, monkeypatch: pytest.
     assert result.code == 2 and "timm is not installed; run: pip install 'bypass_fx[train]'" in result.err
 
 
+def test_tensorboard_is_no_part_of_what_training_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    result = run("train", *SHORT, "--tensorboard")
+    assert result.code == 2 and "tensorboard is not installed; run: pip install tensorboard\n" in result.err
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["inspect"], ["list"], ["plot"], ["probe"]])
 def test_help_has_examples(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
+from torch import nn
 
 import bypass_fx
 from benchmarks import coverage
@@ -24,6 +25,13 @@ from bypass_fx import models, zoo_sites
 from tests.browser import data_of
 from tests.e2e.test_cli import SHORT, Run
 from tests.e2e.test_cli import run as run
+
+MADE = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+
+
+def narrow() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 10))
+
 
 COMMAND = [sys.executable, "-m", "bypass_fx"]
 
@@ -121,6 +129,9 @@ def test_inspect_reads_a_run_and_its_norms(run: Run, tmp_path: Path) -> None:
         (["inspect", "."], "not that of a run"),
         (["inspect", "mlp", "--run", "nowhere"], "give the folder of a run"),
         (["list", "--kind", "strickt"], "did you mean strict"),
+        (["inspect", "tests.e2e.test_cli_inspection:MADE"], "is a model already; name a function that makes it"),
+        (["probe", "tests.e2e.test_cli_inspection:narrow"], "the model can't take inputs of shape"),
+        (["stuck", "tests.e2e.test_cli_inspection:narrow"], "the model can't take inputs of shape"),
     ],
 )
 def test_what_can_be_mended_ends_in_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
