@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from bypass_fx.course import expect
+from bypass_fx.measured import expect_known
 from bypass_fx.passes.plan import Plan
 from bypass_fx.stuck import stuck
 
@@ -23,6 +25,7 @@ class Choice:
     """
 
     def __init__(self, plan: Plan | None, arguments: dict[str, Any], optimizer: Optimizer, cycles: int) -> None:
+        expect_known(arguments.get("select"), arguments, _schedule_s_own())
         if arguments.get("select") == "probe":
             arguments = {**arguments, "optimizer": optimizer}
         if "batches" in arguments and cycles > 1:
@@ -41,6 +44,12 @@ class Choice:
             arguments = {name: value for name, value in self._measuring.items() if name != "select"}
             self.plan = stuck(model, **arguments).plan
         return self.plan is not None and len(self.plan) > 0
+
+
+def _schedule_s_own() -> list[str]:
+    from bypass_fx.schedule import BypassSchedule  # which is made of this
+
+    return [name for name in signature(BypassSchedule).parameters if name != "as_plan"]
 
 
 def expect_same(saved: Plan, own: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -28,15 +28,30 @@ def expect_measuring(select: object, measuring: Mapping[str, Any]) -> None:
         )
     if not measuring:
         return
-    known = ["mode", "select", "example_inputs", *_arguments(select)]
-    for name in measuring:
-        if name not in known:
-            hint = did_you_mean(name, known, f"bypass_fx.plan takes {', '.join(known)}")
-            raise PlanError(f"{name!r} is no known argument; {hint}")
+    expect_known(select, measuring)
     if select not in MEASURED:
         raise PlanError(
             f"{', '.join(measuring)}: for select='stuck' or 'probe' only; pass one of these too, or leave them out"
         )
+
+
+def expect_known(select: object, names: Iterable[str], beside: Sequence[str] = ()) -> None:
+    """Check the names of arguments of `plan`.
+
+    Args:
+        select: what it is given as such.
+        names: of the arguments.
+        beside: those of who hands them on to `plan`, which one may be a slip of.
+
+    Raises:
+        PlanError: one is unknown.
+    """
+    known = ["mode", "select", "example_inputs", *_arguments(select)]
+    for name in names:
+        if name not in known:
+            taken = [*dict.fromkeys([*beside, *known])]
+            hint = f"give {', '.join(taken)}"
+            raise PlanError(f"{name!r} is no known argument; {did_you_mean(name, taken, hint)}")
 
 
 def _arguments(select: object) -> dict[str, None]:
