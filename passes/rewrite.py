@@ -9,7 +9,7 @@ from operator import is_not
 import torch
 from torch import Tensor, fx
 
-from .activations import MIXES, activation_input, works_in_place
+from .activations import MIXES, activation_input
 from .errors import PlanError
 from .link import Linked
 from .lint import check_rewritten
@@ -18,7 +18,7 @@ from .plan import Site
 from .trace import OwnerGraph
 from .units import Spot, Unit
 from .within import run_within, runs_within
-from .writes import overwritten
+from .writes import acts_in_place, overwritten_beside
 
 Psi = Callable[..., Tensor]  # of σ(z), or σ, then z, δ and the channels
 
@@ -60,9 +60,7 @@ def _rewritten(
         kept = activation_input(sigma)
         if kept is None:  # σ(None), as the defaults of a forward say that nobody calls so: a call with a z is rewritten
             continue
-        z = activation_input(node)
-        written = z is not None and overwritten(linked, Spot(unit, z), node)
-        if written or works_in_place(node, linked.module(Spot(unit, node))):
+        if overwritten_beside(linked, Spot(unit, node)) or acts_in_place(linked, Spot(unit, node)):
             with graph.inserting_before(sigma):
                 kept = graph.call_function(torch.clone, (kept,))
         with graph.inserting_after(sigma):
