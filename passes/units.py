@@ -383,10 +383,10 @@ class Units:
     def _activation_module(self, path: str) -> str | None:
         module = self.modules[path]
         known = module_activation(module)
-        if known is not None or module._modules or module._parameters:
+        if known is not None or module._modules:
             return known
         graphs = [self.graphs[unit].graph for unit in self.variants(path)]
-        return elementwise_activation(graphs[0], type(module).__name__) if len(graphs) == 1 else None
+        return elementwise_activation(graphs[0], module) if len(graphs) == 1 else None
 
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""
