@@ -17,6 +17,7 @@ from .complex_values import is_complex, may_hold_complex
 from .link import Linked
 from .mixing import is_attention
 from .outcome import SPLIT, Reason
+from .placed import placed_activation
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
 from .trace import OwnerGraph
@@ -51,7 +52,9 @@ class Calls:
             helper = "" if unit.method == "forward" else unit.method + "."
             for node in graph.graph.nodes:
                 spot = Spot(unit, node)
-                activation = self.linked.activation(spot) or self.attention(spot)
+                activation = (
+                    self.linked.activation(spot) or placed_activation(self.linked, spot) or self.attention(spot)
+                )
                 if activation:
                     yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), spot, activation
 
@@ -87,7 +90,9 @@ class Calls:
             [
                 version.name_of[node]
                 for node in version.graph.nodes
-                if self.linked.activation(Spot(unit, node)) or node.target in MIXES
+                if self.linked.activation(spot := Spot(unit, node))
+                or placed_activation(self.linked, spot)
+                or node.target in MIXES
             ]
             for version in (in_training, in_eval)
         ]

@@ -14,6 +14,7 @@ from .errors import PlanError
 from .link import Linked
 from .lint import check_rewritten
 from .nodes import copied
+from .placed import placed_activation
 from .plan import Site
 from .trace import OwnerGraph
 from .units import Spot, Unit
@@ -52,7 +53,7 @@ def _rewritten(
     graph, copies = copied(owned.graph)
     for site in sites:
         node = owned.names.get(site.call)
-        if node is None or (linked.activation(Spot(unit, node)) is None and node.target not in MIXES):
+        if node is None or not _may_be_site(linked, Spot(unit, node)):
             raise PlanError(
                 f"{site.name}: {site.owner or 'the model'} calls no activation {site.call!r}; {remedy(linked)}"
             )
@@ -72,6 +73,10 @@ def _rewritten(
     sigmas = {node: copies[node] for node in nodes}
     check_rewritten(owned.graph, graph, set(sigmas.values()), psi)
     return graph, sigmas
+
+
+def _may_be_site(linked: Linked, spot: Spot) -> bool:
+    return bool(linked.activation(spot) or placed_activation(linked, spot)) or spot.node.target in MIXES
 
 
 def remedy(linked: Linked) -> str:

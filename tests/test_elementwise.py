@@ -80,6 +80,67 @@ def test_other_modules_are_no_activations(name: str) -> None:
     assert not any(site.name == "1" for site in plan) and not any(refusal.name == "1" for refusal in plan.refusals)
 
 
+class Inline(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+        self.fc1, self.norm, self.fc2 = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.function(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class Normed(Inline):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.function(self.norm(self.fc1(x))))  # type: ignore[no-any-return]
+
+
+PLACED: dict[str, Function] = {
+    "sin": torch.sin, "cos": lambda x: x.cos(), "sin in place": torch.sin_,
+    "clamp": lambda x: x.clamp(min=0), "clamp_": lambda x: torch.clamp_(x, 0.0), "clamp_min": lambda x: x.clamp_min(0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", [Inline, Normed])
+@pytest.mark.parametrize("name", PLACED)
+def test_a_sine_or_a_clamp_at_0_of_what_an_affine_map_makes_is_an_activation(name: str, owner: type[Inline]) -> None:
+    torch.manual_seed(0)
+    model, x = owner(PLACED[name]).eval(), torch.randn(5, 4)
+    before = model(x)
+    bypass_fx.extend(model, mode="strict")
+    (site,) = bypass_fx.sites(model)
+    assert site.activation == ("clamp" if "clamp" in name else name[:3])
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        delta_of(model, site).fill_(0.5)
+        z = model.fc1(x) if owner is Inline else model.norm(model.fc1(x))
+        expected = model.fc2(PLACED[name](z.clone()) + 0.5 * z)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_sine_of_a_scaled_map_is_a_relaxed_site() -> None:
+    model = Inline(lambda x: torch.sin(30.0 * x))
+    assert [(site.name, site.kind) for site in bypass_fx.plan(model, mode="all")] == [("sin", "relaxed")]
+
+
+class Elsewhere(nn.Module):
+    """A position's sine, an index, a box and a guard against zero: none is an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc1, self.fc2 = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.fc1(self.table(ids.clamp(min=0)) + torch.sin(torch.arange(4.0)))
+        box = (h[..., 2:] - h[..., :2]).clamp(min=0)
+        return self.fc2(h.clamp(min=1e-6) + h.clamp(0, 1) + h.clamp(max=0)) + box.sum()  # type: ignore[no-any-return]
+
+
+def test_elsewhere_they_are_none() -> None:
+    plan = bypass_fx.plan(Elsewhere(), mode="all", example_inputs=(torch.zeros(2, 3, dtype=torch.long),))
+    assert not plan.sites and not plan.refusals
+
+
 @pytest.mark.parametrize("name", ["sine", "gelu by hand", "softsign"])
 def test_channels_are_known_behind_a_users_activation(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), Own(BENT[name]), nn.MaxPool2d(2), nn.ReLU())
