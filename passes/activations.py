@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
+from torch import fx, nn
 
 from .choices import Step
 
@@ -87,67 +86,6 @@ def call_activation(node: fx.Node | Step) -> str | None:
     return METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
-_BENDS = (
-    "pow", "exp", "log", "log1p", "expm1", "erf", "abs", "sqrt", "square", "clamp", "clip", "clamp_min", "clamp_max",
-    "sin", "cos", "atan", "where", "maximum", "minimum",
-)  # fmt: skip
-_OTHERS = ("add", "sub", "mul", "div", "neg", "gt", "lt", "ge", "le")
-
-
-def _forms(names: tuple[str, ...]) -> set[Callable[..., Any] | str]:
-    """The functions and the methods of these names, in place too."""
-    forms = [form for name in names for form in (name, f"{name}_")]
-    return {*forms, *(getattr(torch, form) for form in forms if hasattr(torch, form))}
-
-
-_BENDING = _forms(_BENDS) | {operator.pow}
-_ARITHMETIC = {
-    *_BENDING, *_forms(_OTHERS), operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.iadd,
-    operator.isub, operator.imul, operator.itruediv, operator.gt, operator.lt, operator.ge, operator.le,
-    torch.zeros_like, torch.ones_like,
-}  # fmt: skip
-_CHOOSES = (torch.where, "where")  # torch.where(condition) alone makes indices
-_COMPARES = {
-    operator.gt, operator.lt, operator.ge, operator.le, torch.gt, torch.lt, torch.ge, torch.le, "gt", "lt", "ge", "le",
-}  # fmt: skip
-
-
-def elementwise_activation(graph: fx.Graph, module: nn.Module) -> str | None:
-    """The name of the activation that a module's forward is: element-wise steps from one argument, one of which bends it.
-
-    Parameters that are a single number may enter the steps. A forward that is a single call of an activation has that
-    call's name, every other one (`x * sigmoid(x)`, `sin(30 * x)`) that of the module's class.
-    """
-    *nodes, output = graph.nodes
-    steps, result = nodes[1:], output.args[0]
-    if not steps or nodes[0].op != "placeholder" or not isinstance(result, fx.Node) or result not in steps:
-        return None
-    if result.target in _COMPARES or not all(_is_elementwise(step, module) for step in steps):
-        return None
-    made_of = {nodes[0]}
-    for step in steps:
-        if not made_of.isdisjoint(step.all_input_nodes):
-            made_of.add(step)
-    if result not in made_of or not any(_bends(step) for step in steps if step in made_of):
-        return None
-    called = call_activation(steps[0]) if len(steps) == 1 else None
-    return called or type(module).__name__
-
-
-def _is_elementwise(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "get_attr":
-        value = getattr(module, str(node.target), None)
-        return isinstance(value, Tensor) and not is_lazy(value) and value.shape in ((), (1,))
-    if node.op not in ("call_function", "call_method") or (node.target in _CHOOSES and len(node.args) != 3):
-        return False
-    return node.target in _ARITHMETIC or call_activation(node) is not None
-
-
-def _bends(node: fx.Node) -> bool:
-    """Whether a step is no linear one."""
-    return node.target in _BENDING or call_activation(node) is not None
-
-
 def works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the call overwrites its input."""
     if module is not None:
@@ -177,13 +115,3 @@ MIXES: dict[Any, tuple[int, str]] = {
     torch.bmm: (1, "mat2"), "bmm": (1, "mat2"),
     torch.einsum: (2, ""),
 }  # fmt: skip
-
-
-def activation_input(node: fx.Node) -> fx.Node | None:
-    """The node z whose value the activation reads; of attention, the values V."""
-    position, name = MIXES.get(node.target, (0, "input"))
-    if len(node.args) > position:
-        value = node.args[position]
-    else:
-        value = node.kwargs.get(name, next(iter(node.kwargs.values()), None))
-    return value if isinstance(value, fx.Node) else None

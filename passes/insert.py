@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .activations import activation_input
 from .attention import may_be_called_otherwise
+from .elementwise import activation_input
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
 from .link import Linked

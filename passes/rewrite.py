@@ -9,7 +9,8 @@ from operator import is_not
 import torch
 from torch import Tensor, fx
 
-from .activations import MIXES, activation_input
+from .activations import MIXES
+from .elementwise import activation_input
 from .errors import PlanError
 from .link import Linked
 from .lint import check_rewritten

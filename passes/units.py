@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .activations import acts_as, call_activation, elementwise_activation, module_activation
+from .activations import acts_as, call_activation, module_activation
 from .callables import is_container, is_held, is_leaf
 from .calls import Argument, Call, call_of, default_call
+from .elementwise import elementwise_activation
 from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .observed import Observed, observed

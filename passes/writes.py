@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .activations import activation_input, works_in_place
+from .activations import works_in_place
 from .choices import pick, step_of
+from .elementwise import activation_input
 from .link import Linked
 from .nodes import names_a_write
 from .units import Spot

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bypass_fx
+from bypass_fx.passes.plan import Mode
 from bypass_fx.surgery import delta_of
 
 Function = Callable[[Tensor], Tensor]
@@ -109,7 +110,7 @@ def test_a_sine_or_a_clamp_at_0_of_what_an_affine_map_makes_is_an_activation(nam
     before = model(x)
     bypass_fx.extend(model, mode="strict")
     (site,) = bypass_fx.sites(model)
-    assert site.activation == ("clamp" if "clamp" in name else name[:3])
+    assert site.activation == name.split()[0].removesuffix("_")
     assert torch.equal(model(x), before)
     with torch.no_grad():
         delta_of(model, site).fill_(0.5)
@@ -118,8 +119,73 @@ def test_a_sine_or_a_clamp_at_0_of_what_an_affine_map_makes_is_an_activation(nam
     torch.testing.assert_close(model(x), expected)
 
 
-def test_a_sine_of_a_scaled_map_is_a_relaxed_site() -> None:
-    model = Inline(lambda x: torch.sin(30.0 * x))
+BETWEEN: dict[str, Function] = {
+    "sine": lambda x: torch.sin(30.0 * x), "gelu": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+    "leaky": lambda x: torch.where(x > 0, x, 0.1 * x), "square": lambda x: x**2,
+    "swish": lambda x: x * torch.sigmoid(1.702 * x), "mish": lambda x: x * torch.tanh(F.softplus(x)),
+    "gelu by tanh": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))), "relu squared": lambda x: F.relu(x) ** 2,
+    "snake": lambda x: x + torch.sin(x).pow(2) / 1.5, "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", [Inline, Normed])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_element_wise_steps_between_two_affine_maps_are_an_activation(name: str, owner: type[Inline]) -> None:
+    torch.manual_seed(0)
+    model, x = owner(BETWEEN[name]).double().eval(), torch.randn(5, 4).double()
+    before = model(x)
+    bypass_fx.extend(model, mode="strict")
+    (site,) = bypass_fx.sites(model)
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        model.fc1.weight.zero_()  # any D meets the constraint
+        delta_of(model, site).fill_(0.5)
+        z = model.fc1(x) if owner is Inline else model.norm(model.fc1(x))
+        torch.testing.assert_close(model(x), model.fc2(BETWEEN[name](z) + 0.5 * z))
+    before = model(x)
+    bypass_fx.contract(model)
+    torch.testing.assert_close(model(x), before)
+
+
+class Guarded(Inline):
+    """What the steps end in is read elsewhere too, or a step inside is, or another value enters them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(torch.exp)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc1(x)
+        if self.how == "the end":
+            scale = torch.exp(z)
+            return self.fc2(scale) + scale.sum()  # type: ignore[no-any-return]
+        if self.how == "inside":
+            inner = z**2
+            return self.fc2(torch.exp(-inner)) + inner.sum()  # type: ignore[no-any-return]
+        if self.how == "another":
+            return self.fc2(torch.exp(z) * x.sum())  # type: ignore[no-any-return]
+        return self.fc2((z**2).mul_(2.0))  # type: ignore[no-any-return]
+
+
+def test_an_activation_inside_of_other_steps_is_none_where_these_are_one_and_else_a_site() -> None:
+    def swish(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    assert [site.activation for site in bypass_fx.plan(Inline(swish), mode="all")] == ["sigmoid"]
+    assert [site.kind for site in bypass_fx.plan(Inline(swish), mode="all")] == ["strict"]
+    gate = Inline(lambda x: torch.cat([swish(x)[:, :4], x[:, 4:]], 1))
+    assert [(site.name, site.kind) for site in bypass_fx.plan(gate, mode="all")] == [("sigmoid", "relaxed")]
+
+
+@pytest.mark.parametrize("how", ["the end", "inside", "another", "in place"])
+@pytest.mark.parametrize("mode", ["strict", "all"])
+def test_other_steps_are_none(how: str, mode: Mode) -> None:
+    plan = bypass_fx.plan(Guarded(how), mode=mode, example_inputs=(torch.randn(2, 4),))
+    assert not plan.sites and not plan.refusals
+
+
+def test_a_sine_that_is_no_strict_site_is_a_relaxed_one() -> None:
+    model = Inline(lambda x: torch.cat([torch.sin(30.0 * x)[:, :4], x[:, 4:]], 1))
     assert [(site.name, site.kind) for site in bypass_fx.plan(model, mode="all")] == [("sin", "relaxed")]
 
 
@@ -133,7 +199,7 @@ class Elsewhere(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         h = self.fc1(self.table(ids.clamp(min=0)) + torch.sin(torch.arange(4.0)))
         box = (h[..., 2:] - h[..., :2]).clamp(min=0)
-        return self.fc2(h.clamp(min=1e-6) + h.clamp(0, 1) + h.clamp(max=0)) + box.sum()  # type: ignore[no-any-return]
+        return self.fc2(h) / h.norm(dim=-1, keepdim=True).clamp(min=1e-6) + box.sum()  # type: ignore[no-any-return]
 
 
 def test_elsewhere_they_are_none() -> None:
@@ -145,6 +211,17 @@ def test_elsewhere_they_are_none() -> None:
 def test_channels_are_known_behind_a_users_activation(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), Own(BENT[name]), nn.MaxPool2d(2), nn.ReLU())
     assert [(site.name, site.width) for site in bypass_fx.plan(model, mode="all")] == [("1", 6), ("3", 6)]
+
+
+def test_steps_in_training_alone_leave_the_activations_of_both_modes_alone() -> None:
+    class Sampled(Inline):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.fc1(x)
+            if self.training:
+                z = z + torch.exp(0.5 * self.fc1(x)) * torch.randn_like(z)
+            return self.fc2(torch.tanh(z))  # type: ignore[no-any-return]
+
+    assert [site.name for site in bypass_fx.plan(Sampled(torch.exp), mode="all")] == ["tanh"]
 
 
 def test_a_module_that_returns_a_constant_is_no_activation() -> None:
