@@ -352,8 +352,7 @@ class Units:
 
     def _tried(self, module: nn.Module) -> Stored | None:
         """Whether it acts like a Linear; modules of one likeness are tried out once, for that takes long."""
-        alike = likeness(module)
-        if alike is None:
+        if (alike := likeness(module)) is None:
             return linear_look_alike(module)
         key = type(module), alike
         if key not in self._verdicts:
