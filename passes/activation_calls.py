@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from .activations import MIXES, activation_input
+from .activations import MIXES
 from .channels import Channels, Provenance, channels_for
 from .choices import pick, step_of
 from .complex_values import is_complex, may_hold_complex
+from .elementwise import activation_input
 from .link import Linked
 from .mixing import is_attention
 from .outcome import SPLIT, Reason
+from .placed import placed_activation
 from .residual import Inside, inside_residuals, residual_nodes
 from .shapes import Run
 from .trace import OwnerGraph
@@ -51,7 +53,7 @@ class Calls:
             helper = "" if unit.method == "forward" else unit.method + "."
             for node in graph.graph.nodes:
                 spot = Spot(unit, node)
-                activation = self.linked.activation(spot) or self.attention(spot)
+                activation = self.linked.activation(spot) or self.placed(spot) or self.attention(spot)
                 if activation:
                     yield f"{path}.{helper}{graph.name_of[node]}".lstrip("."), spot, activation
 
@@ -69,6 +71,11 @@ class Calls:
         """ "attention", where the call mixes values by weights; None elsewhere."""
         return "attention" if is_attention(self.linked, spot) else None
 
+    def placed(self, spot: Spot) -> str | None:
+        """The name of an activation that is one where it stands."""
+        found = placed_activation(self.linked, spot)
+        return found.name if found is not None else None
+
     @cached_property
     def in_residual(self) -> Inside:
         return inside_residuals(self.linked)
@@ -84,14 +91,16 @@ class Calls:
 
     def _activations_agree(self, unit: Unit, in_training: OwnerGraph, in_eval: OwnerGraph) -> bool:
         found = [
-            [
-                version.name_of[node]
-                for node in version.graph.nodes
-                if self.linked.activation(Spot(unit, node)) or node.target in MIXES
-            ]
+            [version.name_of[node] for node in version.graph.nodes if self._tells_modes_apart(Spot(unit, node))]
             for version in (in_training, in_eval)
         ]
         return found[0] == found[1]
+
+    def _tells_modes_apart(self, spot: Spot) -> bool:
+        """Whether the spot counts: steps that are an activation between affine maps alone are none where modes differ."""
+        placed = placed_activation(self.linked, spot)
+        known = placed is not None and not placed.only_between
+        return known or self.linked.activation(spot) is not None or spot.node.target in MIXES
 
     def residual(self, spot: Spot) -> bool:
         graph = self.linked.graphs[spot.unit].graph

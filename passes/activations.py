@@ -40,7 +40,7 @@ _TABLE: dict[str, tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], .
     "softshrink": ((nn.Softshrink,), (F.softshrink,), ()),
     "softplus": ((nn.Softplus,), (F.softplus,), ()),
     "softsign": ((nn.Softsign,), (F.softsign,), ()),
-    "threshold": ((nn.Threshold,), (F.threshold, torch.threshold), ()),
+    "threshold": ((nn.Threshold,), (F.threshold, torch.threshold, torch.threshold_), ()),
 }  # fmt: skip
 
 MODULES: dict[type[nn.Module], str] = {cls: name for name, (classes, _, _) in _TABLE.items() for cls in classes}
@@ -86,37 +86,6 @@ def call_activation(node: fx.Node | Step) -> str | None:
     return METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
-_STEPS = (
-    "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "expm1", "erf", "abs", "sqrt", "square", "clamp",
-)  # fmt: skip
-_ARITHMETIC = {
-    *(getattr(torch, name) for name in _STEPS),
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
-}
-_ARITHMETIC_METHODS = {*_STEPS, "add_", "mul_", "div_", "clamp_"}
-
-
-def elementwise_activation(graph: fx.Graph, name: str) -> str | None:
-    """The name of the activation that a whole forward is: element-wise steps from one argument, with an activation.
-
-    A forward that is a single call has that call's name, a composed one (`x * sigmoid(x)`) has `name`.
-    """
-    nodes = list(graph.nodes)
-    *steps, output = nodes[1:]
-    if nodes[0].op != "placeholder" or not isinstance(output.args[0], fx.Node) or output.args[0] not in steps:
-        return None
-    activations = [called for called in map(call_activation, steps) if called]
-    arithmetic = all(
-        call_activation(node)
-        or (node.op == "call_function" and node.target in _ARITHMETIC)
-        or (node.op == "call_method" and node.target in _ARITHMETIC_METHODS)
-        for node in steps
-    )
-    if not activations or not arithmetic:
-        return None
-    return activations[0] if len(steps) == 1 else name
-
-
 def works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the call overwrites its input."""
     if module is not None:
@@ -146,13 +115,3 @@ MIXES: dict[Any, tuple[int, str]] = {
     torch.bmm: (1, "mat2"), "bmm": (1, "mat2"),
     torch.einsum: (2, ""),
 }  # fmt: skip
-
-
-def activation_input(node: fx.Node) -> fx.Node | None:
-    """The node z whose value the activation reads; of attention, the values V."""
-    position, name = MIXES.get(node.target, (0, "input"))
-    if len(node.args) > position:
-        value = node.args[position]
-    else:
-        value = node.kwargs.get(name, next(iter(node.kwargs.values()), None))
-    return value if isinstance(value, fx.Node) else None

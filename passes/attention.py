@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .activation_calls import Calls
-from .activations import activation_input
 from .affine import Found, affine_at
 from .calls import Constant, leaves
 from .channels import Channels
 from .choices import step_of, value_inputs
+from .elementwise import activation_input
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .heads import with_heads_of
 from .link import Linked

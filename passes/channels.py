@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .activations import call_activation, module_activation
 from .affine import affine_at
 from .choices import pick, value_inputs
 from .link import Linked
@@ -33,11 +32,11 @@ _KEEPS_SHAPE_FUNCTIONS = {
     F.dropout, torch.clone, F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm, F.interpolate,
     F.normalize, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.softmax, torch.softmax, torch.clamp,
-    torch.sqrt, torch.abs, torch.neg,
+    torch.sqrt, torch.abs, torch.neg, torch.sin, torch.cos, torch.clamp_min,
 }  # fmt: skip
 _KEEPS_SHAPE_METHODS = {
     "contiguous", "clone", "to", "float", "half", "type_as", "clamp", "softmax", "clamp_", "sqrt", "abs", "neg",
-    "detach", "masked_fill", "masked_fill_", "type",
+    "detach", "masked_fill", "masked_fill_", "type", "sin", "cos", "clamp_min",
 }  # fmt: skip
 _BINARY = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.iadd, operator.isub,
@@ -66,7 +65,7 @@ def channels_for(linked: Linked, spot: Spot) -> Channels | None:
             reader = affine_at(linked, use)
             if reader is not None and reader.value is not None:
                 found.add(Channels(reader.inputs, reader.axis))
-            elif _keeps_shape(use.node, linked.module(use)):
+            elif _keeps_shape(linked, use):
                 norm = _normalised(linked.module(use))
                 found |= {norm} if norm else set()
                 todo.append(use)
@@ -118,7 +117,7 @@ class Provenance:
         known = _declared(module) or _normalised(module)
         if known is not None:
             return known
-        if not _keeps_shape(spot.node, module):
+        if not _keeps_shape(self.linked, spot):
             return self.moved(spot, module)
         before = self.first(spot)
         if before is not None and isinstance(module, _POOLS) and -_pooled_axes(module) <= before.axis < 0:
@@ -142,7 +141,7 @@ class Provenance:
         if node.target is pick:
             found = {self.value(Spot(spot.unit, option)) for option in value_inputs(node)}
             return found.pop() if len(found) == 1 else None
-        if _keeps_shape(node, None):
+        if _keeps_shape(self.linked, spot):
             return self.first(spot)
         return self.moved(spot, None)
 
@@ -246,12 +245,12 @@ def _normalised(module: nn.Module | None) -> Channels | None:
     return None
 
 
-def _keeps_shape(node: fx.Node, module: nn.Module | None) -> bool:
+def _keeps_shape(linked: Linked, spot: Spot) -> bool:
     """Whether the result has the channels of the first input, along the same axis."""
-    if module is not None:
-        if isinstance(module, _ConvNd | nn.Linear):
-            return False
-        return isinstance(module, (*_SAME, *_POOLS)) or module_activation(module) is not None
-    if call_activation(node) is not None:
+    node, module = spot.node, linked.module(spot)
+    if isinstance(module, _ConvNd | nn.Linear):
+        return False
+    if isinstance(module, (*_SAME, *_POOLS)) or linked.activation(spot) is not None:
         return True
-    return node.target in (_KEEPS_SHAPE_METHODS if node.op == "call_method" else _KEEPS_SHAPE_FUNCTIONS)
+    known: set[Any] = _KEEPS_SHAPE_METHODS if node.op == "call_method" else _KEEPS_SHAPE_FUNCTIONS
+    return module is None and node.target in known

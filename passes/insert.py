@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .activations import activation_input, works_in_place
 from .attention import may_be_called_otherwise
+from .elementwise import activation_input
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
 from .link import Linked
@@ -24,6 +24,7 @@ from .rewrite import Psi, remedy
 from .subclass import is_extended_owner, original_class
 from .units import Spot, Unit
 from .within import runs_within
+from .writes import acts_in_place, overwritten_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +159,15 @@ def _new_delta(linked: Linked, site: Site) -> nn.Parameter:
 
 def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list[Site]) -> Hashable:
     """What decides the code of an owner: owners of one model that agree in it share their class."""
-    ways: list[tuple[bool, bool]] = []
+    ways: list[tuple[bool, bool, bool]] = []
     for unit in units:
         names = linked.graphs[unit].names
         nodes = [names[site.call] for site in sites if site.method == unit.method and site.call in names]
         nodes = [node for node in nodes if activation_input(node) is not None]
+        spots = [Spot(unit, node) for node in nodes]
         ways += [
-            (works_in_place(node, linked.module(Spot(unit, node))), runs_within(linked, unit, node)) for node in nodes
+            (acts_in_place(linked, spot), overwritten_beside(linked, spot), runs_within(linked, *spot))
+            for spot in spots
         ]
     graphs = tuple(linked.graphs[unit] for unit in units)
     return type(module), graphs, tuple(map(written, sites)), tuple(ways)

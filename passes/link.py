@@ -124,7 +124,7 @@ class Linked(Units):
             if here.node.name in self._kept_in_eval(here.unit) and self._in_first_version(here):
                 yield None
             for user in here.node.users:
-                steps = self._use_steps(here, user)
+                steps = self.use_steps(here, user)
                 if steps is None:
                     yield Spot(here.unit, user) if user.op != "output" else None
                 else:
@@ -144,7 +144,7 @@ class Linked(Units):
     def _known_kept(self) -> dict[Unit, Set[str]]:
         return {}
 
-    def _use_steps(self, spot: Spot, user: fx.Node) -> list[Spot] | None:
+    def use_steps(self, spot: Spot, user: fx.Node) -> list[Spot] | None:
         """Where a wire leads: into the callee's placeholders, or out to the callers; None where `user` is no wire."""
         unit = spot.unit
         if user.op == "output":

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 import torch.nn.functional as F
 
 from .activation_calls import Calls
-from .activations import activation_input
 from .attention import value_path
+from .elementwise import activation_input, end_around
 from .errors import PlanError
 from .infinities import may_be_infinite
 from .link import Linked
 from .multihead import is_multihead, is_multihead_site, value_path_inside
 from .otherwise import WITHOUT, objects_in
 from .outcome import SPLIT, Match, Reason
+from .placed import placed_activation
 from .plan import Mode, Plan, Refusal, Site
 from .rewrite import remedy
 from .strict import strict
@@ -37,6 +38,8 @@ def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = Non
     names = _told_apart([(spot, name) for of_module in found.values() for name, spot, _ in of_module])
     for path, module in linked.modules.items():
         for _, spot, activation in found[path]:
+            if _is_none_here(calls, spot):
+                continue
             outcome = _decide(calls, spot, (ATTENTION if activation == "attention" else RULES)[mode])
             call = linked.graphs[spot.unit].name_of[spot.node]
             _enter(linked, names[spot], spot.unit, call, activation, outcome, sites, refusals)
@@ -84,6 +87,16 @@ def _implies(site: Site, found: Match) -> bool:
     maps = (site.first, site.second, site.width, site.channel_dim, site.view)
     enough = site.constraint in (found.constraint, "augmented") and site.exact in (found.exact, "eval")
     return enough and maps == (found.first, found.second, found.channels.width, found.channels.axis, found.view)
+
+
+def _is_none_here(calls: Calls, spot: Spot) -> bool:
+    """Whether an activation is none here: steps that are one between two affine maps alone, or a step inside of such."""
+    placed = placed_activation(calls.linked, spot)
+    if placed is not None:
+        return placed.only_between and not isinstance(strict(calls, spot), Match)
+    end = end_around(spot.node)
+    whole = Spot(spot.unit, end) if end is not None else None
+    return whole is not None and calls.placed(whole) is not None and isinstance(strict(calls, whole), Match)
 
 
 def _told_apart(named: Iterable[tuple[Spot, str]]) -> dict[Spot, str]:

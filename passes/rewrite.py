@@ -9,16 +9,18 @@ from operator import is_not
 import torch
 from torch import Tensor, fx
 
-from .activations import MIXES, activation_input, works_in_place
+from .activations import MIXES
+from .elementwise import activation_input
 from .errors import PlanError
 from .link import Linked
 from .lint import check_rewritten
 from .nodes import copied
+from .placed import placed_activation
 from .plan import Site
 from .trace import OwnerGraph
 from .units import Spot, Unit
 from .within import run_within, runs_within
-from .writes import overwritten
+from .writes import acts_in_place, overwritten_beside
 
 Psi = Callable[..., Tensor]  # of σ(z), or σ, then z, δ and the channels
 
@@ -52,7 +54,7 @@ def _rewritten(
     graph, copies = copied(owned.graph)
     for site in sites:
         node = owned.names.get(site.call)
-        if node is None or (linked.activation(Spot(unit, node)) is None and node.target not in MIXES):
+        if node is None or not _may_be_site(linked, Spot(unit, node)):
             raise PlanError(
                 f"{site.name}: {site.owner or 'the model'} calls no activation {site.call!r}; {remedy(linked)}"
             )
@@ -60,9 +62,7 @@ def _rewritten(
         kept = activation_input(sigma)
         if kept is None:  # σ(None), as the defaults of a forward say that nobody calls so: a call with a z is rewritten
             continue
-        z = activation_input(node)
-        written = z is not None and overwritten(linked, Spot(unit, z), node)
-        if written or works_in_place(node, linked.module(Spot(unit, node))):
+        if overwritten_beside(linked, Spot(unit, node)) or acts_in_place(linked, Spot(unit, node)):
             with graph.inserting_before(sigma):
                 kept = graph.call_function(torch.clone, (kept,))
         with graph.inserting_after(sigma):
@@ -74,6 +74,10 @@ def _rewritten(
     sigmas = {node: copies[node] for node in nodes}
     check_rewritten(owned.graph, graph, set(sigmas.values()), psi)
     return graph, sigmas
+
+
+def _may_be_site(linked: Linked, spot: Spot) -> bool:
+    return bool(linked.activation(spot) or placed_activation(linked, spot)) or spot.node.target in MIXES
 
 
 def remedy(linked: Linked) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .activations import activation_input
 from .axes import ChannelAxes
 from .calls import bound_to_placeholders, call_of
 from .channels import Channels
+from .elementwise import activation_input
 from .errors import in_short
 from .link import Linked
 from .nodes import takes_no_argument

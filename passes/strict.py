@@ -7,11 +7,11 @@ from dataclasses import replace
 from torch import fx
 
 from .activation_calls import Calls
-from .activations import activation_input
 from .affine import Found, affine_at, is_made_anew, norm_at
 from .casts import may_round
 from .channels import Channels
 from .choices import pick, step_of, value_inputs
+from .elementwise import activation_input
 from .facts import is_fact
 from .link import Linked
 from .outcome import LEAVES, Match, Reason

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor, fx
 
+from .facts import is_size
 from .recording import asked_by_a_forward
 from .source import reads_class, says_something, unpacked_into
 from .splice import parts_of
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .tracer import OwnerTracer
 
 
-_NUMBER = "needs the number that a value holds"
+_NUMBER, _SIZE = "needs the number that a value holds", "needs the number that a size is, as `range(x.shape[1])` does"
 
 # What a value says of itself that a write in place changes.
 _CHANGING = {"shape", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "_version", "data", "T", "mT", "H", "mH"}
@@ -86,7 +87,7 @@ def _refusing(name: str, what: str) -> Callable[..., Any]:
     def answer(self: Any, *args: Any) -> Any:
         if original is not None and not asked_by_a_forward():
             return original(self, *args)
-        return self.refuse(what)
+        return self.refuse(_SIZE if what is _NUMBER and is_size(self.node) else what)
 
     return answer
 

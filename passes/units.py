@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .activations import acts_as, call_activation, elementwise_activation, module_activation
+from .activations import acts_as, call_activation, module_activation
 from .callables import is_container, is_held, is_leaf
 from .calls import Argument, Call, call_of, default_call
+from .elementwise import elementwise_activation
 from .errors import UntraceableError
 from .look_alike import Stored, is_convolution, likeness, linear_look_alike, may_be_linear, plain_attributes
 from .observed import Observed, observed
@@ -351,8 +352,7 @@ class Units:
 
     def _tried(self, module: nn.Module) -> Stored | None:
         """Whether it acts like a Linear; modules of one likeness are tried out once, for that takes long."""
-        alike = likeness(module)
-        if alike is None:
+        if (alike := likeness(module)) is None:
             return linear_look_alike(module)
         key = type(module), alike
         if key not in self._verdicts:
@@ -383,10 +383,10 @@ class Units:
     def _activation_module(self, path: str) -> str | None:
         module = self.modules[path]
         known = module_activation(module)
-        if known is not None or module._modules or module._parameters:
+        if known is not None or module._modules:
             return known
         graphs = [self.graphs[unit].graph for unit in self.variants(path)]
-        return elementwise_activation(graphs[0], type(module).__name__) if len(graphs) == 1 else None
+        return elementwise_activation(graphs[0], module) if len(graphs) == 1 else None
 
     def variants(self, path: str) -> list[Unit]:
         """Every unit of a module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bypass_fx
@@ -93,3 +94,22 @@ def test_a_forward_whose_defaults_give_the_activation_no_input_is_extended_for_t
     assert torch.allclose(model(x), before + model.block.last(2 * x) - model.block.last.bias, atol=1e-6)
     bypass_fx.contract(model)
     assert torch.equal(model(x), before)
+
+
+def test_of_a_loop_over_an_axis_the_modules_are_reached_and_the_function_is_refused_with_the_reason() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+            self.act, self.head = nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x[:, 0]
+            for t in range(x.shape[1]):
+                h = F.gelu(self.act(self.cell(x[:, t] + h)))
+            return self.head(h)  # type: ignore[no-any-return]
+
+    plan = bypass_fx.plan(Recurrent(), mode="all", example_inputs=(torch.randn(2, 3, 4),))
+    assert [(site.name, site.kind) for site in plan] == [("cell.1", "strict"), ("act", "relaxed")]
+    (refusal,) = plan.refusals
+    assert refusal.activation == "gelu" and "needs the number that a size is, as `range(x.shape[1])`" in refusal.reason

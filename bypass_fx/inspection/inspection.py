@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from bypass_fx.passes.activation_calls import Calls
-from bypass_fx.passes.activations import activation_input
+from bypass_fx.passes.elementwise import activation_input
 from bypass_fx.passes.errors import PlanError
 from bypass_fx.passes.link import Linked
 from bypass_fx.passes.match import match
