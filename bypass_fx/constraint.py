@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .extension import root_of, sites
-from .matrix_norm import norm_of_product
+from .matrix_norm import casts, norm_of_product
 from .passes.errors import SurgeryError
 from .passes.matrices import columns, is_sharded, offset, rows, tensor_named
 from .passes.plan import Site
@@ -109,9 +109,15 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def residual_entries(model: nn.Module, site: Site) -> Tensor:
-    """The entries of A D W, A D [W b_W] or D, each once, one after another; linear in each of A, D and W. Shape (k,)."""
+    """The entries of A D W, A D [W b_W] or D, each once, one after another; linear in each of A, D and W. Shape (k,).
+
+    In full precision, whatever autocast says.
+    """
     model = root_of(model)
     delta = tensor_named(model, site.parameter)
+    if casts(delta.device):
+        with torch.autocast(delta.device.type, enabled=False):
+            return residual_entries(model, site)
     if site.constraint == "zero" or site.first is None or site.second is None:
         return delta
     if _is_sharded(model, site):

@@ -29,16 +29,22 @@ def norm_of_product(a: Tensor, d: Tensor, w: Tensor) -> Tensor:
         >>> norm_of_product(a, d, w)
         tensor(4.)
     """
-    compiling = torch.compiler.is_compiling()  # torch 2.11's compiler can't ask for what it compiles to offer autocast
-    if (compiling or torch.amp.is_autocast_available(a.device.type)) and torch.is_autocast_enabled(a.device.type):
+    if casts(a.device):
         with torch.autocast(a.device.type, enabled=False):
             return norm_of_product(a, d, w)
-    apart = compiling or torch._C._are_functorch_transforms_active()
+    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     gram = gram_is_cheaper(a, w) and not apart
     if apart or not torch.is_grad_enabled() or (not gram and a.numel() + w.numel() < _TINY):
         return _gram(a, d, w)[0].to(a.dtype) if gram else _norm_of(_product(a, d, w))
     norm: Tensor = (_ByGram if gram else _ByProduct).apply(a, d, w)[0]
     return norm
+
+
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on there, which would round the products."""
+    compiling = torch.compiler.is_compiling()  # torch 2.11's compiler can't ask for what it compiles to offer autocast
+    known = compiling or torch.amp.is_autocast_available(device.type)
+    return bool(known and torch.is_autocast_enabled(device.type))
 
 
 _TINY = 2**16  # numbers: below, a step of autograd in Python takes longer than its matrix products

@@ -56,6 +56,8 @@ def elementwise_activation(graph: fx.Graph, module: nn.Module) -> str | None:
             made_of.add(step)
     if result not in made_of or not any(_bends(step) for step in steps if step in made_of):
         return None
+    if not _makes_floats(nodes[0], steps, result, module):
+        return None
     called = call_activation(steps[0]) if len(steps) == 1 else None
     return called or type(module).__name__
 
@@ -139,6 +141,38 @@ def is_step(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or (node.target in _CHOOSES and len(node.args) != 3):
         return False
     return node.target in _ARITHMETIC
+
+
+def stays_float(found: Stretch, result: fx.Node) -> bool:
+    """Whether a stretch makes numbers to which D z can be added: `where(z > 0, 1, 0)` makes whole ones."""
+    steps = [node for node in found.entry.graph.nodes if node in found.steps]
+    return _makes_floats(found.entry, steps, result, nn.Module())
+
+
+def _makes_floats(entry: fx.Node, steps: list[fx.Node], result: fx.Node, module: nn.Module) -> bool:
+    """Whether the steps make floating-point numbers of such: where one chooses or compares, they are run on a value without
+    memory.
+    """
+    if not any(step.target in _CHOOSES or step.target in _COMPARES or "dtype" in step.kwargs for step in steps):
+        return True
+    made: dict[fx.Node, Any] = {entry: torch.empty(2, device="meta")}
+    try:
+        with torch.no_grad():
+            for step in steps:
+                made[step] = _run(step, made, module)
+    except (RuntimeError, TypeError, ValueError):  # steps that no forward gets through either
+        return False
+    return bool(made[result].is_floating_point())
+
+
+def _run(step: fx.Node, made: dict[fx.Node, Any], module: nn.Module) -> Any:
+    if step.op == "get_attr":
+        value = getattr(module, str(step.target))
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    args, kwargs = fx.map_arg((step.args, step.kwargs), made.__getitem__)
+    if step.op == "call_method":
+        return getattr(args[0], str(step.target))(*args[1:], **kwargs)
+    return step.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def bends_of(found: Stretch) -> list[fx.Node]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .affine import affine_at, norm_at
-from .elementwise import bends_of, ends_stretch, is_step
+from .elementwise import bends_of, ends_stretch, is_step, stays_float
 from .link import Linked
 from .units import Spot
 from .wires import is_wire
@@ -35,6 +35,8 @@ def placed_activation(linked: Linked, spot: Spot) -> Placed | None:
     """The activation that the steps up to the spot are where they stand; None where they are none."""
     found = ends_stretch(spot.node) if is_step(spot.node) else None
     if found is None or not _comes_from_affine(linked, Spot(spot.unit, found.entry)):
+        return None
+    if not stays_float(found, spot.node):
         return None
     bends = bends_of(found)
     return Placed(_name(bends[-1]), len(bends) > 1 or not _is_known(bends[0]))

@@ -61,7 +61,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         if not modes_agree(linked.graphs[here.unit]):
             return how_modes_differ(linked.graphs[here.unit], "a forward in front of it")
         if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
-            return Reason("a value between W and it is overwritten in place")
+            return Reason("a value between W and it is, or may be, overwritten in place")
         found = affine_at(linked, here)
         if found is not None and found.biases:
             return Reason(f"the bias of {found.affine} is computed")

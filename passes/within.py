@@ -18,7 +18,7 @@ from .activations import acts_as, works_in_place
 from .derivatives import called_with, name_of
 from .link import Linked
 from .units import Spot, Unit
-from .writes import overwritten
+from .writes import overwritten_beside
 
 _MAKES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm,
           nn.GroupNorm)  # fmt: skip
@@ -38,10 +38,9 @@ def runs_within(linked: Linked, unit: Unit, node: fx.Node) -> bool:
             return False
     elif called_with(node) is None:
         return False
-    z = node.all_input_nodes[0]
-    if overwritten(linked, Spot(unit, z), node):
+    if overwritten_beside(linked, Spot(unit, node)):
         return False
-    return not works_in_place(node, module) or _seen_by_none_else(linked, unit, z)
+    return not works_in_place(node, module) or _seen_by_none_else(linked, unit, node.all_input_nodes[0])
 
 
 def _seen_by_none_else(linked: Linked, unit: Unit, z: fx.Node) -> bool:

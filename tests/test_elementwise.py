@@ -238,3 +238,29 @@ def test_a_module_that_returns_a_constant_is_no_activation() -> None:
             return self.scale() * self.fc2(F.relu(self.fc1(x)))  # type: ignore[no-any-return]
 
     assert [site.name for site in bypass_fx.plan(Scaled(), mode="strict")] == ["relu"]
+
+
+WHOLE: dict[str, Function] = {
+    "where": lambda x: torch.where(x > 0, 1, 0), "counted": lambda x: (torch.exp(x) > 1) + (x > 0) * 2,
+    "compared": lambda x: torch.maximum(x > 1, x < 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_steps_that_make_whole_numbers_are_no_activation(name: str) -> None:
+    """D z has no place among them."""
+
+    class Cast(Inline):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.function(self.fc1(x)).to(x.dtype))  # type: ignore[no-any-return]
+
+    class Between(Inline):
+        def __init__(self, function: Function) -> None:
+            super().__init__(function)
+            self.own = Own(function)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.own(self.fc1(x)).to(x.dtype))  # type: ignore[no-any-return]
+
+    for model in (Cast(WHOLE[name]), Between(WHOLE[name])):
+        assert len(bypass_fx.plan(model, mode="all")) == 0

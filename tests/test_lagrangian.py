@@ -52,6 +52,26 @@ def test_the_penalty_is_that_of_the_matrix_and_smooth() -> None:
     assert torch.allclose(d.grad, torch.einsum("mn,ml,nl->n", a, pull, w))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["augmented", "folded"])
+def test_autocast_rounds_neither_the_penalty_nor_its_gradient(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = extended(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=not bias))).float()
+    come = AugmentedLagrangian()
+    come.begin(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for t in range(2):
+            come.norms(model)
+            observe(come, model, t)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            term = come.penalty(model, OUT, torch.zeros(()))
+        assert term is not None and term.dtype == torch.float32 and term != 0
+        found.append((term, *torch.autograd.grad(term, list(model.parameters()), allow_unused=True)))
+    for one, other in zip(*found, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
 def test_a_step_takes_the_residual_s_entries_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, taken = dense(), []
     once, again = AugmentedLagrangian(), AugmentedLagrangian()

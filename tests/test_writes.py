@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -120,3 +121,89 @@ def test_owners_of_one_graph_differ_where_one_has_a_child_that_overwrites_z() ->
         net(x).sum().backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+
+
+class Branching(nn.Module):
+    """No graph shows what it does: which way it goes, it decides by what a value holds."""
+
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.act, self.linear = act, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) > 1e9:
+            return self.linear(-x)  # type: ignore[no-any-return]
+        return self.linear(self.act(x) if self.act is not None else self.changed(x))  # type: ignore[no-any-return]
+
+    def changed(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Writing(Branching):
+    def changed(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class Adding(Branching):
+    def changed(self, x: Tensor) -> Tensor:
+        x += 2
+        return x
+
+
+class Filling(Branching):
+    def changed(self, x: Tensor) -> Tensor:
+        x[:, 0] = 0
+        return x
+
+
+@pytest.mark.parametrize("first", [Writing(), Adding(), Filling(), Branching(nn.SiLU(inplace=True))])
+def test_a_value_that_a_forward_without_a_graph_may_overwrite_has_no_strict_site(first: nn.Module) -> None:
+    model = TwoBranches(copy.deepcopy(first))
+    reasons = {refusal.name: refusal.reason for refusal in bypass_fx.plan(model, mode="strict").refusals}
+    assert "overwritten in place" in reasons["second.0"]
+
+
+def test_a_forward_without_a_graph_that_writes_nothing_is_no_hindrance() -> None:
+    for first in (Branching(), Branching(nn.SiLU())):
+        assert [site.name for site in bypass_fx.plan(TwoBranches(first), mode="strict")] == ["second.0"]
+
+
+@pytest.mark.parametrize("last", [branch(nn.ReLU(inplace=True)), Shifted(), Adding()])
+def test_a_relaxed_site_keeps_its_z_from_a_forward_that_overwrites_it_later(last: nn.Module) -> None:
+    """Tanh's backward asks for its result alone, and that of ψ for z."""
+
+    class Both(TwoBranches):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            return self.second(h.view(-1, 8)) + self.first(h)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Both(copy.deepcopy(last)), torch.randn(5, 4)
+    plain = copy.deepcopy(model)
+    bypass_fx.extend(model, mode="relaxed", select="second.0")
+    for net in (plain, model):
+        net(x).sum().backward()
+    torch.testing.assert_close(model.stem.weight.grad, plain.stem.weight.grad)
+
+
+VIEWS: dict[str, Callable[[Tensor], object]] = {
+    "diagonal": lambda z: torch.diagonal(z).mul_(2), "narrow": lambda z: torch.narrow(z, 1, 0, 2).zero_(),
+    "movedim": lambda z: torch.movedim(z, 0, 1).add_(1), "ravel": lambda z: z.ravel().mul_(2),
+    "a list": lambda z: torch._foreach_mul_([z], 2.0), "atleast_2d": lambda z: torch.atleast_2d(z).neg_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_value_that_is_overwritten_through_a_view_or_in_a_list_has_no_strict_site(name: str) -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.fc1(x)
+            VIEWS[name](z)
+            return self.fc2(torch.tanh(z))  # type: ignore[no-any-return]
+
+    (refusal,) = bypass_fx.plan(Inside(), mode="strict").refusals
+    assert "overwritten in place" in refusal.reason
