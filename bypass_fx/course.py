@@ -69,7 +69,7 @@ class Course:
             told = f"{name} is {rate!r}; give a positive learning rate, or None"
             expect(rate is None or is_above(rate, 0), told)
         decay = self.delta_weight_decay
-        expect(decay == 0 or is_above(decay, 0), f"delta_weight_decay is {decay!r}; give a number from 0 up")
+        expect(is_above(decay, 0, or_at=True), f"delta_weight_decay is {decay!r}; give a number from 0 up")
 
     @property
     def every(self) -> int:

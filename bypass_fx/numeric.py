@@ -17,14 +17,14 @@ def is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, Integral) and int(value) >= least
 
 
-def is_above(value: Any, bound: float) -> bool:
-    """Whether it is a finite number above the bound.
+def is_above(value: Any, bound: float, or_at: bool = False) -> bool:
+    """Whether it is a finite number above the bound, or at it.
 
     Example:
         >>> is_above(1e-3, 0), is_above(0, 0), is_above(float("inf"), 0), is_above("1", 0)
         (True, False, False, False)
     """
     try:
-        return math.isfinite(value) and bool(value > bound)
-    except (TypeError, ValueError, RuntimeError):  # it is no number, or several
+        return math.isfinite(value) and bool(value > bound or (or_at and value == bound))
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # it is no number, several, or none that a float holds
         return False

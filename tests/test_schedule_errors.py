@@ -58,6 +58,8 @@ pytestmark = pytest.mark.usefixtures("small_heap")
         ({"lr": float("inf")}, "lr is inf; give a positive"),
         ({"delta_weight_decay": float("inf")}, "delta_weight_decay is inf; give a number from 0 up"),
         ({"lr": "fast"}, "lr is 'fast'; give a positive"),
+        ({"delta_weight_decay": torch.zeros(2)}, r"delta_weight_decay is tensor\(\[0., 0.\]\); give a number"),
+        ({"delta_lr": 10**400}, "delta_lr is 10+; give a positive learning rate"),
         ({"delta_weight_decay": -0.1}, "delta_weight_decay is -0.1; give a number from 0 up"),
         ({"unit": "epoch", "steps_per_epoch": 2.5}, "needs steps_per_epoch, 1 or more"),
         ({"gamma": lambda t: "steep", "comeback": "proximal"}, "gamma gives no number at t = 0"),
