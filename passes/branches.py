@@ -41,7 +41,7 @@ class Questions:
 
     def answer(self, value: fx.Node, ask: Callable[[], fx.Node]) -> bool | None:
         """The answer; `ask` makes the node that holds it in a run. None where the forward asks too much."""
-        known = next((answer for other, answer in self.asked.items() if _same_fact(value, other.args[0])), None)
+        known = self._answered(value)
         if known is not None:
             return known
         index = len(self.asked)
@@ -51,6 +51,18 @@ class Questions:
         node.meta[ASKED] = index
         self.asked[node] = index >= len(self.answers) or self.answers[index]
         return self.asked[node]
+
+    def _answered(self, value: fx.Node) -> bool | None:
+        """The answer to the same question, where it was asked of a fact before."""
+        if not self.asked or not is_fact(value):
+            return None
+        moved = any(map(_reshapes_in_place, value.graph.nodes))
+        same = (
+            answer
+            for other, answer in self.asked.items()
+            if value is other.args[0] or (not moved and _same(value, other.args[0]))
+        )
+        return next(same, None)
 
 
 def over_answers(traced: Callable[[Answers], tuple[fx.Graph | RaisesError, int]]) -> fx.Graph:
@@ -101,23 +113,17 @@ _RESHAPE_IN_PLACE = {
 }
 
 
-def _same_fact(one: Any, other: Any) -> bool:
-    """Whether two nodes are one fact, asked for twice."""
-    if not isinstance(one, fx.Node) or not is_fact(one):
-        return False
-    return one is other or (not any(map(_reshapes_in_place, one.graph.nodes)) and _same(one, other))
-
-
 def _reshapes_in_place(node: fx.Node) -> bool:
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in _RESHAPE_IN_PLACE
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Whether two nodes are one fact, asked for twice, or one value."""
     if one is other:
         return True
     if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
         return type(one) is type(other) and not isinstance(one, tuple | list | dict) and bool(one == other)
-    if not is_fact(one) or (one.op, one.target, len(one.args)) != (other.op, other.target, len(other.args)):
+    if (one.op, one.target, len(one.args)) != (other.op, other.target, len(other.args)) or not is_fact(one):
         return False
     return not one.kwargs and not other.kwargs and all(map(_same, one.args, other.args))
