@@ -44,7 +44,7 @@ class Penalty(Comeback):
     uses_gamma = True
 
     def __init__(self, hand_over: bool = True, window: int | None = None) -> None:
-        if not (window is None or (is_count(window, 1))):
+        if not (window is None or is_count(window, 1)):
             raise BypassError(f"Penalty got window={window!r}; give a number of steps, 1 or more, or None")
         self._hand_over, self._window = hand_over, window
         self._proximal = Proximal()
