@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,9 @@ class Homotopy(Comeback):
     @property
     def ends(self) -> bool:
         return True
+
+    def alike(self) -> Hashable:
+        return type(self), self._descent
 
     def pace(self, t: int, budget: int) -> float:
         return self._descent.at(t, budget)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,9 @@ class Proximal(Comeback):
     @property
     def ends(self) -> bool:
         return self._landing.share > 0
+
+    def alike(self) -> Hashable:
+        return type(self), self._landing
 
     def pace(self, t: int, budget: int) -> float:
         return self._landing.at(t, budget) if t < budget else 1.0
