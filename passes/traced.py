@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _NUMBER, _SIZE = "needs the number that a value holds", "needs the number that a size is, as `range(x.shape[1])` does"
 
+_AXES = {"ndim", "dim", "ndimension"}
+
 # What a value says of itself that a write in place changes.
 _CHANGING = {"shape", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "_version", "data", "T", "mT", "H", "mH"}
 
@@ -54,6 +56,8 @@ class Traced(fx.Proxy):
             raise AttributeError(f"'Tensor' object has no attribute {k!r}")
         if str(sys._getframe(1).f_globals.get("__name__")).startswith("numpy."):
             self.refuse("hands a traced value to NumPy")
+        if k in _AXES and (rank := tracer.sizes.known(self.node)) is not None:
+            return rank if k == "ndim" else lambda: rank
         attribute = TracedAttribute(self, k)
         if k in _CHANGING:
             _ = attribute.node  # read now: it may be another where it is used (`unsqueeze_`, `requires_grad_`)
