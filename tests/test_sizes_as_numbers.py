@@ -65,3 +65,18 @@ def test_python_takes_numbers(step: Step) -> None:
     plan = bypass_fx.plan(Net(step), mode="all")
     assert not plan.sites
     assert "graph can't hold" in plan.refusals[0].reason
+
+
+def of_three_axes(x: Tensor) -> Tensor:
+    if len(x.shape) != 3:
+        raise AssertionError("three axes")  # as an assert does, which pytest writes anew
+    return x.view(*x.shape[:-1], 2, 2).flatten(-2)
+
+
+def test_a_number_of_axes_that_a_forward_insists_on_is_asked_in_each_call() -> None:
+    net, x = Net(of_three_axes), torch.randn(2, 3, 4)
+    before = net(x)
+    bypass_fx.extend(net, mode="all")
+    assert torch.equal(net(x), before)
+    with pytest.raises(AssertionError, match="three axes"):
+        net(torch.randn(2, 3, 5, 4))
