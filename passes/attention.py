@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from .activation_calls import Calls
 from .affine import Found, affine_at
-from .calls import Constant, leaves
 from .channels import Channels
 from .choices import step_of, value_inputs
 from .elementwise import activation_input
@@ -31,7 +30,8 @@ from .mixing import FAR, is_product, weights_of
 from .outcome import LEAVES, Match, Reason
 from .plan import Constraint
 from .strict import bias_is_free, label, leads_back, reads_only_value
-from .units import Spot, Unit
+from .units import Spot
+from .unseen import may_be_called_otherwise, unknown_calls
 from .wires import how_modes_differ, modes_agree
 
 Answers = Mapping[Spot, bool]
@@ -73,7 +73,7 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     if len(linked.variants(spot.unit.path)) > 1:
         return Reason("its owner is called in several ways")
     if may_be_called_otherwise(linked, spot.unit):
-        return _unknown_calls(linked)
+        return unknown_calls(linked)
     replacing = linked.replaces_weights(spot.unit.path)
     if replacing is not None:
         return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
@@ -82,35 +82,6 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
         return found
     again = _in_one_mode(calls, Spot(spot.unit, owned.in_eval.names[owned.name_of[spot.node]]))
     return found if found == again else Reason("its values go another way in eval mode than in training")
-
-
-def _unknown_calls(linked: Linked) -> Reason:
-    text = "its calls are not seen, nor whether they leave its other arguments (a cache?) at their defaults"
-    if linked.observed is None:
-        return Reason(text, "pass example_inputs")
-    failure = linked.observed.failure
-    why = f"the model does not run on them ({failure})" if failure else "they do not reach it"
-    return Reason(f"{text}, nor do the example inputs tell: {why}", "pass other example_inputs")
-
-
-def may_be_called_otherwise(linked: Linked, unit: Unit) -> bool:
-    """Whether calls that are not seen, of the owner or of a caller that hands it on, may pass what is left at its default."""
-    call = linked.graphs[unit].call
-    own = [argument.value for _, argument in call.arguments if isinstance(argument, Constant)]
-    if not unit.path or not (own or call.stars) or linked.is_observed(unit.path):
-        return False
-    callers = linked.callers.get(unit.path, [])
-    return not callers or any(
-        _hands_on(linked, caller) and may_be_called_otherwise(linked, caller.unit) for caller in callers
-    )
-
-
-def _hands_on(linked: Linked, spot: Spot) -> bool:
-    """Whether a call may pass on what its own forward was called with, and that was left at its default."""
-    call = linked.graphs[spot.unit].call
-    own = [argument.value for _, argument in call.arguments if isinstance(argument, Constant)]
-    passed = leaves((spot.node.args, spot.node.kwargs))
-    return call.stars is not None or any(value is each for value in passed for each in own)
 
 
 def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:

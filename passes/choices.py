@@ -50,13 +50,27 @@ def conditional(call: Callable[..., Any] | str) -> Callable[..., Any]:
 def raising(error: Exception) -> Callable[[bool, bool], None]:
     """A function that raises the forward's own error where a condition has an answer; errors that are alike have one.
 
+    What an assertion says of values of the trace, as in `assert len(x) == 2, x.shape`, it says by their names.
+
     Raises:
         UntraceableError: the error holds more than plain data, such as a value of the trace.
     """
-    if not all(isinstance(each, _PLAIN) for each in (*error.args, *vars(error).values())):
-        raise UntraceableError(f"its forward raises a {type(error).__name__} that holds a value")
     kind: Any = type(error)
-    return _raising(kind, error.args, tuple(vars(error).items()))
+    args = tuple(map(_told, error.args)) if kind is AssertionError else error.args
+    if not all(map(_is_plain, (*args, *vars(error).values()))):
+        raise UntraceableError(f"its forward raises a {kind.__name__} that holds a value")
+    return _raising(kind, args, tuple(vars(error).items()))
+
+
+def _told(value: Any) -> Any:
+    """What an error holds, with the names of traced values in their places."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_told, value))
+    return f"<{value.node}>" if isinstance(value, fx.Proxy) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 _PLAIN = (str, int, float, bool, type(None))

@@ -242,6 +242,7 @@ class Flow:
     def _broadcast(self, spot: Spot, step: Step) -> Any:
         """An element-wise sum or product; an operand of unknown shape is taken to be no larger than the other."""
         shapes: list[torch.Size] = []
+        kinds: list[torch.dtype] = []
         for operand in step.args:
             if isinstance(operand, fx.Node):
                 try:
@@ -251,13 +252,14 @@ class Flow:
                 if not isinstance(known, Tensor):
                     return self._called(spot, step)  # arithmetic of sizes
                 shapes.append(known.shape)
+                kinds.append(known.dtype)
         if not shapes:
             raise UnknownError
         try:
             together = broadcast_shapes(*shapes)
         except RuntimeError:  # a table for another number of positions, such as relative position biases
             together = shapes[0]
-        return torch.empty(together, device="meta")
+        return torch.empty(together, dtype=_kind(*kinds), device="meta")
 
     def _part(self, unit: Unit, whole: Tensor, cut: slice) -> Tensor | None:
         """A part of the last axis: up to an unknown bound all of it, from there on nothing; None where both are known.
@@ -338,7 +340,12 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _emptied(value: Tensor) -> Tensor:
     """The tensor without its numbers: something else than a move was done to it."""
-    return torch.empty(value.shape, device="meta")
+    return torch.empty(value.shape, dtype=_kind(value.dtype), device="meta")
+
+
+def _kind(*dtypes: torch.dtype) -> torch.dtype | None:
+    """The dtype of what is made of values of these, where it matters: steps such as `view_as_real` take no other."""
+    return torch.complex64 if any(dtype.is_complex for dtype in dtypes) else None
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:

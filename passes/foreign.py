@@ -1,5 +1,5 @@
 """Functions that take values or sizes, and that a graph calls as they are: einops', math's and NumPy's, Python's own that
-make a number, and torch's own that look into what they take, for sequences of different lengths.
+make a number, and torch's own that look into what they take: sequences of different lengths, and masks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import pairwise
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx
 from torch.nn.utils import rnn
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,7 @@ from .source import functions_of, nested
 LIBRARIES = ("einops", "math", "numpy")
 NUMBERS: dict[str, Callable[..., Any]] = {"len": len, "int": int, "float": float, "round": round}
 _OF_SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence)
+_OF_MASKS = (F._canonical_mask, F._none_or_dtype)  # which torch's own forwards call
 
 Called = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _ABSENT = object()
@@ -47,6 +49,7 @@ def calls_become(called: Called, functions: Iterable[FunctionType]) -> Iterator[
 
 def _named(functions: list[FunctionType]) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
     """Where the functions find what they name of these functions."""
+    yield from ((vars(F), each.__name__, each) for each in _OF_MASKS)
     others = {(id(each.__globals__), name) for each in functions for name in _globals(each)[1]}
     for function in functions:
         names, space = {name for code in nested(function.__code__) for name in code.co_names}, function.__globals__

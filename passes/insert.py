@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import may_be_called_otherwise
 from .elementwise import activation_input
 from .errors import PlanError
 from .extended import extended_class, extended_multihead, made_of, written
@@ -23,6 +22,7 @@ from .plan import Plan, Site
 from .rewrite import Psi, remedy
 from .subclass import is_extended_owner, original_class
 from .units import Spot, Unit
+from .unseen import may_be_called_otherwise
 from .within import runs_within
 from .writes import acts_in_place, overwritten_beside
 

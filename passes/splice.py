@@ -109,7 +109,20 @@ class Sizes:
     def _rank(self, read: fx.Node) -> int | fx.Node:
         of = read.args[0]
         assert isinstance(of, fx.Node), "the size of a value"
-        return rank_of(of, self.owner)
+        return rank_of(of, self.owner, self._varies)
+
+    def known(self, value: fx.Node) -> int | None:
+        """The number of a value's axes, where the graph says it."""
+        rank = rank_of(value, self.owner, self._varies)
+        return rank if isinstance(rank, int) else None
+
+    def is_sure(self, item: fx.Node) -> bool:
+        """Whether an item of a size is there whatever the numbers of axes that are open."""
+        found = _size(self.items[item][0])
+        return found is not None and isinstance(self.ranks[found[0]], int)
+
+    def _varies(self, size: fx.Node) -> bool:
+        return size in self.items and not self.is_sure(size)
 
 
 def spliced(parts: tuple[Any, ...] | list[Any], at: tuple[tuple[int, int, int], ...]) -> tuple[Any, ...] | list[Any]:
@@ -194,6 +207,9 @@ class _Written:
     def written(self, value: Any) -> Any:
         """An argument in the new graph."""
         if isinstance(value, fx.Node):
+            if value in self.sizes.items and self.sizes.is_sure(value):
+                size, index, _ = self.sizes.items[value]
+                return new_node(self.graph, "call_function", operator.getitem, (self.copies[size], index), {})
             if value in self.sizes.items:
                 raise UntraceableError("its forward takes an item of a traced value out of a tuple of its items")
             return self.copies[value]

@@ -68,8 +68,9 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         if found is not None:
             return _laid_out(linked, found, between[::-1])
         inputs = here.node.all_input_nodes
-        wire = is_wire(here.node, linked.module(here)) and inputs and _reads_one_value(here.node)
-        wire = wire and not (is_cast(step_of(here.node)) and may_round(linked, here))
+        casts = is_cast(step_of(here.node))  # `type_as` reads another value, but its dtype alone
+        wire = is_wire(here.node, linked.module(here)) and inputs and (casts or _reads_one_value(here.node))
+        wire = wire and not (casts and may_round(linked, here))
         if not wire and norm_at(linked, here) is None:
             return no_affine_map("in front of it stands", linked, here)
         between.append(here)
@@ -127,7 +128,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
                 noisy = layout.noisy or any(before.noisy for _, before, _ in ends.values())
                 ends[found.affine.weight] = (found, replace(layout, noisy=noisy), use)
                 continue
-            passed = _passed(linked, use, layout)
+            passed = _passed(linked, here, use, layout)
             if passed is None:
                 return no_affine_map("its result goes into", linked, use)
             todo.append((use, passed))
@@ -144,14 +145,15 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     return found, layout, alone
 
 
-def _passed(linked: Linked, use: Spot, layout: Layout) -> Layout | None:
+def _passed(linked: Linked, value: Spot, use: Spot, layout: Layout) -> Layout | None:
     """The layout behind a wire; of those in one branch alone a cast is one."""
     step = step_of(use.node)
     if is_cast(step) and may_round(linked, use):
         return None
     if step.conditions:
         return layout if is_cast(step) and all(map(is_fact, value_inputs(use.node)[1:])) else None
-    return through(layout, use.node, linked.module(use)) if _reads_one_value(use.node) else None
+    cast = is_cast(step) and linked.source(Spot(use.unit, value_inputs(use.node)[0])) == linked.source(value)
+    return through(layout, use.node, linked.module(use)) if cast or _reads_one_value(use.node) else None
 
 
 def reads_only_value(use: Spot, found: Found) -> bool:

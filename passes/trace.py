@@ -296,7 +296,8 @@ class Tracing:
 
     def _graph(self, forward: Forward, noted: Noted) -> fx.Graph:
         """The graph of a run; where it asks for traced values that of several, for all answers, and where it runs over the
-        items of sizes for several numbers of axes. Where it goes by that number, `len` of a size is left to each call.
+        items of sizes for several numbers of axes. Where it goes by that number, or only raises an error with the numbers
+        that are tried (`assert len(x.shape) == 1`), `len` of a size is left to each call.
         """
         counted = True
 
@@ -332,7 +333,7 @@ class Tracing:
 
         try:
             graph = over_answers(answered)
-        except AxesError:
+        except (AxesError, RaisesError):
             counted = False
             graph = over_answers(answered)
         refuse_memory(noted.reads, noted.sets)

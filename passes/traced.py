@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor, fx
 
+from .errors import UntraceableError
 from .facts import is_size
 from .recording import asked_by_a_forward
-from .source import reads_class, says_something, unpacked_into
+from .source import is_tried, reads_class, says_something, unpacked_into
 from .splice import parts_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _NUMBER, _SIZE = "needs the number that a value holds", "needs the number that a size is, as `range(x.shape[1])` does"
+
+_AXES = {"ndim", "dim", "ndimension"}
 
 # What a value says of itself that a write in place changes.
 _CHANGING = {"shape", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "_version", "data", "T", "mT", "H", "mH"}
@@ -54,6 +57,8 @@ class Traced(fx.Proxy):
             raise AttributeError(f"'Tensor' object has no attribute {k!r}")
         if str(sys._getframe(1).f_globals.get("__name__")).startswith("numpy."):
             self.refuse("hands a traced value to NumPy")
+        if k in _AXES and (rank := tracer.sizes.known(self.node)) is not None:
+            return rank if k == "ndim" else lambda: rank
         attribute = TracedAttribute(self, k)
         if k in _CHANGING:
             _ = attribute.node  # read now: it may be another where it is used (`unsqueeze_`, `requires_grad_`)
@@ -80,6 +85,14 @@ class Traced(fx.Proxy):
         """End the trace."""
         cast("OwnerTracer", self.tracer).refuse(f"its forward {reason}, which a graph can't hold")
 
+    def give_up(self, reason: str) -> NoReturn:
+        """End the trace where the error reaches it: torch's functions try whether a size is a number, drop the error, and
+        take the size as the traced value that it is.
+        """
+        if is_tried(sys._getframe(2), cast("OwnerTracer", self.tracer).trying):
+            self.refuse(reason)
+        raise UntraceableError(f"its forward {reason}, which a graph can't hold")
+
 
 def _refusing(name: str, what: str) -> Callable[..., Any]:
     original = getattr(fx.Proxy, name, None)
@@ -87,7 +100,8 @@ def _refusing(name: str, what: str) -> Callable[..., Any]:
     def answer(self: Any, *args: Any) -> Any:
         if original is not None and not asked_by_a_forward():
             return original(self, *args)
-        return self.refuse(_SIZE if what is _NUMBER and is_size(self.node) else what)
+        reason = _SIZE if what is _NUMBER and is_size(self.node) else what
+        return self.give_up(reason) if name == "__index__" else self.refuse(reason)
 
     return answer
 

@@ -6,7 +6,7 @@ constant channel stays constant (padding cuts it at the border).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,20 +42,39 @@ _SWITCHED = {*_DROPOUTS, F.batch_norm, F.scaled_dot_product_attention}
 
 
 def modes_agree(owned: OwnerGraph) -> bool:
-    """Whether eval mode runs the same graph as training mode, but for the flags of dropout and normalisation, and for what
-    is kept to be looked at.
+    """Whether eval mode runs the same graph as training mode, but for dropouts, the flags of dropout and normalisation, and
+    what is kept to be looked at.
     """
     if owned.in_eval is None:
         return not any(map(always_drops, owned.graph.nodes))
     in_training, in_eval = returning(owned.graph), returning(owned.in_eval.graph)
+    names = {node.name for node in in_eval}
+    dropped = {node: node.args[0] for node in in_training if _drops_one(node) and node.name not in names}
+    in_training = [node for node in in_training if node not in dropped]
     pairs = list(zip(in_training, in_eval, strict=False))
+
+    def given(node: fx.Node) -> str:
+        return str(fx.map_arg((node.args, node.kwargs), lambda value: _before(value, dropped)))
+
     if len(in_training) != len(in_eval) or any(map(always_drops, in_eval)):
         return False
     return all(
         (one.op, one.target, one.name) == (two.op, two.target, two.name)
-        and (one.target in _SWITCHED or (str(one.args), str(one.kwargs)) == (str(two.args), str(two.kwargs)))
+        and (one.target in _SWITCHED or given(one) == str((two.args, two.kwargs)))
         for one, two in pairs
     )
+
+
+def _drops_one(node: fx.Node) -> bool:
+    """Whether the node is a dropout of a value: `if self.training: x = F.dropout(x, self.p)`."""
+    return node.op == "call_function" and node.target in _DROPOUTS and node.all_input_nodes == [*node.args[:1]]
+
+
+def _before(value: fx.Node, dropped: Mapping[fx.Node, Any]) -> fx.Node:
+    """The value in front of the dropouts that made this one."""
+    while value in dropped:
+        value = dropped[value]
+    return value
 
 
 def how_modes_differ(owned: OwnerGraph, whose: str = "its forward") -> Reason:

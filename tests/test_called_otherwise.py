@@ -93,3 +93,24 @@ def test_what_star_arguments_gather_is_checked_at_every_call(planned: int) -> No
     bypass_fx.extend(model, mode="all", example_inputs=CALLS[planned][0])
     for (args, kwargs), expected in zip(CALLS, before, strict=True):
         assert torch.equal(model(*args, **kwargs), expected)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("masked", ["src_mask", "src_key_padding_mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_layer_of_torch_takes_a_mask_that_it_was_not_planned_with(
+    train: bool, masked: str, dtype: torch.dtype
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1).train(train)
+    x, mask = torch.randn(5, 5, 8), torch.ones(5, 5).triu(1).to(dtype)
+
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        out: Tensor = layer(x, **{masked: mask})
+        return out
+
+    before = run()
+    bypass_fx.extend(layer, mode="all")
+    assert torch.equal(run(), before)
+    bypass_fx.contract(layer)
+    assert torch.equal(run(), before)

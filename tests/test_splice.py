@@ -344,3 +344,42 @@ def test_chunks_of_rows_may_be_fewer_than_asked_for_and_are_counted_in_each_call
     assert [site.constraint for site in bypass_fx.sites(net)] == ["folded"]
     for x, y in zip(inputs, before, strict=True):
         assert torch.equal(net(x), y)
+
+
+def rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embeddings by complex numbers, as the first Llama has them."""
+    turned = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    axes = turned.ndim
+    shape = [size if i in (1, axes - 1) else 1 for i, size in enumerate(turned.shape)]
+    return torch.view_as_real(turned * turns.view(*shape)).flatten(3).type_as(x)
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (each(x).view(batch, tokens, 2, 4) for each in (self.q, self.k, self.v))
+        if q.dim() != 4:
+            raise ValueError("the view says it")
+        q, k = (rotated(each, turns).transpose(1, 2) for each in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
+
+
+def test_axes_that_the_graph_tells_are_counted_and_taken_one_by_one() -> None:
+    model = Rotary()
+    calls = [(torch.randn(batch, tokens, 8), torch.randn(tokens, 2).to(torch.complex64)) for batch, tokens in SHAPES]
+    before = [model(*call) for call in calls]
+    bypass_fx.extend(model)
+    assert [site.activation for site in bypass_fx.sites(model)] == ["attention"]
+    assert all(torch.equal(model(*call), out) for call, out in zip(calls, before, strict=True))
+    with torch.no_grad():
+        delta_of(model, bypass_fx.sites(model)[0]).fill_(0.5)
+    assert not torch.allclose(model(*calls[0]), before[0])
+
+
+SHAPES = [(2, 5), (3, 4), (1, 1)]

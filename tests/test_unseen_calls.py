@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bypass_fx
 from bypass_fx.surgery import delta_of
@@ -113,3 +114,47 @@ def test_of_a_loop_over_an_axis_the_modules_are_reached_and_the_function_is_refu
     assert [(site.name, site.kind) for site in plan] == [("cell.1", "strict"), ("act", "relaxed")]
     (refusal,) = plan.refusals
     assert refusal.activation == "gelu" and "needs the number that a size is, as `range(x.shape[1])`" in refusal.reason
+
+
+def test_an_attention_that_a_checkpointed_helper_may_pass_a_context_is_refused() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            context = x if context is None else context
+            mixed = F.scaled_dot_product_attention(self.q(x), self.k(context), self.v(context))
+            return self.out(mixed)  # type: ignore[no-any-return]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_itself, self.across = Attention(), Attention()
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            out: Tensor = checkpoint(self._forward, x, context, use_reentrant=False)
+            return out
+
+        def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            x = x + self.to_itself(x)
+            out: Tensor = x + self.across(x, context=context)
+            return out
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            out: Tensor = self.block(x, context)
+            return out
+
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    for net, inputs in ((Net(), (x, context)), (Block(), (x, context)), (Net(), None)):
+        plan = bypass_fx.plan(net, example_inputs=inputs)
+        assert [site.owner.split(".")[-1] for site in plan] == ["to_itself"]
+        assert [refusal.owner.split(".")[-1] for refusal in plan.refusals] == ["across"]
+        assert "its calls are not seen" in plan.refusals[0].reason
+        before = net(x, context)
+        assert torch.equal(bypass_fx.extend(net, plan, example_inputs=inputs)(x, context), before)
