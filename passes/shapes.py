@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,7 +18,7 @@ from .elementwise import activation_input
 from .errors import in_short
 from .link import Linked
 from .nodes import takes_no_argument
-from .runs import Way, attempt, on_meta, ways
+from .runs import Way, attempt, on_meta, shadowed, ways
 from .units import ExampleInputs, Spot, Unit, arguments_of
 
 Shape = tuple[int, ...]
@@ -81,16 +81,14 @@ class Run:
     @contextmanager
     def _watched(self, linked: Linked, wanted: Mapping[Unit, list[Spot]]) -> Iterator[None]:
         """See the arguments of every call of the units."""
-        undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
-        try:
+        with ExitStack() as watched:
+            for unit, here in wanted.items():
+                watched.enter_context(self._watch(linked, unit, here))
             with self._axes:
                 yield
-        finally:
-            for put_back in reversed(undo):
-                put_back()
 
-    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> Callable[[], None]:
-        """See the arguments of every call of a unit; the answer ends that."""
+    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> AbstractContextManager[object]:
+        """Inside, see the arguments of every call of a unit."""
         module, signature = linked.modules[unit.path], linked.tracing.signature(unit.path, unit.method)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,8 +104,14 @@ class Run:
                 self.calls.setdefault(spot, {})[call] = None
 
         if unit.method == "forward":
-            return module.register_forward_pre_hook(before, with_kwargs=True).remove
-        return _shadow(module, unit.method, before)
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        original = getattr(module, unit.method)
+
+        def reporting(*args: Any, **kwargs: Any) -> Any:
+            before(module, args, kwargs)
+            return original(*args, **kwargs)
+
+        return shadowed(module, unit.method, reporting)
 
     def _is_new(
         self, linked: Linked, unit: Unit, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,24 +160,6 @@ def _may_be_rows(spot: Spot, channels: Channels, calls: Iterable[Call], rows: in
     if z is None or takes_no_argument(z) or any(axis is not None for _, axis in calls):
         return False
     return any(len(shape) == 1 for shape, _ in calls) or (channels.width == rows > 1 and channels.axis < 0)
-
-
-def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Callable[[], None]:
-    """Let a module hold a method of its own that reports each call first; the answer takes it away again."""
-    own, original = dict(module.__dict__), getattr(module, method)
-
-    def reporting(*args: Any, **kwargs: Any) -> Any:
-        before(module, args, kwargs)
-        return original(*args, **kwargs)
-
-    def put_back() -> None:
-        if method in own:
-            module.__dict__[method] = own[method]  # in its old place
-        else:
-            del module.__dict__[method]
-
-    module.__dict__[method] = reporting
-    return put_back
 
 
 def _replay(

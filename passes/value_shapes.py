@@ -17,8 +17,8 @@ from .calls import bound_to_placeholders, call_of
 from .errors import in_short
 from .fakes import on_fakes
 from .link import Linked
-from .runs import in_eval_mode
-from .units import ExampleInputs, Spot, Unit
+from .runs import in_eval_mode, shadowed
+from .units import ExampleInputs, Spot, Unit, arguments_of
 
 
 class ValueShapes:
@@ -39,7 +39,7 @@ class ValueShapes:
         self._replayed: set[Unit] = set()
         for unit, node in values:
             self._wanted.setdefault(unit, set()).add(node)
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        args, kwargs = arguments_of(inputs)
         counter = _Flops()
         with (
             in_eval_mode(linked.model),
@@ -56,15 +56,11 @@ class ValueShapes:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Inside, the graphs of the methods that hold wanted values run in place of their first calls."""
-        methods = {(unit.path, unit.method) for unit in self._wanted}
-        watched = [(self._linked.modules[path], method, self._graph_first(path, method)) for path, method in methods]
-        for module, method, graph_first in watched:
-            module.__dict__[method] = graph_first
-        try:
+        with ExitStack() as watched:
+            for path, method in {(unit.path, unit.method) for unit in self._wanted}:
+                graph_first = self._graph_first(path, method)
+                watched.enter_context(shadowed(self._linked.modules[path], method, graph_first))
             yield
-        finally:
-            for module, method, _ in watched:
-                del module.__dict__[method]
 
     def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
         original, signature = getattr(self._linked.modules[path], method), self._linked.tracing.signature(path, method)
