@@ -25,7 +25,6 @@ from .channels import Channels, Provenance
 from .choices import Step, pick, step_of, truth, value_inputs
 from .facts import is_size
 from .link import Linked
-from .matrices import tensor_named
 from .units import Spot, Unit
 from .wires import Layout, always_drops, is_cast, modes_agree, still
 from .writes import overwritten
@@ -171,7 +170,10 @@ class Flow:
     def _compute(self, spot: Spot) -> Any:
         node, module = spot.node, self.linked.module(spot)
         if node.op == "get_attr":
-            return self._stored(spot)
+            stored = self.linked.stored(spot)
+            if stored is None:
+                raise UnknownError
+            return torch.empty_like(stored, device="meta")
         made = affine_at(self.linked, spot)
         if made is not None and made.value is not None:
             before = self.tensor(Spot(spot.unit, made.value))
@@ -219,13 +221,6 @@ class Flow:
 
     def _given(self, unit: Unit, argument: Any) -> Any:
         return fx.map_arg(argument, lambda inner: self.value(Spot(unit, inner)))
-
-    def _stored(self, spot: Spot) -> Tensor:
-        try:
-            stored = tensor_named(self.linked.model, f"{spot.unit.path}.{spot.node.target}".lstrip("."))
-        except AttributeError as error:
-            raise UnknownError from error
-        return torch.empty_like(stored, device="meta")
 
     def _passed(self, spot: Spot, module: nn.Module | None) -> Tensor:
         before = self.tensor(Spot(spot.unit, value_inputs(spot.node)[0]))

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .calls import bound_to_placeholders, leaves
+from .matrices import tensor_named
 from .set_attributes import returning
 from .units import Spot, Unit, Units
 
@@ -50,6 +51,13 @@ class Linked(Units):
                 if node.op == "get_attr":
                     uses[self.tracing.names.first_name(f"{prefix}{node.target}")] += len(node.users)
         return uses
+
+    def stored(self, spot: Spot) -> Tensor | None:
+        """The parameter or buffer that a spot reads; None where the model has none of that name."""
+        try:
+            return tensor_named(self.model, f"{spot.unit.path}.{spot.node.target}".lstrip("."))
+        except AttributeError:
+            return None
 
     def arguments(self, spot: Spot) -> list[Spot | None]:
         """What each caller passes for a placeholder; None where a caller passes no traced value."""
