@@ -184,17 +184,8 @@ BATCH = Reason(
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _SPREADS = {
-    pick,
-    "expand",
-    "expand_as",
-    "view",
-    "reshape",
-    "unsqueeze",
-    "squeeze",
-    "to",
-    torch.unsqueeze,
-    "type_as",
-    "view_as",
+    *(pick, torch.unsqueeze),
+    *("expand", "expand_as", "view", "view_as", "reshape", "unsqueeze", "squeeze", "to", "type_as"),
 }
 
 

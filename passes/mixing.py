@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .activations import MIXES
 from .choices import value_inputs
 from .link import Linked
 from .units import Spot
 
-_PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", torch.einsum}
+_PRODUCTS = MIXES.keys() - {F.scaled_dot_product_attention}
 _SOFTMAXES: set[Any] = {F.softmax, torch.softmax, "softmax"}
 FAR = 16  # how many calls may stand between a softmax and the product: dropout, casts, masks, maps across heads
 
