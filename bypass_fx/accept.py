@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bypass_fx.numeric import is_count
 from bypass_fx.passes.errors import BypassError
+from bypass_fx.passes.runs import in_eval_mode
 
 Evaluate = Callable[[nn.Module], Any]
 
@@ -81,7 +82,7 @@ class NotWorse(Accept):
     def __init__(self, evaluate: Evaluate, after: int = 0, tolerance: float = 0.0) -> None:
         super().__init__(after)
         _expect_function("evaluate", evaluate)
-        if not (isinstance(tolerance, float | Real | Tensor) and tolerance == tolerance):
+        if not (isinstance(tolerance, Real | Tensor) and tolerance == tolerance):
             raise BypassError(f"tolerance is {tolerance!r}; give a number, such as 0.01")
         self._evaluate, self._tolerance = evaluate, float(tolerance)
         self._at_start = math.nan
@@ -174,12 +175,6 @@ def _expect_function(name: str, function: Any) -> None:
 
 
 def _loss(evaluate: Evaluate, model: nn.Module) -> float:
-    """The loss in evaluation mode; every module's mode is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return float(evaluate(model))
-    finally:
-        for module, training in modes:
-            module.training = training
+    """The loss in evaluation mode; the model is as before."""
+    with in_eval_mode(model), torch.no_grad():
+        return float(evaluate(model))
