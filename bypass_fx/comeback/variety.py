@@ -134,9 +134,7 @@ def _shared(model: nn.Module) -> dict[tuple[str, Side], str]:
         ends: tuple[tuple[Side, Affine | None], ...] = (("A", site.second), ("W", site.first))
         for side, affine in ends:
             if affine is not None:
-                path, _, attribute = affine.weight.rpartition(".")
-                parameter = root.get_submodule(path)._parameters.get(attribute)
-                found.setdefault((side, id(parameter)), []).append(site)
+                found.setdefault((side, id(_parameter(root, affine.weight))), []).append(site)
     return {
         (site.name, side): f"its {side} is that of {len(together)} sites"
         for (side, _), together in found.items()
@@ -145,9 +143,14 @@ def _shared(model: nn.Module) -> dict[tuple[str, Side], str]:
     }
 
 
-def _held(root: nn.Module, name: str) -> str:
+def _parameter(root: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that name; None where what has it is computed."""
     path, _, attribute = name.rpartition(".")
-    parameter = root.get_submodule(path)._parameters.get(attribute)
+    return root.get_submodule(path)._parameters.get(attribute)
+
+
+def _held(root: nn.Module, name: str) -> str:
+    parameter = _parameter(root, name)
     if parameter is None:
         return f"{name} is computed from other parameters"
     if not parameter.requires_grad:
