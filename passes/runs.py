@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .dice import unrolled
@@ -90,6 +90,26 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in training.items():
             if module.training != mode:
                 module.training = mode
+
+
+class _Replay(fx.Interpreter):
+    def __init__(self, module: nn.Module, graph: fx.Graph, show: Callable[[fx.Node, Tensor], None]) -> None:
+        super().__init__(module, graph=graph)
+        self._show = show
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self._show(n, value)
+        return value
+
+
+def replay(
+    module: nn.Module, graph: fx.Graph, given: Mapping[str, Any], show: Callable[[fx.Node, Tensor], None]
+) -> Any:
+    """Run a module's graph on what its placeholders stand for; `show` sees every tensor on the way."""
+    values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
+    return _Replay(module, graph, show).run(*values)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .calls import bound_to_placeholders, call_of
 from .errors import in_short
 from .fakes import on_fakes
 from .link import Linked
-from .runs import in_eval_mode, shadowed
+from .runs import in_eval_mode, replay, shadowed
 from .units import ExampleInputs, Spot, Unit, arguments_of
 
 
@@ -81,10 +81,12 @@ class ValueShapes:
 
     def _replay(self, unit: Unit, given: Mapping[str, Any]) -> Any:
         """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values."""
-        graph = self._linked.graphs[unit].graph
-        values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-        replay = _Replay(self._linked.modules[unit.path], graph, unit, self._wanted[unit], self.shapes)
-        return _plain(replay.run(*values))
+
+        def show(node: fx.Node, value: Tensor) -> None:
+            if node in self._wanted[unit]:
+                self.shapes[Spot(unit, node)] = tuple(map(int, value.shape))
+
+        return _plain(replay(self._linked.modules[unit.path], self._linked.graphs[unit].graph, given, show))
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -111,25 +113,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and type(value) is tuple:
         return tuple(_plain(item) for item in value)
     return {key: _plain(item) for key, item in value.items()} if type(value) is immutable_dict else value
-
-
-class _Replay(fx.Interpreter):
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph,
-        unit: Unit,
-        wanted: set[fx.Node],
-        shapes: dict[Spot, tuple[int, ...]],
-    ) -> None:
-        super().__init__(module, graph=graph)
-        self.unit, self.wanted, self.shapes = unit, wanted, shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor):
-            self.shapes[Spot(self.unit, n)] = tuple(map(int, value.shape))
-        return value
 
 
 @contextmanager
