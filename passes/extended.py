@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from .activation_calls import Calls
@@ -21,7 +20,7 @@ from .multihead_source import multihead_source
 from .otherwise import differences, stands_alike
 from .outcome import LEAVES, Match
 from .plan import Site
-from .reads import PLAIN, fingerprint
+from .reads import OF_EVERY_MODULE, PLAIN, fingerprint
 from .rewrite import Psi, runnable
 from .set_attributes import names_set
 from .strict import strict
@@ -91,11 +90,10 @@ def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Var
 def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
     """The plain attributes of the owner that its code was traced for, with their fingerprints."""
     reads = [read for graph in graphs for read in graph.reads]
-    own = set(torch.nn.Module().__dict__)
     return {
         name: value
         for where, name, value in reads
-        if not where and name not in own and value[:1] not in (("tensor",), ("module",))
+        if not where and name not in OF_EVERY_MODULE and value[:1] not in (("tensor",), ("module",))
     }
 
 

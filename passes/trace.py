@@ -95,7 +95,7 @@ class OwnerGraph:
     @cached_property
     def children(self) -> tuple[str, ...]:
         """The child modules that the graph calls."""
-        return tuple({str(node.target) for node in self.graph.nodes if node.op == "call_module"})
+        return tuple(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"))
 
 
 @dataclass(slots=True)
