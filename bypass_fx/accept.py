@@ -82,7 +82,7 @@ class NotWorse(Accept):
     def __init__(self, evaluate: Evaluate, after: int = 0, tolerance: float = 0.0) -> None:
         super().__init__(after)
         _expect_function("evaluate", evaluate)
-        if not (isinstance(tolerance, Real | Tensor) and tolerance == tolerance):
+        if not (isinstance(tolerance, float | Real | Tensor) and tolerance == tolerance):
             raise BypassError(f"tolerance is {tolerance!r}; give a number, such as 0.01")
         self._evaluate, self._tolerance = evaluate, float(tolerance)
         self._at_start = math.nan

@@ -254,11 +254,17 @@ class Flow:
             together = shapes[0]
         return torch.empty(together, device="meta")
 
-    def _part(self, unit: Unit, whole: Tensor, cut: slice) -> Tensor | None:
-        """A part of the last axis: up to an unknown bound all of it, from there on nothing; None where both are known.
+    def _part(self, unit: Unit, of: Any, key: Any) -> Tensor | None:
+        """A part `x[..., a:b]`: up to an unknown bound all of the axis, from there on nothing; None for any other.
 
         So the parts that a rotary embedding turns and leaves (`x[..., :n]` and `x[..., n:]`) are the whole together.
         """
+        first, cut = key if isinstance(key, tuple) and len(key) == 2 else (None, None)
+        if first is not Ellipsis or not isinstance(cut, slice) or cut.step is not None or not isinstance(of, fx.Node):
+            return None
+        whole = self.value(Spot(unit, of))
+        if not isinstance(whole, Tensor):
+            return None
         unknown = list[Any]()
 
         def bound(given: Any, otherwise: int | None) -> Any:
@@ -273,14 +279,9 @@ class Flow:
 
     def _called(self, spot: Spot, step: Step) -> Any:
         node = spot.node
-        if step.target is operator.getitem and isinstance(step.args[1], tuple) and isinstance(step.args[0], fx.Node):
-            first, *cuts = step.args[1]
-            whole = self.value(Spot(spot.unit, step.args[0]))
-            cut = cuts[0] if len(cuts) == 1 else None
-            if first is Ellipsis and isinstance(cut, slice) and cut.step is None and isinstance(whole, Tensor):
-                part = self._part(spot.unit, whole, cut)
-                if part is not None:
-                    return part
+        part = self._part(spot.unit, *step.args) if step.target is operator.getitem else None
+        if part is not None:
+            return part
 
         def given(inner: fx.Node) -> Any:
             value = self.value(Spot(spot.unit, inner))

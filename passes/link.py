@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from .calls import bound_to_placeholders, leaves
+from .choices import value_inputs
 from .matrices import tensor_named
 from .set_attributes import returning
 from .units import Spot, Unit, Units
@@ -77,6 +78,16 @@ class Linked(Units):
             if before is None:
                 return spot
             spot = before
+
+    def trail(self, spot: Spot, most: int) -> Iterator[Spot]:
+        """Where the value comes from, where the first value that this is made of comes from, and so on, at most so far."""
+        for _ in range(most):
+            spot = self.source(spot)
+            yield spot
+            inputs = value_inputs(spot.node)
+            if not inputs:
+                return
+            spot = Spot(spot.unit, inputs[0])
 
     def _source_step(self, spot: Spot) -> Spot | None:
         unit, call = spot

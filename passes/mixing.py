@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import MIXES
-from .choices import value_inputs
 from .link import Linked
 from .units import Spot
 
@@ -24,15 +23,11 @@ def is_attention(linked: Linked, spot: Spot) -> bool:
         return True
     if not is_product(spot.node):
         return False
-    here = Spot(spot.unit, weights_of(spot.node))
-    for _ in range(FAR):
-        here = linked.source(here)
+    for here in linked.trail(Spot(spot.unit, weights_of(spot.node)), FAR):
         if here.node.target in _SOFTMAXES or isinstance(linked.module(here), nn.Softmax):
             return True
-        inputs = value_inputs(here.node)
-        if not inputs or here.node.target in _PRODUCTS:
+        if here.node.target in _PRODUCTS:
             return False
-        here = Spot(here.unit, inputs[0])
     return False
 
 

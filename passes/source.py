@@ -348,14 +348,12 @@ def functions_of(value: Any) -> list[FunctionType]:
         return [value]
     if value is None or isinstance(value, type | BuiltinFunctionType):
         return []
-    if isinstance(value, partial):
+    if isinstance(value, partial | cached_property):
         return functions_of(value.func)
     if isinstance(value, staticmethod | classmethod | MethodType):
         return functions_of(value.__func__)
     if isinstance(value, property):
         return functions_of(value.fget)
-    if isinstance(value, cached_property):
-        return functions_of(value.func)
     if not callable(value):
         return []
     layers = [function for function in (value, inspect.unwrap(value)) if isinstance(function, FunctionType)]
