@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -14,30 +14,19 @@ from torch.optim import Optimizer
 
 from bypass_fx import constraint, gradient_averaging, param_group, surgery
 from bypass_fx.arrival import Threshold
-from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
+from bypass_fx.bypass_report import Arrival, ScheduleReport
 from bypass_fx.comeback import Comeback, Moment
 from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep, HeldStill
 from bypass_fx.gamma import Adaptive
-from bypass_fx.moving import Moving, mask
+from bypass_fx.lookout import Lookout, Seen
+from bypass_fx.moving import mask
 from bypass_fx.passes.fold import in_fold_order
 from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Plan
-from bypass_fx.readout import Reading, Readout
 from bypass_fx.rescaled import rescale
 
 LOOKS_EVERY = 8  # steps, at all that moves: what is not finite stays so
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a step goes by, measured after the optimiser's step by one who leads several models at once.
-
-    `values` is what `Bypass.look` gives, [sites]; `extent` the norm of the parameters that move beside D, 0-dim.
-    """
-
-    values: Tensor
-    extent: Tensor
 
 
 class Bypass:
@@ -57,11 +46,9 @@ class Bypass:
         first = next(iter(self._deltas.values()))
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
-        self._moving = Moving(model, optimizer, self._deltas, like=self.gamma)
-        self._losses = torch.zeros_like(self.gamma)  # those since the last look, added up: NaN where one is not finite
+        self._lookout = Lookout(model, optimizer, self._deltas, like=self.gamma)
         self._threshold = Threshold(course.epsilon, [*self._deltas], like=self.gamma)
         self._order = in_fold_order(self.plan)
-        self._readout = Readout(first.device)
         self._latest: Tensor | None = None  # the norms last taken, scaled as D was since, [sites]
         self.out = frozenset(self._deltas)
         self.norms: dict[str, float] = {}
@@ -209,7 +196,7 @@ class Bypass:
         last = self.opt2_steps >= course.opt2
         readings = [self._exchange(norms if measured else None, loss, seen, looks)]
         if last:
-            readings.append(self._looked_at(self._readout.flush()))
+            readings.append(self._lookout.flush())
         arrived: list[str] = []
         for taken in filter(None, readings):
             self.norms = taken
@@ -222,7 +209,7 @@ class Bypass:
         if not self.out:
             if not looks:
                 self._exchange(None, None, None, looks=True)
-            self._looked_at(self._readout.flush())
+            self._lookout.flush()
             self.contract()
         elif last and course.at_budget != "continue":
             self.exhausted = True
@@ -266,9 +253,9 @@ class Bypass:
     @torch.no_grad()
     def measure(self) -> None:
         """Take the norms as they are now."""
-        self._looked_at(self._readout.flush())
+        self._lookout.flush()
         taken = self._exchange(self._norms(), None, None, looks=True)
-        self.norms = taken or self._looked_at(self._readout.flush()) or {}
+        self.norms = taken or self._lookout.flush() or {}
 
     def those_out(self) -> tuple[Arrival, ...]:
         """The sites that have not arrived, with the norms last taken."""
@@ -313,56 +300,8 @@ class Bypass:
     def _exchange(
         self, norms: Tensor | None, loss: Tensor | float | None, seen: Seen | None, looks: bool
     ) -> dict[str, float] | None:
-        """One number per site on its way to the host, with a look at all that moves; norms that have come, by site.
-
-        Args:
-            norms: of the sites, [sites], where they were taken.
-            loss: of the step; one on a GPU, or of one process among several, is seen at the next look.
-            seen: what was measured already.
-            looks: whether D and what moves beside it are looked at.
-        """
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
-        on_host = not isinstance(loss, Tensor) or (loss.device.type == "cpu" and not self._readout.delays)
-        if loss is None:
-            pass
-        elif on_host and not gradient_averaging.among_several():
-            if not math.isfinite(loss):
-                self._expect_finite({}, float(loss), f"{self.phase}, step {step}")
-        else:  # several processes stop in the same step, or some wait for ever
-            own = loss.detach().to(self.gamma, non_blocking=True).reshape(()) if isinstance(loss, Tensor) else loss
-            self._losses += own
-        if norms is None and not looks:
-            return self._looked_at(self._readout.flush())
-        parts = [] if norms is None else [norms]
-        if looks and seen:
-            parts += [*([seen.values] if norms is None else []), seen.extent.to(self.gamma).reshape(1)]
-        elif looks:
-            parts.append(self._moving.sizes(with_d=norms is None))
-        numbers = torch.cat([*parts, self._losses.reshape(1)])
-        self._losses.zero_()
-        return self._looked_at(self._readout.exchange(numbers, self.phase, step, norms is not None))
-
-    def _looked_at(self, reading: Reading | None) -> dict[str, float] | None:
-        """The norms in a reading, if they are norms.
-
-        Raises:
-            NonFiniteError: a number is NaN or infinite.
-        """
-        if reading is None:
-            return None
-        by_name = dict(zip(self._deltas, reading.numbers, strict=False))  # behind them are those of what else moves
-        if not all(map(math.isfinite, reading.numbers)):
-            self._expect_finite(by_name, reading.numbers[-1], f"{reading.phase}, step {reading.step}")
-        return by_name if reading.measured else None
-
-    def _expect_finite(self, norms: Mapping[str, float], loss: float, when: str) -> None:
-        found = [] if math.isfinite(loss) else [f"the loss is {loss}"]
-        sites = [(name, norm) for name, norm in norms.items() if not math.isfinite(norm)]
-        found += [f"D of site {name!r} is not finite (norm {norm})" for name, norm in sites[:1]]
-        if broken := self._moving.broken():
-            found.append(f"{broken} is not finite, and so was its gradient")
-        if found:
-            raise NonFiniteError(f"{when}: {'; '.join(found)}")
+        return self._lookout.exchange(self.phase, step, norms, loss, seen, looks)
 
     def state_dict(self) -> dict[str, Any]:
         """What this bypass needs to go on exactly, beside the states of the model and the optimiser."""
@@ -375,7 +314,7 @@ class Bypass:
             "out": sorted(self.out),
             "norms": dict(self.norms),
             "latest": None if self._latest is None else self._latest.tolist(),
-            "under_way": self._readout.state_dict(),
+            "under_way": self._lookout.state_dict(),
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
             "comeback": self._course.comeback.state_dict(),
             "gamma": gamma.state_dict() if isinstance(gamma, Adaptive) else {},
@@ -396,5 +335,5 @@ class Bypass:
         self.out, self.norms = frozenset(state["out"]), dict(state["norms"])
         if state["latest"] is not None:
             self._latest = self.gamma.new_tensor(state["latest"])
-        self._readout.load_state_dict(state["under_way"])
+        self._lookout.load_state_dict(state["under_way"])
         self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]

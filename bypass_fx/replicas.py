@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from bypass_fx import constraint, joint_step, surgery
-from bypass_fx.bypass import Seen
 from bypass_fx.course import expect
 from bypass_fx.joint_step import JointStep
+from bypass_fx.lookout import Seen
 from bypass_fx.numeric import is_count
 from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Site

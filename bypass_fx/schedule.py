@@ -17,11 +17,12 @@ from bypass_fx import accept as acceptance
 from bypass_fx import comeback as returns
 from bypass_fx import param_group, surgery
 from bypass_fx.arrival import Epsilon
-from bypass_fx.bypass import Bypass, Seen
+from bypass_fx.bypass import Bypass
 from bypass_fx.bypass_report import Arrival, NonFiniteError, ScheduleReport
 from bypass_fx.choice import Choice, expect_same
 from bypass_fx.course import AtBudget, Course, Unit, expect, expect_one_number
 from bypass_fx.gamma import Adaptive, Gamma
+from bypass_fx.lookout import Seen
 from bypass_fx.passes.plan import Plan
 from bypass_fx.readout import Reading, Readout
 from bypass_fx.snapshot import Snapshot

@@ -49,7 +49,7 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(device)
             self.delays = True
 
-    for module in ("bypass", "schedule"):
+    for module in ("lookout", "schedule"):
         monkeypatch.setattr(f"bypass_fx.{module}.Readout", Later)
 
 
@@ -115,7 +115,7 @@ def test_what_is_still_out_when_the_budget_ends_has_the_norm_of_the_last_step() 
     reports = []
     for late in (False, True):
         model, optimizer, schedule = begun("published", epsilon=1e-12, gamma=bypass_fx.Linear(1e-6))
-        schedule._bypass._readout.delays = late
+        schedule._bypass._lookout._readout.delays = late
         while schedule.phase != "done":
             step(model, optimizer, schedule, schedule.steps)
         reports.append(schedule.report)
