@@ -15,13 +15,13 @@ from bypass_fx.passes.matrices import offset
 from bypass_fx.passes.plan import Affine, Site
 from bypass_fx.surgery import fold_down
 
-from .base import Comeback, Moment
 from .paths import Descent
+from .planned import Planned
 
 Side = Literal["A", "W", "D"]
 
 
-class Variety(Comeback):
+class Variety(Planned):
     """A planned path to A D W = 0 with D ≠ 0, the paper's second escape (eq. 25): A, or W, is led there and D stays.
 
     With P the projector on the columns of D W, A ← A (I − (1 − c(t+1)/c(t)) P) after each optimiser step scales A D W by
@@ -46,13 +46,9 @@ class Variety(Comeback):
     name = "variety"
 
     def __init__(self, path: str = "smooth") -> None:
-        self._descent = Descent(path)
+        super().__init__(Descent(path))
         self._sides: dict[str, Side] = {}
         self._reasons: dict[str, str] = {}
-
-    @property
-    def ends(self) -> bool:
-        return True
 
     def begin(self, model: nn.Module) -> None:
         self._sides, self._reasons = {}, {}
@@ -72,12 +68,6 @@ class Variety(Comeback):
                 names |= dict.fromkeys(_weights(site, "A") + _weights(site, "W"))
         held = dict(root.named_parameters())
         return tuple(held[name] for name in names if name in held)
-
-    def pace(self, t: int, budget: int) -> float:
-        return self._descent.at(t, budget)
-
-    def shrink(self, now: Moment) -> Tensor:
-        return torch.full_like(now.norms, self._descent.factor(now.t, now.budget))
 
     def scale(self, model: nn.Module, site: Site, factor: Tensor) -> None:
         side, root = self._sides[site.name], root_of(model)
