@@ -67,11 +67,12 @@ class Threshold:
         else:
             patterns = epsilon if isinstance(epsilon, Mapping) else {"*": epsilon}
             self._each = {name: _first_fit(patterns, name) for name in names}
+        self.key = self._total, *self._each.values()  # what tells two thresholds of the same sites apart
         self._on_device = torch.tensor([*self._each.values()], dtype=like.dtype, device=like.device)
 
     def within(self, norms: Tensor) -> Tensor:
-        """Which sites are near enough, [sites] to [sites]; sites that have arrived have the norm 0."""
-        return (norms if self._total is None else norms.sum().expand_as(norms)) < self._on_device
+        """Which sites are near enough, […, sites] to the same; sites that have arrived have the norm 0."""
+        return (norms if self._total is None else norms.sum(-1, keepdim=True).expand_as(norms)) < self._on_device
 
     def arrived(self, norms: Mapping[str, float], out: frozenset[str]) -> list[str]:
         """Those of the sites still out that are near enough, in order, by norms on the host."""

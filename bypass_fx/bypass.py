@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from bypass_fx.course import Course, expect
 from bypass_fx.damped_step import DampedStep, HeldStill
 from bypass_fx.gamma import Adaptive
 from bypass_fx.lookout import Lookout, Seen
-from bypass_fx.moving import mask
+from bypass_fx.moving import Moving, mask
 from bypass_fx.passes.fold import in_fold_order
 from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Plan
@@ -46,10 +46,12 @@ class Bypass:
         first = next(iter(self._deltas.values()))
         wide = torch.promote_types(first.dtype, torch.float32)
         self.gamma = torch.zeros((), dtype=wide, device=first.device)  # γ(t); changed in place, so nothing recompiles
-        self._lookout = Lookout(model, optimizer, self._deltas, like=self.gamma)
+        moving = Moving(model, optimizer, self._deltas, like=self.gamma)
+        self.lookout = Lookout([*self._deltas], moving, like=self.gamma)
         self._threshold = Threshold(course.epsilon, [*self._deltas], like=self.gamma)
         self._order = in_fold_order(self.plan)
-        self._latest: Tensor | None = None  # the norms last taken, scaled as D was since, [sites]
+        self.latest: Tensor | None = None  # the norms last taken, scaled as D was since, [sites]
+        self._gamma_now = 0.0
         self.out = frozenset(self._deltas)
         self.norms: dict[str, float] = {}
         self.arrivals: list[Arrival] = []
@@ -105,7 +107,7 @@ class Bypass:
     @property
     def measures(self) -> bool:
         """Whether the constraint is looked at in the coming step of opt2: a k-th one, or the last that is planned."""
-        return self.counts or self._latest is None or self.opt2_steps + 1 == self._course.opt2
+        return self.counts or self.latest is None or self.opt2_steps + 1 == self._course.opt2
 
     @property
     def looks(self) -> bool:
@@ -118,6 +120,18 @@ class Bypass:
     def watches(self) -> str:
         """What the coming step goes by: "norms" of the constraint, "sizes" of D and what moves beside it, or nothing, ""."""
         return "norms" if self.phase == "opt2" and self.measures else "sizes" if self.looks else ""
+
+    @property
+    def in_step(self) -> Hashable | None:
+        """Where it is the same for bypasses of equal models, the coming step of opt2 scales the D of all in the same way."""
+        course, kind = self._course, type(self._course.comeback)
+        plain = kind.scale is Comeback.scale and kind.moves is Comeback.moves and kind.observe is Comeback.observe
+        alike = course.comeback.alike() if plain and self.phase == "opt2" else None
+        rate = self._rate() if alike is not None and course.comeback.uses_gamma else 0.0
+        if alike is None or isinstance(rate, Tensor):
+            return None
+        now = self.opt2_steps, course.opt2, self.watches, self.looks
+        return alike, now, self.out, self._threshold.key, rate, self._gamma_now
 
     def penalty(self, gamma: Tensor | None = None) -> Tensor | None:
         """What the return adds to the loss; in every k-th step only, it counts k times."""
@@ -184,19 +198,22 @@ class Bypass:
         still: list[Tensor] = [delta for name, delta in self._deltas.items() if name not in self.out]
         if still:
             torch._foreach_zero_(still)  # the optimiser's momentum moves even what has no gradient
-        if seen:
-            seen = Seen(seen.values.clone(), seen.extent)
-            for index, name in enumerate(self._deltas):
-                if name not in self.out:
-                    seen.values[index] = 0
-        if measured or self._latest is None:
-            self._latest = seen.values if seen else self._norms(comeback.norms(self._root))
-        self._latest = norms = self._shrunk(self._latest, measured)
+        if seen and seen.shrunk is not None:
+            norms = seen.shrunk
+            param_group.moved_by_hand(self._optimizer)
+        elif measured or self.latest is None:
+            there = seen.values if seen else None
+            norms = self._shrunk(
+                self._norms(comeback.norms(self._root)) if there is None else self.only_out(there), True
+            )
+        else:
+            norms = self._shrunk(self.latest, False)
+        self.latest = norms
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
         readings = [self._exchange(norms if measured else None, loss, seen, looks)]
         if last:
-            readings.append(self._lookout.flush())
+            readings.append(self.lookout.flush())
         arrived: list[str] = []
         for taken in filter(None, readings):
             self.norms = taken
@@ -209,24 +226,19 @@ class Bypass:
         if not self.out:
             if not looks:
                 self._exchange(None, None, None, looks=True)
-            self._lookout.flush()
+            self.lookout.flush()
             self.contract()
         elif last and course.at_budget != "continue":
             self.exhausted = True
 
     def _shrunk(self, norms: Tensor, measured: bool) -> Tensor:
         """Let the return scale the residuals, and give their norms after that."""
-        course, comeback = self._course, self._course.comeback
-        rate = param_group.current_lr(self._optimizer, next(iter(self._deltas.values()))) * self._rate_factor
-        last = {name: self.norms[name] for name in self.out if name in self.norms}
-        moment = Moment(norms, self.gamma, self.opt2_steps, course.opt2, rate, last)
+        comeback, moment = self._course.comeback, self.moment(norms)
         if measured:
             comeback.observe(self._root, moment)
-        factors = comeback.shrink(moment)
+        factors = self.factors(moment)
         if factors is None:
             return norms
-        # What is within ε already is folded in from where it is; to shrink it first would lose A D b_W.
-        factors = torch.where(self._threshold.within(norms), torch.ones_like(factors), factors)
         by_name = dict(zip(self._deltas, factors.unbind(), strict=True))
         if type(comeback).scale is Comeback.scale:
             rescale({self._deltas[name]: factor for name, factor in by_name.items() if name in self.out})
@@ -237,15 +249,35 @@ class Bypass:
         param_group.moved_by_hand(self._optimizer)
         return self._norms() if comeback.moves(self._root) else norms * factors
 
+    def _rate(self) -> float | Tensor:
+        return param_group.current_lr(self._optimizer, next(iter(self._deltas.values()))) * self._rate_factor
+
+    def moment(self, norms: Tensor) -> Moment:
+        """Now, as the return sees it; norms may be those of several models in step, [models, sites]."""
+        last = {name: self.norms[name] for name in self.out if name in self.norms}
+        return Moment(norms, self.gamma, self.opt2_steps, self._course.opt2, self._rate(), last)
+
+    def factors(self, moment: Moment) -> Tensor | None:
+        """By which the return scales the residuals, of the shape of the norms; None where it leaves them."""
+        factors = self._course.comeback.shrink(moment)
+        # What is within ε already is folded in from where it is; to shrink it first would lose A D b_W.
+        return None if factors is None else torch.where(self._threshold.within(moment.norms), 1.0, factors)
+
+    def only_out(self, norms: Tensor) -> Tensor:
+        """The norms, […, sites], with 0 for the sites that have arrived: momentum may have moved them since."""
+        if len(self.out) == len(self._deltas):
+            return norms
+        gone = torch.tensor([name not in self.out for name in self._deltas], device=norms.device)
+        return norms.masked_fill(gone, 0.0)
+
     def _project(self, names: list[str]) -> None:
         self.arrivals += [self._where(name) for name in names]
         if names:
             surgery.project(self._root, names)
             param_group.moved_by_hand(self._optimizer)
             self.out -= frozenset(names)
-            if self._latest is not None:
-                gone = torch.tensor([name in names for name in self._deltas], device=self._latest.device)
-                self._latest = torch.where(gone, torch.zeros_like(self._latest), self._latest)
+            if self.latest is not None:
+                self.latest = self.only_out(self.latest)
 
     def _where(self, name: str) -> Arrival:
         return Arrival(name, self.opt2_steps, self.norms[name], float(torch.linalg.vector_norm(self._deltas[name])))
@@ -253,9 +285,9 @@ class Bypass:
     @torch.no_grad()
     def measure(self) -> None:
         """Take the norms as they are now."""
-        self._lookout.flush()
+        self.lookout.flush()
         taken = self._exchange(self._norms(), None, None, looks=True)
-        self.norms = taken or self._lookout.flush() or {}
+        self.norms = taken or self.lookout.flush() or {}
 
     def those_out(self) -> tuple[Arrival, ...]:
         """The sites that have not arrived, with the norms last taken."""
@@ -295,13 +327,14 @@ class Bypass:
 
     def _set_gamma(self) -> None:
         if self._course.gamma is not None:
-            self.gamma.fill_(float(self._course.gamma(self.opt2_steps / self._course.per_unit)))
+            self._gamma_now = float(self._course.gamma(self.opt2_steps / self._course.per_unit))
+            self.gamma.fill_(self._gamma_now)
 
     def _exchange(
         self, norms: Tensor | None, loss: Tensor | float | None, seen: Seen | None, looks: bool
     ) -> dict[str, float] | None:
         step = self.opt1_steps if self.phase == "opt1" else self.opt2_steps
-        return self._lookout.exchange(self.phase, step, norms, loss, seen, looks)
+        return self.lookout.exchange(self.phase, step, norms, loss, seen, looks)
 
     def state_dict(self) -> dict[str, Any]:
         """What this bypass needs to go on exactly, beside the states of the model and the optimiser."""
@@ -313,8 +346,8 @@ class Bypass:
             "rate_factor": self._rate_factor,
             "out": sorted(self.out),
             "norms": dict(self.norms),
-            "latest": None if self._latest is None else self._latest.tolist(),
-            "under_way": self._lookout.state_dict(),
+            "latest": None if self.latest is None else self.latest.tolist(),
+            "under_way": self.lookout.state_dict(),
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
             "comeback": self._course.comeback.state_dict(),
             "gamma": gamma.state_dict() if isinstance(gamma, Adaptive) else {},
@@ -334,6 +367,6 @@ class Bypass:
             self._damp()
         self.out, self.norms = frozenset(state["out"]), dict(state["norms"])
         if state["latest"] is not None:
-            self._latest = self.gamma.new_tensor(state["latest"])
-        self._lookout.load_state_dict(state["under_way"])
+            self.latest = self.gamma.new_tensor(state["latest"])
+        self.lookout.load_state_dict(state["under_way"])
         self.arrivals = [Arrival(**entry) for entry in state["arrivals"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -143,9 +144,11 @@ class _Segment:
         """Whether the rows have in common what a rule can't tell apart."""
         groups = self._held()
         first, rule = groups[0], self._rule
+        in_common = itemgetter(*rule.numbers, *rule.plain)
+        expected = in_common(first)
         return (
-            not any(group.get(name) for group in groups for name in rule.plain)
-            and all(group[name] == first[name] for name in rule.numbers for group in groups[1:])
+            not any(first[name] for name in rule.plain)
+            and all(in_common(group) == expected for group in groups)
             and {*rule.state(first)} == self._matrices.keys()
             and self._take_over()
         )
@@ -168,9 +171,10 @@ class _Segment:
     def _take_over(self) -> bool:
         """Make the states of the optimisers views of this one's, with what they hold; whether one count a row is enough."""
         for row, optimizer in enumerate(self._optimizers):
-            parameters = self._stack.rows[row][self._first : self._last]
-            if self._bound[row] is not None and optimizer.state.get(parameters[0]) is self._bound[row]:
+            parameters = self._stack.rows[row]
+            if self._bound[row] is not None and optimizer.state.get(parameters[self._first]) is self._bound[row]:
                 continue
+            parameters = parameters[self._first : self._last]
             parts = {
                 name: self._stack.row(matrix, row)[self._first : self._last] for name, matrix in self._matrices.items()
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,46 +20,72 @@ class Reading:
     numbers: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Numbers on the host, or on their way there until the event has come."""
+
+    host: Tensor | Sequence[float]
+    event: torch.cuda.Event | None = None
+
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers, waited for."""
+        if self.event is not None:
+            self.event.synchronize()
+        return tuple(self.host.tolist() if isinstance(self.host, Tensor) else self.host)
+
+
+def send(numbers: Tensor) -> Sent:
+    """Copy numbers to the host; from a GPU to pinned memory, beside the computation."""
+    if not numbers.is_cuda:
+        return Sent(numbers.tolist())
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(numbers.device))
+    return Sent(host, event)
+
+
+def send_rows(numbers: Tensor) -> list[Sent]:
+    """The same with the rows of a matrix, [rows, k]: each for another readout, copied together."""
+    sent = send(numbers)
+    return [Sent(row, sent.event) for row in sent.host]  # type: ignore[arg-type]
+
+
+def delays(device: torch.device) -> bool:
+    """Whether the host would wait for a number from there, and so takes it a step later."""
+    return device.type == "cuda"
+
+
 class Readout:
     """Takes in the numbers of every step, and gives out those that have come.
 
-    On a GPU they are copied to pinned memory beside the computation and come out when the next step's go in: by then
-    they are there. Elsewhere they come out at once.
+    On a GPU they come out when the next step's go in: by then they are there. Elsewhere they come out at once.
 
     Example:
         >>> readout = Readout(torch.device("cpu"))
-        >>> readout.exchange(torch.tensor([0.5, 2.0]), "opt2", 1, True).numbers
+        >>> readout.exchange(send(torch.tensor([0.5, 2.0])), "opt2", 1, True).numbers
         (0.5, 2.0)
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.delays = device.type == "cuda"
-        self._under_way: tuple[Tensor, torch.cuda.Event | None, str, int, bool] | None = None
+        self.delays = delays(device)
+        self._under_way: tuple[Sent, str, int, bool] | None = None
 
-    def exchange(self, numbers: Tensor, phase: str, step: int, measured: bool) -> Reading | None:
-        """Hand in a step's numbers, [k], and take those that have come: on a GPU, the ones of the step before."""
+    def exchange(self, numbers: Sent, phase: str, step: int, measured: bool) -> Reading | None:
+        """Hand in a step's numbers, and take those that have come: on a GPU, the ones of the step before."""
         if not self.delays:
-            return Reading(phase, step, measured, tuple(numbers.tolist()))
+            return Reading(phase, step, measured, numbers.numbers())
         earlier = self.flush()
-        if numbers.is_cuda:
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            host.copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(numbers.device))
-            self._under_way = host, event, phase, step, measured
-        else:
-            self._under_way = numbers.clone(), None, phase, step, measured
+        self._under_way = numbers, phase, step, measured
         return earlier
 
     def flush(self) -> Reading | None:
         """What is under way, waited for."""
         if self._under_way is None:
             return None
-        host, event, phase, step, measured = self._under_way
+        sent, phase, step, measured = self._under_way
         self._under_way = None
-        if event is not None:
-            event.synchronize()
-        return Reading(phase, step, measured, tuple(host.tolist()))
+        return Reading(phase, step, measured, sent.numbers())
 
     def state_dict(self) -> dict[str, Any] | None:
         """What is under way, which stays so."""
@@ -74,5 +101,4 @@ class Readout:
             self._put_back(Reading(**{**state, "numbers": tuple(state["numbers"])}))
 
     def _put_back(self, reading: Reading) -> None:
-        numbers = torch.tensor(reading.numbers, dtype=torch.float64)
-        self._under_way = numbers, None, reading.phase, reading.step, reading.measured
+        self._under_way = Sent(reading.numbers), reading.phase, reading.step, reading.measured

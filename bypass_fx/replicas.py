@@ -14,7 +14,8 @@ from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from bypass_fx import constraint, joint_step, surgery
+from bypass_fx import constraint, in_step, joint_step, readout, surgery
+from bypass_fx.bypass import Bypass
 from bypass_fx.course import expect
 from bypass_fx.joint_step import JointStep
 from bypass_fx.lookout import Seen
@@ -226,7 +227,7 @@ class Replicas:
                 yield row, schedule
 
     def _lead(self, losses: Tensor | None) -> None:
-        costs = losses.tolist() if losses is not None else [None] * len(self.models)
+        costs = [None] * len(self.models) if losses is None else self._costs(losses)
         seen = self._look()
         changed = False
         for row, schedule in list(self._led()):
@@ -239,20 +240,37 @@ class Replicas:
         if changed:
             self._refresh()
 
+    def _costs(self, losses: Tensor) -> Sequence[Tensor | float | None]:
+        """The losses for the schedules to look at; on a GPU, which nobody waits for, they add up until the next look."""
+        if not readout.delays(losses.device):
+            return cast(list[float], losses.tolist())
+        under_way = self._under_way()
+        sums = [bypass.lookout.losses for bypass in under_way.values()]
+        each = losses.unbind()
+        if sums:
+            torch._foreach_add_(sums, [each[row].to(sums[0]) for row in under_way])
+        return [None if row in under_way else loss for row, loss in enumerate(each)]
+
+    def _under_way(self) -> dict[int, Bypass]:
+        return {row: bypass for row, schedule in self._led() if (bypass := schedule.under_way)}
+
     def _look(self) -> dict[int, Seen]:
-        """What the schedules go by, for those that go by the same at once."""
+        """What the schedules go by, for those that go by the same at once; those in step are led a part of it."""
+        under_way = self._under_way()
         kinds: dict[str, list[int]] = {}
-        for row, schedule in self._led():
-            if schedule.watches:
-                kinds.setdefault(schedule.watches, []).append(row)
-        if not kinds:
-            return {}
-        extents = torch.linalg.vector_norm(self.values, dim=1)
+        for row, bypass in under_way.items():
+            if bypass.watches:
+                kinds.setdefault(bypass.watches, []).append(row)
         seen = dict[int, Seen]()
+        if kinds:
+            extents = torch.linalg.vector_norm(self.values, dim=1).unbind()
         for rows in kinds.values():
             for piece in self._pieces(rows):
-                values = self._mapped(piece, _look_of(self._schedule(piece.numbers[0])), None, True)
+                values = self._mapped(piece, _look_of(under_way[piece.numbers[0]]), None, True)
                 seen |= {row: Seen(value, extents[row]) for row, value in zip(piece.numbers, values, strict=True)}
+        for group in self._groups:
+            if group.deltas and self._at_once > 1:
+                seen |= in_step.lead(under_way, seen, group.deltas, group.rows)
         return seen
 
     def _refresh(self) -> None:
@@ -320,8 +338,8 @@ class Replicas:
         return result
 
 
-def _look_of(schedule: BypassSchedule) -> Function:
-    return lambda model, nothing: schedule.look()
+def _look_of(bypass: Bypass) -> Function:
+    return lambda model, nothing: bypass.look()
 
 
 def _penalty_of(schedule: BypassSchedule) -> Function:

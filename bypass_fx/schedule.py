@@ -24,7 +24,7 @@ from bypass_fx.course import AtBudget, Course, Unit, expect, expect_one_number
 from bypass_fx.gamma import Adaptive, Gamma
 from bypass_fx.lookout import Seen
 from bypass_fx.passes.plan import Plan
-from bypass_fx.readout import Reading, Readout
+from bypass_fx.readout import Reading, Readout, send
 from bypass_fx.snapshot import Snapshot
 
 __all__ = ["Arrival", "BypassSchedule", "NonFiniteError", "Phase", "ScheduleReport"]
@@ -180,9 +180,9 @@ class BypassSchedule:
         return torch.zeros_like(self._bypass.gamma) if term is None else term
 
     @property
-    def watches(self) -> str:
-        """What the coming step goes by, for one who leads several at once: "norms", "sizes" or nothing, ""."""
-        return self._bypass.watches if self.phase in ("opt1", "opt2") else ""
+    def under_way(self) -> Bypass | None:
+        """The bypass between its begin and the contraction, for one who leads several models at once."""
+        return None if self._bypass.over else self._bypass
 
     @property
     def alike(self) -> Hashable | None:
@@ -195,10 +195,6 @@ class BypassSchedule:
         """What it was given that has a state of its own, which no other schedule may share."""
         adaptive = (self._course.gamma,) if isinstance(self._course.gamma, Adaptive) else ()
         return (self._course.comeback, *adaptive, *((self._accept,) if self._accept else ()))
-
-    def look(self) -> Tensor:
-        """What a step goes by now, for one who leads several models at once: see `Seen`; [sites]."""
-        return self._bypass.look()
 
     @torch.no_grad()
     def step(self, loss: Tensor | float | None = None, seen: Seen | None = None, look: bool = False) -> None:
@@ -368,7 +364,7 @@ class BypassSchedule:
         self._rested += 1
         if loss is not None:
             number = torch.as_tensor(loss).detach().reshape(1)
-            self._look_at(self._readout.exchange(number, "train3", self._rested, measured=False))
+            self._look_at(self._readout.exchange(send(number), "train3", self._rested, measured=False))
         self._judge()
 
     def _look_at(self, reading: Reading | None) -> None:

@@ -45,6 +45,8 @@ class Stack:
         with torch.no_grad():
             self.values = torch.stack([torch.cat([p.detach().flatten() for p in row]) for row in rows])
         self.gradients = torch.zeros_like(self.values)
+        sizes = torch.tensor([shape.numel() for shape in self._shapes])
+        self.owners = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.values.device)  # of the columns
         for index, row in enumerate(rows):
             parts = self.row(self.values, index), self.row(self.gradients, index)
             for parameter, value, gradient in zip(row, *parts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks import (
     planning,
     replicas,
 )
-from benchmarks.paper import experiment, report, theory, walk
+from benchmarks.paper import experiment, report, saved, theory, walk
 from benchmarks.results_file import ResultsFile
 from benchmarks.stopwatch import peak_memory
 from bypass_fx import data
@@ -166,6 +167,7 @@ def small_paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(experiment.Experiment, "examples", lambda self: few(self.data))
     monkeypatch.setattr(report.figure, "save", lambda picture, path: path.touch())
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(saved, "RUNS", tmp_path / "runs")
 
 
 def test_paper_runs_every_experiment_goes_on_and_judges_every_claim(
@@ -221,6 +223,46 @@ def test_paper_adds_only_what_a_killed_run_had_not_saved(results: str, small_pap
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     again = paper.run("VI-B", results=results).rows
     assert [row["arm"] for row in again] == [row["arm"] for row in rows]
+
+
+@pytest.mark.parametrize(("name", "losses"), [("V-A", 4), ("V-B", 9), ("VI-C", 4)])
+def test_paper_goes_on_where_it_was_stopped(
+    name: str, losses: int, tmp_path: Path, small_paper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(called: str) -> list[dict[str, Any]]:
+        rows = paper.run(name, results=str(tmp_path / called)).rows
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    whole = run("whole")
+    shutil.rmtree(tmp_path / "runs")  # θ* of above
+    monkeypatch.setattr(saved, "EVERY", 0.0)
+    plain, left = walk.Stage.loss, losses
+
+    def loss(stage: walk.Stage, model: nn.Module, batch: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            left = losses
+            raise KeyboardInterrupt
+        return plain(stage, model, batch)
+
+    monkeypatch.setattr(walk.Stage, "loss", loss)
+    stops = 0
+    while True:
+        try:
+            rows = run("resumed")
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 2 and rows == whole
+    assert not [*(tmp_path / "runs").glob("*/seeds*")]
+
+
+def test_paper_takes_no_more_seeds_of_the_experiment_that_another_varies(results: str, small_paper: None) -> None:
+    rows = paper.run("VI-A", results=results).rows
+    assert {(row["experiment"], row["seed"]) for row in rows} == {
+        (name, seed) for name in ("V-B", "VI-A") for seed in (0, 1)
+    }
 
 
 def test_paper_keeps_the_papers_numbers_at_full_length_and_takes_cifar10(tmp_path: Path) -> None:

@@ -43,21 +43,14 @@ def step(model: nn.Module, optimizer: Any, schedule: Any, seed: int = 0) -> None
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readings that come a step later, as from a GPU."""
-
-    class Later(Readout):
-        def __init__(self, device: torch.device) -> None:
-            super().__init__(device)
-            self.delays = True
-
-    for module in ("lookout", "schedule"):
-        monkeypatch.setattr(f"bypass_fx.{module}.Readout", Later)
+    monkeypatch.setattr(readout, "delays", lambda device: True)
 
 
 def test_numbers_come_out_a_step_later_where_they_are_delayed() -> None:
     late = Readout(torch.device("cpu"))
     late.delays = True
-    assert late.exchange(torch.tensor([1.0]), "opt1", 1, False) is None
-    assert late.exchange(torch.tensor([2.0]), "opt2", 1, True) == readout.Reading("opt1", 1, False, (1.0,))
+    assert late.exchange(readout.Sent((1.0,)), "opt1", 1, False) is None
+    assert late.exchange(readout.Sent((2.0,)), "opt2", 1, True) == readout.Reading("opt1", 1, False, (1.0,))
     again = Readout(torch.device("cpu"))
     again.load_state_dict(late.state_dict())
     assert late.flush() == again.flush() == readout.Reading("opt2", 1, True, (2.0,))
@@ -115,7 +108,7 @@ def test_what_is_still_out_when_the_budget_ends_has_the_norm_of_the_last_step() 
     reports = []
     for late in (False, True):
         model, optimizer, schedule = begun("published", epsilon=1e-12, gamma=bypass_fx.Linear(1e-6))
-        schedule._bypass._lookout._readout.delays = late
+        schedule._bypass.lookout._readout.delays = late
         while schedule.phase != "done":
             step(model, optimizer, schedule, schedule.steps)
         reports.append(schedule.report)

@@ -26,20 +26,23 @@ def run(only: str = "", full: bool = False, cifar10: str = "", results: str = "p
         _without_training(file)
     for name in [name for name in experiments if name in wanted]:
         experiment = experiments[name]
+        seeds = experiment.seeds if only in ("", name) else min(experiment.seeds, experiments[only].seeds)
         done = {_key(row) for row in file}
         data = experiment.data.partition(":")[0]
         left = [
             seed
-            for seed in range(experiment.seeds)
+            for seed in range(seeds)
             if any((experiment.name, data, experiment.length, arm, seed) not in done for arm in experiment.arms)
         ]
         groups = [[seed] for seed in left] if experiment.at_once else [left] * bool(left)
         stage = Stage(experiment) if groups else None
         for group in groups:
             assert stage is not None
-            for row in Walk(stage, group).rows():
+            walk = Walk(stage, group)
+            for row in walk.rows():
                 if _key(row) not in done:
                     file.add(row)
+            walk.forget()
             print(experiment.name, experiment.length, "seeds", group, flush=True)
     return file
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.jumps import Jumps, watching
-from bypass_fx import geometry, surgery
+from bypass_fx import BypassSchedule, NonFiniteError, geometry, surgery
 from bypass_fx.feed import in_order, placed
 from bypass_fx.geometry import Point
 from bypass_fx.replicas import Replicas
 from bypass_fx.task import task
 
 from .experiment import BASELINE, Experiment
+from .saved import Saved
 
 Row = dict[str, Any]
 Pairs = list[tuple[nn.Module, Optimizer]]
@@ -77,7 +78,7 @@ class Stage:
         if not self.experiment.one_start:
             return self._train1(seeds)
         if self._shared is None:
-            self._shared = self._train1([0])
+            self._shared = self._train1([0])  # which stays saved, for the seeds to come
         ((pair,), (curve,)) = self._shared
         return [copy.deepcopy(pair) for _ in seeds], [curve for _ in seeds]
 
@@ -87,11 +88,21 @@ class Stage:
             torch.manual_seed(seed)
             model = self.experiment.build(self.examples).to(self.device)
             pairs.append((model, self.experiment.optimizer_of(model)))
-        replicas = Replicas([model for model, _ in pairs], [optimizer for _, optimizer in pairs], self.at_once)
         steps = self.experiment.steps(self.experiment.train1, self.per_epoch)
         means, every = _Means(len(seeds)), max(1, steps // (RECORDS // 3))
         curves: list[Row] = [{"step": [], "loss": []} for _ in seeds]
-        for step, batch in zip(range(1, steps + 1), self.batches(seeds[0], 0), strict=False):
+        saved, first = Saved(self.experiment, f"start {_range(seeds)}"), 0
+        if kept := saved.load():
+            first, state = kept
+            curves = state["curves"]
+            _load(pairs, state)
+            means.load(state["means"])
+        replicas = Replicas([model for model, _ in pairs], [optimizer for _, optimizer in pairs], self.at_once)
+
+        def state_now() -> Row:
+            return {"curves": curves, "means": means.state(), **_states(pairs)}
+
+        for step, batch in zip(range(first + 1, steps + 1), self.batches(seeds[0], first), strict=False):
             losses = replicas.backward(self.loss, batch, shared=True)
             replicas.step()
             means.add(losses)
@@ -99,6 +110,9 @@ class Stage:
                 for curve, loss in zip(curves, means.take([*range(len(seeds))]), strict=True):
                     curve["step"].append(step)
                     curve["loss"].append(loss)
+            saved.offer(step, state_now)
+        if first < steps:
+            saved.save(steps, state_now())
         return pairs, curves
 
     @property
@@ -120,6 +134,12 @@ class _Means:
         means = self._sum[rows] / self._count[rows].to(self._sum)
         self._sum[rows] = self._count[rows] = 0
         return [_short(value) for value in means.tolist()]
+
+    def state(self) -> list[Tensor]:
+        return [self._sum, self._count]
+
+    def load(self, state: list[Tensor]) -> None:
+        self._sum, self._count = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,30 +169,68 @@ class Walk:
         self.first = experiment.steps(experiment.train1, stage.per_epoch)
         self.replicas = Replicas([model for model, _ in pairs], [optimizer for _, optimizer in pairs], stage.at_once)
         self._theta = [geometry.point(model) for model in self.replicas.models]
-        rows = iter(self.arms)
-
-        def begin(model: nn.Module, optimizer: Optimizer) -> Any:
-            name = next(rows).name
-            return None if name == BASELINE else experiment.arm(name).schedule(model, optimizer, stage.per_epoch)
-
         at_start = [stage.scores(model) for model in self.replicas.models]
-        self.replicas.lead(begin)
         self._curves: list[Row] = [{column: [] for column in COLUMNS} for _ in self.arms]
         self._scores: list[dict[int, dict[str, float]]] = [{self.first: scores} for scores in at_start]
         self._ends: list[dict[str, int]] = [{"θ*": self.first} for _ in self.arms]
         self._began = [0 for _ in self.arms]  # the step before each row's phase
         self._shocks = [0.0 for _ in self.arms]
+        self._means, self._seconds, self._step = _Means(len(self.arms)), 0.0, 0
+        self._saved = Saved(experiment, f"seeds {_range(seeds)}")
+        self._begin(self._saved.load())
+
+    def _begin(self, kept: tuple[int, Row] | None) -> None:
+        """Begin the bypasses, or go on with them as they were saved."""
+        rows = iter(range(len(self.arms)))
+        states = kept[1]["schedules"] if kept else None
+
+        def begin(model: nn.Module, optimizer: Optimizer) -> BypassSchedule | None:
+            row = next(rows)
+            name, experiment = self.arms[row].name, self.stage.experiment
+            if name == BASELINE:
+                return None
+            schedule = experiment.arm(name).schedule(model, optimizer, self.stage.per_epoch)
+            if states:
+                schedule.load_state_dict(states[row])
+            return schedule
+
+        self.replicas.lead(begin)
+        if kept:
+            self._step, state = kept
+            self._load(state)
+
+    def _load(self, state: Row) -> None:
+        _load(self._pairs, state)
+        self.replicas.failures = {row: NonFiniteError(told) for row, told in state["failures"].items()}
+        self._means.load(state["means"])
+        self._curves, self._ends, self._began = state["curves"], state["ends"], state["began"]
+        self._scores, self._shocks, self._seconds = state["scores"], state["shocks"], state["seconds"]
+
+    def _state(self) -> Row:
+        return {
+            **_states(self._pairs),
+            "schedules": [schedule.state_dict() if schedule else None for schedule in self.replicas.schedules],
+            "failures": {row: str(error) for row, error in self.replicas.failures.items()},
+            "means": self._means.state(),
+            "curves": self._curves, "ends": self._ends, "began": self._began,
+            "scores": self._scores, "shocks": self._shocks, "seconds": self._seconds,
+        }  # fmt: skip
+
+    @property
+    def _pairs(self) -> Pairs:
+        return [*zip(self.replicas.models, self.replicas.optimizers, strict=True)]
 
     def rows(self) -> list[Row]:
         """Walk to the end; a row for each arm and seed."""
-        start, stage = time.perf_counter(), self.stage
+        start, stage = time.perf_counter() - self._seconds, self.stage
         total = stage.experiment.total(stage.per_epoch)
         every, score_every = max(1, total // RECORDS), max(1, total // SCORES)
-        means = _Means(len(self.arms))
+        means, first = self._means, self._step
         seed = self.arms[0].seed
         with warnings.catch_warnings(), watching(stage.exact_loss) as jumps:
             warnings.filterwarnings("ignore", "opt2 ended|penalty: after")  # both stand in the rows
-            for step, batch in zip(range(1, total + 1), stage.batches(seed, self.first), strict=False):
+            batches = stage.batches(seed, self.first + first)
+            for step, batch in zip(range(first + 1, total + 1), batches, strict=False):
                 last = step == total
                 due = [*range(len(self.arms))] if step % every == 0 or last else self._due(step)
                 before = {row: geometry.point(self.replicas.models[row]) for row in due}
@@ -187,8 +245,14 @@ class Walk:
                 if step % score_every == 0 or last:
                     for row in range(len(self.arms)):
                         self._score(row, self.first + step)
-        seconds = (time.perf_counter() - start) / len(self.arms)
+                self._seconds = time.perf_counter() - start
+                self._saved.offer(step, self._state)
+        seconds = self._seconds / len(self.arms)
         return [self._row(row, self.first + total, seconds) for row in range(len(self.arms))]
+
+    def forget(self) -> None:
+        """The rows are in the results: what was saved of them can go."""
+        self._saved.remove()
 
     def _phases(self) -> list[str]:
         on = {row: schedule.phase for row, schedule in enumerate(self.replicas.schedules) if schedule}
@@ -265,6 +329,25 @@ class Walk:
                 "norm_at_proj": _short(sum(each.norm for each in (*report.arrivals, *report.left_out))),
             }  # fmt: skip
         return found
+
+
+def _states(pairs: Pairs) -> Row:
+    return {
+        "models": [model.state_dict() for model, _ in pairs],
+        "optimizers": [optimizer.state_dict() for _, optimizer in pairs],
+        "random": torch.get_rng_state(),
+    }
+
+
+def _load(pairs: Pairs, state: Row) -> None:
+    for (model, optimizer), weights, moments in zip(pairs, state["models"], state["optimizers"], strict=True):
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+    torch.set_rng_state(state["random"])
+
+
+def _range(seeds: Sequence[int]) -> str:
+    return f"{seeds[0]} to {seeds[-1]}, {len(seeds)}" if len(seeds) > 1 else str(seeds[0])
 
 
 def _short(value: float) -> float:

@@ -66,7 +66,7 @@ class Comeback:
         return None
 
     def alike(self) -> Hashable | None:
-        """Where two returns give the same, the `penalty` of one holds for the model of the other; None promises nothing."""
+        """Where two returns give the same, `penalty` and `shrink` of one hold for the model of the other; None: neither."""
         return None
 
     def pace(self, t: int, budget: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from .paths import Descent
 from .planned import Planned
 
@@ -33,3 +35,6 @@ class Homotopy(Planned):
 
     def __init__(self, path: str = "smooth") -> None:
         super().__init__(Descent(path))
+
+    def alike(self) -> Hashable:
+        return type(self), self._descent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,9 @@ class Proximal(Planned):
 
     def __init__(self, landing: float = 0.25) -> None:
         super().__init__(Descent(share=landing))
+
+    def alike(self) -> Hashable:
+        return type(self), self._descent
 
     def pace(self, t: int, budget: int) -> float:
         return super().pace(t, budget) if t < budget else 1.0
