@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bypass_fx.numeric import is_count
 from bypass_fx.passes.errors import BypassError
+from bypass_fx.passes.runs import in_eval_mode
 
 Evaluate = Callable[[nn.Module], Any]
 
@@ -174,12 +175,6 @@ def _expect_function(name: str, function: Any) -> None:
 
 
 def _loss(evaluate: Evaluate, model: nn.Module) -> float:
-    """The loss in evaluation mode; every module's mode is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return float(evaluate(model))
-    finally:
-        for module, training in modes:
-            module.training = training
+    """The loss in evaluation mode; the model is as before."""
+    with in_eval_mode(model), torch.no_grad():
+        return float(evaluate(model))

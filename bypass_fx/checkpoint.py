@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         tree, tensors = pack(state)
-        final = self.folder / f"step-{step:09d}"
+        final = self._place(step)
         partial = self.folder / f".{final.name}.{os.getpid()}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +87,7 @@ class Checkpoints:
         """
         from safetensors.torch import load_file
 
-        folder = self.folder / f"step-{step:09d}"
+        folder = self._place(step)
         try:
             sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
             damaged = [name for name in (_STATE, _TENSORS) if sums.get(name) != _checksum(folder / name)]
@@ -119,17 +118,14 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {str(self.folder)!r} can be used; start a new run")
         return None
 
-    def _tidy(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{step:09d}", ignore_errors=True)
-        for path in self._left_behind():
-            shutil.rmtree(path, ignore_errors=True)
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
 
-    def _left_behind(self) -> Iterator[Path]:
-        """What processes that were killed had begun to write."""
-        for path in self.folder.glob(".step-*"):
-            if not path.name.endswith(f".{os.getpid()}"):
-                yield path
+    def _tidy(self) -> None:
+        old = [self._place(step) for step in self.steps()[: -self.keep]]
+        begun = self.folder.glob(".step-*")  # by processes that were killed, but for what this one writes
+        for path in (*old, *(each for each in begun if not each.name.endswith(f".{os.getpid()}"))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

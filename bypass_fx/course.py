@@ -39,7 +39,7 @@ class Course:
     at_budget: AtBudget
     cycles: int
     rest: int
-    penalty_every: int | None = None
+    penalty_every: int | None
 
     def __post_init__(self) -> None:
         for name, least in (("opt1", 0), ("opt2", 1), ("cycles", 1), ("rest", 0), ("every", 1)):

@@ -37,14 +37,9 @@ def between(start: Point, before: Point, after: nn.Module, others: tuple[Point, 
         return Geometry(step, distance, cosine)
     theirs = dict(others[1].named_parameters())
     their_out = _minus(theirs, start)
+    their_step = _norm(_minus(theirs, others[0]))
     return Geometry(
-        step,
-        distance,
-        cosine,
-        _norm(_minus(theirs, others[0])),
-        _norm(their_out),
-        _cosine(start, theirs),
-        _cosine(their_out, out),
+        step, distance, cosine, their_step, _norm(their_out), _cosine(start, theirs), _cosine(their_out, out)
     )
 
 

@@ -149,10 +149,7 @@ def spans(moments: tuple[Moment, ...]) -> list[tuple[Phase, int, int]]:
 
 def to_row(event: Event) -> dict[str, Any]:
     """An event as a row of `history.jsonl`."""
-    if isinstance(event, Record):
-        return {"kind": "record", **asdict(event)}
-    scores = {arm: score and {"train": dict(score.train), "test": dict(score.test)} for arm, score in _arms(event)}
-    return {"kind": "moment", "name": event.name, "step": event.step, "cycle": event.cycle, **scores}
+    return {"kind": "record" if isinstance(event, Record) else "moment", **asdict(event)}
 
 
 def from_row(row: Mapping[str, Any]) -> Event:
@@ -169,7 +166,3 @@ def from_row(row: Mapping[str, Any]) -> Event:
         return Record(**values)
     bypass, baseline = (row[arm] and Score(**row[arm]) for arm in ("bypass", "baseline"))
     return Moment(row["name"], row["step"], bypass, baseline, row["cycle"])
-
-
-def _arms(moment: Moment) -> tuple[tuple[str, Score | None], ...]:
-    return ("bypass", moment.bypass), ("baseline", moment.baseline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -106,7 +107,7 @@ def moment_line(moment: Moment) -> str:
 
 def result_table(history: History) -> Table:
     """Loss and metrics on both sets, of both arms, at the moments of the run."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("")
     table.add_column("step", justify="right")
     for name in history.moments[0].bypass.train:
@@ -125,6 +126,16 @@ def _cells(score: Score) -> list[str]:
         for name in score.train
         for scores in (score.train, score.test)
     ]
+
+
+def plain_table(names: Iterable[str] = (), numbers: Iterable[str] = ()) -> Table:
+    """A table without lines: columns of names, which may take several lines, and of numbers, to the right of them."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in names:
+        table.add_column(header, overflow="fold")
+    for header in numbers:
+        table.add_column(header, justify="right")
+    return table
 
 
 def number(value: float) -> str:

@@ -275,16 +275,14 @@ class Replicas:
 
     def _refresh(self) -> None:
         """Find who is extended, and stack the D of those with the same sites."""
-        members: list[tuple[tuple[Site, ...], list[int]]] = []
+        members: dict[tuple[Site, ...], list[int]] = {}
         for row, model in enumerate(self.models):
             extended = surgery.sites(model) if surgery.is_extended(model) else ()
             sites = tuple(replace(site, moving=()) for site in extended)  # which move is the schedule's business
-            together = next((rows for known, rows in members if known == sites), None)
-            if together is None:
-                members.append((sites, [row]))
-            else:
-                together.append(row)
-        self._groups = [Group(rows, sites, _stacked_deltas(self.models, rows, sites)) for sites, rows in members]
+            members.setdefault(sites, []).append(row)
+        self._groups = [
+            Group(rows, sites, _stacked_deltas(self.models, rows, sites)) for sites, rows in members.items()
+        ]
         held = [(self._weights, [*range(len(self.models))])]
         held += [(group.deltas, group.rows) for group in self._groups if group.deltas]
         self._stacks = [stack for stack, _ in held]

@@ -255,19 +255,17 @@ class Run:
         accept = self._accept or verdict.condition(self._settings, self._lengths, self._training_loss, before)
         if accept is not None:
             accept = verdict.Verdict(accept, self._engine.from_main, begun)
-        arm = self._bypass
-        machine = (self._settings, plan, self._lengths, accept, self._example_inputs)
-        schedule = embedded(arm.model, arm.optimizer, *machine)
+        model, machine = self._bypass.model, (self._settings, plan, self._lengths, accept, self._example_inputs)
+        schedule = embedded(model, self._bypass.optimizer, *machine)
         if not self._engine.sharded:  # there, extend has seen to it
-            deltas = [surgery.delta_of(self._bypass.model, site) for site in surgery.sites(self._bypass.model)]
-            self._engine.share_gradients(deltas)
+            self._engine.share_gradients([surgery.delta_of(model, site) for site in surgery.sites(model)])
         return schedule
 
     def _take(self, parts: list[Any]) -> None:
         """One step of both arms."""
-        measured = self._settings.geometry and self._theta is not None and self.log.next_is_due
-        before = [geometry.point(arm.model) for arm in self._arms()] if measured else []
         due = self.log.next_is_due
+        measured = due and self._settings.geometry and self._theta is not None
+        before = [geometry.point(arm.model) for arm in self._arms()] if measured else []
         self.step += 1
         loss = self._update(self._bypass, parts)
         whole = self._schedule is None or self._note_step(self._schedule)
@@ -298,7 +296,6 @@ class Run:
         """One step of an arm; its training loss before the step, without the penalty, over this process's share."""
         _seed(self._engine.device, self._settings.seed + self.step + 1_000_003 * self._engine.shares.rank)
         here = where(self._phase, self.step, self._lengths.epoch)
-
         loss = self._engine.backward(
             arm.runner, parts, lambda error: foreign(error, f"the {arm.name} failed in {here}")
         )

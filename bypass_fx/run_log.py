@@ -81,30 +81,22 @@ class RunLog:
         losses, baselines = self._read(mean)
         last = self._pending[-1]
         baseline = fmean(baselines) if baselines else None
-        epoch = last.step / self._epoch_steps
-        self.records.append(
-            Record(
-                last.step,
-                epoch,
-                last.phase,
-                fmean(losses),
-                baseline,
-                None if residuals is None else sum(residuals.values()),
-                self.seconds(),
-                cycle,
-                out,
-                lr,
-                geometry,
-                residuals,
-            )
-        )
+        residual = None if residuals is None else sum(residuals.values())
+        made = Record(
+            last.step, last.step / self._epoch_steps, last.phase, fmean(losses), baseline, residual, self.seconds(),
+            cycle, out, lr, geometry, residuals,
+        )  # fmt: skip
+        self.records.append(made)
         self._pending.clear()
-        self._on_event(self.records[-1])
+        self._on_event(made)
 
     def moment(self, moment: Moment) -> None:
         """Note a moment, or an evaluation between the moments."""
-        (self.evaluations if moment.name == "evaluation" else self.moments).append(moment)
+        self._keep(moment)
         self._on_event(moment)
+
+    def _keep(self, moment: Moment) -> None:
+        (self.evaluations if moment.name == "evaluation" else self.moments).append(moment)
 
     def state_dict(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """What must be remembered to go on exactly."""
@@ -125,7 +117,7 @@ class RunLog:
             if isinstance(event, Record):
                 self.records.append(event)
             else:
-                (self.evaluations if event.name == "evaluation" else self.moments).append(event)
+                self._keep(event)
 
         def tensor(value: float | None) -> Tensor | None:
             return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)

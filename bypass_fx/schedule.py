@@ -294,8 +294,7 @@ class BypassSchedule:
         self._earlier_steps, self._rested = state["earlier_steps"], state["rested"]
         self.reports = tuple(map(ScheduleReport.from_state, state["reports"]))
         self._readout.load_state_dict(state["under_way"])
-        self.phase = state["phase"]
-        self._returning = self._adds()
+        self._enter(state["phase"])
         if self.phase in ("train3", "done"):
             self._bypass.contract(drop=True)
 
@@ -315,12 +314,13 @@ class BypassSchedule:
         self._choice.settle(self.plan)
         self._rested = 0
         self._readout = Readout(self._bypass.gamma.device)  # of the losses of train3
-        self.phase = self._bypass.phase
-        self._returning = self._adds()  # read by a compiled loss, for which every value is a graph of its own
+        self._enter(self._bypass.phase)
 
-    def _adds(self) -> bool:
-        """Whether the coming step's loss has a penalty."""
-        return self.phase == "opt2" and self._bypass.counts and self._course.comeback.penalises
+    def _enter(self, phase: Phase) -> None:
+        """Be in a phase, and note whether the coming step's loss has a penalty."""
+        self.phase = phase
+        # Read by a compiled loss, for which every value is a graph of its own.
+        self._returning = phase == "opt2" and self._bypass.counts and self._course.comeback.penalises
 
     def _lead(self, loss: Tensor | float | None, seen: Seen | None, look: bool) -> None:
         try:
@@ -333,8 +333,7 @@ class BypassSchedule:
         elif self._bypass.exhausted:
             self._give_up()
         else:
-            self.phase = self._bypass.phase
-            self._returning = self._adds()
+            self._enter(self._bypass.phase)
 
     def _stop(self, error: NonFiniteError) -> None:
         if self._snapshot is None:
@@ -359,7 +358,7 @@ class BypassSchedule:
         if not self._bypass.over:
             self._bypass.contract()
         self.reports += (report,)
-        self.phase, self._returning = "train3", False
+        self._enter("train3")
 
     def _rest(self, loss: Tensor | float | None) -> None:
         self._rested += 1
@@ -391,7 +390,7 @@ class BypassSchedule:
                 self._begin()
 
     def _end(self) -> None:
-        self.phase, self._returning = "done", False
+        self._enter("done")
         if self._snapshot:
             self._snapshot.discard()
         self._snapshot = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -182,9 +184,6 @@ _PER_GROUP = {*param_group.RATE_LISTS, *param_group.OTHER_LISTS}
 
 
 def _to_file(tensors: Mapping[str, Tensor], folder: Path) -> Path:
-    import os
-    import tempfile
-
     from safetensors.torch import save_file
 
     try:

@@ -342,15 +342,11 @@ def _ready_parameters(model: nn.Module) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for path, module in modules:
         for own_name, parameter in module._parameters.items():
-            if parameter is not None:
-                _expect_ready(f"{path}.{own_name}" if path else own_name, parameter)
-                found.append(parameter)
+            if is_lazy(parameter):
+                name = f"{path}.{own_name}".lstrip(".")
+                raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
+            found += [parameter] if parameter is not None else []
     return found
-
-
-def _expect_ready(name: str, parameter: nn.Parameter) -> None:
-    if is_lazy(parameter):
-        raise PlanError(f"{name} has no shape yet: the model holds a lazy module; run it once, then extend it")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bypass_fx.progress import number
+from bypass_fx.progress import number, plain_table
 
 if TYPE_CHECKING:
     from bypass_fx.probe import ProbeReport
@@ -46,10 +46,7 @@ def warnings_as_lines() -> Iterator[None]:
 
 def probed_sites(found: ProbeReport) -> Table:
     """What each site promises."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("site", overflow="fold")
-    for header in ("‖∂L/∂δ‖", "over ‖∂L/∂θ‖"):
-        table.add_column(header, justify="right")
+    table = plain_table(["site"], ["‖∂L/∂δ‖", "over ‖∂L/∂θ‖"])
     for site in sorted(found.sites, key=lambda site: -site.gradient):
         table.add_row(escape(site.name), number(site.gradient), number(site.ratio))
     return table
@@ -57,10 +54,7 @@ def probed_sites(found: ProbeReport) -> Table:
 
 def candidate_table(found: ProbeReport) -> Table:
     """What the candidate sets of sites gained, best first."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("tried", overflow="fold")
-    for header in ("sites", "loss", "gain per step"):
-        table.add_column(header, justify="right")
+    table = plain_table(["tried"], ["sites", "loss", "gain per step"])
     for candidate in found.candidates:
         cells = (str(len(candidate.sites)), number(candidate.loss), f"{candidate.gain:+.2e}")
         table.add_row(escape(candidate.name), *cells)
@@ -72,10 +66,7 @@ _SHOWN = 8  # channels that a line names
 
 def stuck_sites(found: StuckReport) -> Table:
     """The sites with stuck channels, and which these are."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("site", overflow="fold")
-    table.add_column("stuck", justify="right")
-    table.add_column("of", justify="right")
+    table = plain_table(["site"], ["stuck", "of"])
     table.add_column("channels", overflow="fold")
     for site in found.sites:
         if site.stuck:

@@ -92,13 +92,9 @@ class Trainer:
         self.task = task(data.task, loss_fn)
         self._engine = Engine(self.settings)
         self._feed = Feed(
-            data.train,
-            self.settings.batch_size,
-            self.settings.seed,
-            self._engine.shares,
-            data.collate,
+            data.train, self.settings.batch_size, self.settings.seed, self._engine.shares, data.collate,
             self.settings.workers,
-        )
+        )  # fmt: skip
         self.lengths = Lengths.of(self.settings, self._feed.steps_per_epoch)
         at_once = self.settings.batch_size // (self._engine.shares.world * self._engine.shares.parts)
         self._flops = expect_fit(model.to(self._engine.device), data, self.task, self._engine.device) * at_once
@@ -137,18 +133,9 @@ class Trainer:
         writer = self._folder if self._engine.is_main else None
         checkpoints = self._folder.checkpoints(self.settings.keep) if self._folder else None
         run = Run(
-            self.model,
-            self.data,
-            self.settings,
-            self.task,
-            self.plan,
-            self._engine,
-            self._feed,
-            self._emit,
-            checkpoints,
-            self._accept,
-            self._inputs,
-        )
+            self.model, self.data, self.settings, self.task, self.plan, self._engine, self._feed, self._emit, checkpoints,
+            self._accept, self._inputs,
+        )  # fmt: skip
         if checkpoints:
             found = checkpoints.newest() if self._engine.is_main else None
             step = self._engine.from_main(found and found[0])

@@ -204,21 +204,7 @@ def backward(
         )
     of_z = torch.empty_like(z)
     seen(psi_backward_kernel)[grid](
-        g,
-        z,
-        d,
-        of_z,
-        sums,
-        *matrix[:3],
-        p,
-        q,
-        strip,
-        name,
-        matrix.by_column,
-        with_bias,
-        high,
-        wide,
-        BACKWARD.stages,
+        g, z, d, of_z, sums, *matrix[:3], p, q, strip, name, matrix.by_column, with_bias, high, wide, BACKWARD.stages,
         num_warps=BACKWARD.warps,
-    )
+    )  # fmt: skip
     return of_z, sums.sum(0) if matrix.by_column else sums.sum([0, 2])[None]

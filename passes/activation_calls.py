@@ -17,6 +17,7 @@ from .complex_values import is_complex, may_hold_complex
 from .elementwise import activation_input
 from .link import Linked
 from .mixing import is_attention
+from .nodes import made_of
 from .outcome import SPLIT, Reason
 from .placed import placed_activation
 from .residual import Inside, inside_residuals, residual_nodes
@@ -184,17 +185,8 @@ BATCH = Reason(
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _SPREADS = {
-    pick,
-    "expand",
-    "expand_as",
-    "view",
-    "reshape",
-    "unsqueeze",
-    "squeeze",
-    "to",
-    torch.unsqueeze,
-    "type_as",
-    "view_as",
+    *(pick, torch.unsqueeze),
+    *("expand", "expand_as", "view", "view_as", "reshape", "unsqueeze", "squeeze", "to", "type_as"),
 }
 
 
@@ -204,14 +196,10 @@ def _another_path(linked: Linked, product: Spot, carriers: set[Spot]) -> bool:
 
 
 def _free_of(linked: Linked, unit: Unit, value: fx.Node, carriers: set[Spot]) -> bool:
-    todo, seen, has_input = [value], {value}, False
-    while todo:
-        node = todo.pop()
+    has_input = False
+    for node in made_of([value]):
         spot = Spot(unit, node)
         if spot in carriers or (node.op == "placeholder" and linked.source(spot) in carriers):
             return False
         has_input = has_input or node.op in ("placeholder", "call_module")
-        new = [before for before in node.all_input_nodes if before not in seen]
-        seen.update(new)
-        todo += new
     return has_input

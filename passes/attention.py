@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .activation_calls import Calls
 from .affine import Found, affine_at
 from .channels import Channels
-from .choices import step_of, value_inputs
+from .choices import step_of
 from .elementwise import activation_input
 from .flow import Flow, Origin, UnknownError, broadcast_shapes, numbered, origin_of, takes_shape
 from .heads import with_heads_of
@@ -29,7 +29,7 @@ from .matrices import tensor_named
 from .mixing import FAR, is_product, weights_of
 from .outcome import LEAVES, Match, Reason
 from .plan import Constraint
-from .strict import bias_is_free, label, leads_back, reads_only_value
+from .strict import bias_is_free, label, reads_nothing_else, reads_only_value, weights_are_replaced
 from .units import Spot
 from .unseen import may_be_called_otherwise, unknown_calls
 from .wires import how_modes_differ, modes_agree
@@ -74,9 +74,8 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
         return Reason("its owner is called in several ways")
     if may_be_called_otherwise(linked, spot.unit):
         return unknown_calls(linked)
-    replacing = linked.replaces_weights(spot.unit.path)
-    if replacing is not None:
-        return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
+    if (replaced := weights_are_replaced(linked, spot.unit.path)) is not None:
+        return replaced
     found = _in_one_mode(calls, spot)
     if owned.in_eval is None or modes_agree(owned) or isinstance(found, Reason):
         return found
@@ -103,11 +102,7 @@ def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
         if part not in w.biases:
             return Reason(f"the bias of {w.affine} is computed")
         bias = w.biases[part]
-    alone = (
-        linked.readers(a.affine.bias) == 1
-        and a.value is not None
-        and leads_back(linked, Spot(path.use.unit, a.value), spot)
-    )
+    alone = reads_nothing_else(linked, a, path.use, spot)
     carried = not a.pads and alone and bias_is_free(linked, a.affine, calls.planned)
     constraint: Constraint = "folded" if carried or bias is None else "augmented"
     one_axis = sum(size > 1 for size in path.view) == 1
@@ -121,18 +116,10 @@ def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
 def _projection(linked: Linked, spot: Spot) -> tuple[Spot, Found] | Reason:
     """W, the first affine map on the way back from V."""
     value = activation_input(spot.node)
-    here = Spot(spot.unit, value) if value is not None else None
-    for _ in range(40):
-        if here is None:
-            break
-        here = linked.source(here)
+    for here in linked.trail(Spot(spot.unit, value), 40) if value is not None else ():
         found = affine_at(linked, here)
         if found is not None:
             return here, found
-        inputs = value_inputs(here.node)
-        if not inputs:
-            break
-        here = Spot(here.unit, inputs[0])
     return Reason("no affine map makes its values")
 
 
@@ -353,14 +340,8 @@ def _weights_shape(flow: Flow, spot: Spot) -> torch.Size:
 
     What comes in between, masks and tables of biases for other numbers of positions than the trial's, tells less.
     """
-    here = spot
-    for _ in range(FAR):
-        here = flow.linked.source(here)
-        inputs = value_inputs(here.node)
-        if is_product(here.node) or not inputs:
-            break
-        here = Spot(here.unit, inputs[0])
+    product = next((here for here in flow.linked.trail(spot, FAR + 1) if is_product(here.node)), spot)
     try:
-        return flow.tensor(here if is_product(here.node) else spot).shape
+        return flow.tensor(product).shape
     except UnknownError:
         return flow.tensor(spot).shape

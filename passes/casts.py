@@ -10,7 +10,6 @@ from torch import fx
 
 from .choices import Step, pick, step_of, value_inputs
 from .link import Linked
-from .matrices import tensor_named
 from .units import Spot, Unit
 
 _WHOLE: set[Any] = {
@@ -35,7 +34,8 @@ def _whole(linked: Linked, unit: Unit, given: Any) -> bool:
     spot = linked.source(Spot(unit, given))
     step = step_of(spot.node)
     if step.op == "get_attr":
-        return not _is_real(linked, f"{spot.unit.path}.{step.target}".lstrip("."))
+        tensor = linked.stored(spot)
+        return tensor is None or not tensor.is_floating_point()
     if step.op in ("placeholder", "call_module") or (step.target is getattr and step.args[1] == "device"):
         return False
     if step.target is pick:
@@ -44,13 +44,6 @@ def _whole(linked: Linked, unit: Unit, given: Any) -> bool:
         return True
     inputs = value_inputs(spot.node)
     return not inputs or _whole(linked, spot.unit, inputs[0])
-
-
-def _is_real(linked: Linked, name: str) -> bool:
-    try:
-        return tensor_named(linked.model, name).is_floating_point()
-    except AttributeError:
-        return False
 
 
 def _dtypes(step: Step) -> list[torch.dtype]:

@@ -22,7 +22,6 @@ from .choices import step_of, value_inputs
 from .held import names_in
 from .infinities import PASSES_ON
 from .link import Linked
-from .matrices import tensor_named
 from .units import ExampleInputs, Spot
 from .wires import Layout, through
 
@@ -78,7 +77,8 @@ def _becomes_complex(linked: Linked, spot: Spot) -> bool:
     if module is not None:  # one with a graph is looked into: its result may be real
         return _is_leaf(module) and has_complex_weights(module)
     if node.op == "get_attr":
-        return _is_complex_tensor(linked, spot)
+        tensor = linked.stored(spot)
+        return tensor is not None and tensor.is_complex()
     dtypes = (given for given in leaves((node.args, dict(node.kwargs))) if isinstance(given, torch.dtype))
     return step_of(node).target in _MAKES or any(dtype.is_complex for dtype in dtypes)
 
@@ -87,10 +87,3 @@ def _is_leaf(module: nn.Module) -> bool:
     """Whether a module runs a forward of torch's and has no children: none of these makes complex values real."""
     torchs = str(getattr(type(module).forward, "__module__", "")).startswith("torch.nn.modules")
     return torchs and module._modules.keys() <= {"parametrizations"}
-
-
-def _is_complex_tensor(linked: Linked, spot: Spot) -> bool:
-    try:
-        return tensor_named(linked.model, f"{spot.unit.path}.{spot.node.target}".lstrip(".")).is_complex()
-    except AttributeError:
-        return False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from .activation_calls import Calls
@@ -21,7 +21,7 @@ from .multihead_source import multihead_source
 from .otherwise import differences, stands_alike
 from .outcome import LEAVES, Match
 from .plan import Site
-from .reads import PLAIN, fingerprint
+from .reads import OF_EVERY_MODULE, PLAIN, fingerprint
 from .rewrite import Psi, runnable
 from .set_attributes import names_set
 from .strict import strict
@@ -91,11 +91,10 @@ def _variant(linked: Linked, unit: Unit, sites: Iterable[Site], psi: Psi) -> Var
 def _flags(graphs: Iterable[OwnerGraph]) -> dict[str, object]:
     """The plain attributes of the owner that its code was traced for, with their fingerprints."""
     reads = [read for graph in graphs for read in graph.reads]
-    own = set(torch.nn.Module().__dict__)
     return {
         name: value
         for where, name, value in reads
-        if not where and name not in own and value[:1] not in (("tensor",), ("module",))
+        if not where and name not in OF_EVERY_MODULE and value[:1] not in (("tensor",), ("module",))
     }
 
 
@@ -118,35 +117,29 @@ def _rewrite_for_call(
     Raises:
         SurgeryError: the method does not trace when it is called so, or a strict site would be no strict one in it.
     """
-    original, extended = original_class(module), type(module)
+    original = original_class(module)
     known = made.methods[method]
     call = call_of(known.signature, args, kwargs)
     how = differences(known.variants[0].call, call) if call else ""
     advice = "call it as it was planned, or contract the model, and pass example_inputs that call it this way to extend"
-    # modules below that are extended too hold the W and A of its sites: they are seen as they were
-    below = {each: type(each) for each in module.modules() if is_extended_owner(each)}
-    for each in below:
-        each.__class__ = original_class(each)
-    try:
+    with _as_before(module):
         linked = Linked(module, Arguments(args, kwargs) if method == "forward" else None)
         try:
             unit = linked.unit_for_call(method, Arguments(args, kwargs))
         except UntraceableError as error:
             raise SurgeryError(f"called with these arguments{how}, {error}: {advice}") from error
-        calls, names = Calls(linked, planned=True), linked.graphs[unit].names
+        owned = linked.graphs[unit]
         here = [site for site in made.sites if site.method == method and site.kind == "strict"]
-        lost = [site for site in here if site.call not in names]
+        lost = [site for site in here if site.call not in owned.names]
         if not lost:
             variant = _variant(linked, unit, made.sites, made.psi)
-            planned = known.variants[0]
-            lost = [
-                site for site in here if not _as_strict(calls, Spot(unit, names[site.call]), site, planned, variant)
-            ]
+            calls, planned = Calls(linked, planned=True), known.variants[0]
+            spots = {site: Spot(unit, owned.names[site.call]) for site in here}
+            lost = [site for site in here if not _as_strict(calls, spots[site], site, planned, variant)]
         if lost:
             raise SurgeryError(
                 f"{original.__name__}.{lost[0].call} is no strict site when called like this{how}: {advice}"
             )
-        owned = linked.graphs[unit]
         sets = names_set(graph for each in known.variants for graph in (each.graph, each.in_eval))
         again = names_set(owned.versions) & made.flags.keys() | sets & _flags([owned]).keys()
         if again:
@@ -159,10 +152,20 @@ def _rewrite_for_call(
         flags = {**made.flags, **_flags([owned])}
         watched = {**made.watched, **_watched(module, [owned])}
         extended = extended_class(original, replace(made, methods=methods, flags=flags, watched=watched))
+    module.__class__ = extended
+
+
+@contextmanager
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """Inside, the module has its original class, and so have those below, which hold the W and A of its sites."""
+    extended = {each: type(each) for each in module.modules() if is_extended_owner(each)}
+    try:
+        for each in extended:
+            each.__class__ = original_class(each)
+        yield
     finally:
-        for each, its_class in below.items():
+        for each, its_class in extended.items():
             each.__class__ = its_class
-        module.__class__ = extended
 
 
 def _as_strict(calls: Calls, spot: Spot, site: Site, planned: Variant, variant: Variant) -> bool:

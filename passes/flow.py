@@ -25,7 +25,6 @@ from .channels import Channels, Provenance
 from .choices import Step, pick, step_of, truth, value_inputs
 from .facts import is_size
 from .link import Linked
-from .matrices import tensor_named
 from .units import Spot, Unit
 from .wires import Layout, always_drops, is_cast, modes_agree, still
 from .writes import overwritten
@@ -171,7 +170,10 @@ class Flow:
     def _compute(self, spot: Spot) -> Any:
         node, module = spot.node, self.linked.module(spot)
         if node.op == "get_attr":
-            return self._stored(spot)
+            stored = self.linked.stored(spot)
+            if stored is None:
+                raise UnknownError
+            return torch.empty_like(stored, device="meta")
         made = affine_at(self.linked, spot)
         if made is not None and made.value is not None:
             before = self.tensor(Spot(spot.unit, made.value))
@@ -220,13 +222,6 @@ class Flow:
     def _given(self, unit: Unit, argument: Any) -> Any:
         return fx.map_arg(argument, lambda inner: self.value(Spot(unit, inner)))
 
-    def _stored(self, spot: Spot) -> Tensor:
-        try:
-            stored = tensor_named(self.linked.model, f"{spot.unit.path}.{spot.node.target}".lstrip("."))
-        except AttributeError as error:
-            raise UnknownError from error
-        return torch.empty_like(stored, device="meta")
-
     def _passed(self, spot: Spot, module: nn.Module | None) -> Tensor:
         before = self.tensor(Spot(spot.unit, value_inputs(spot.node)[0]))
         wire = still(Layout(axis=-1), spot.node, module)
@@ -261,11 +256,17 @@ class Flow:
             together = shapes[0]
         return torch.empty(together, dtype=_kind(*kinds), device="meta")
 
-    def _part(self, unit: Unit, whole: Tensor, cut: slice) -> Tensor | None:
-        """A part of the last axis: up to an unknown bound all of it, from there on nothing; None where both are known.
+    def _part(self, unit: Unit, of: Any, key: Any) -> Tensor | None:
+        """A part `x[..., a:b]`: up to an unknown bound all of the axis, from there on nothing; None for any other.
 
         So the parts that a rotary embedding turns and leaves (`x[..., :n]` and `x[..., n:]`) are the whole together.
         """
+        first, cut = key if isinstance(key, tuple) and len(key) == 2 else (None, None)
+        if first is not Ellipsis or not isinstance(cut, slice) or cut.step is not None or not isinstance(of, fx.Node):
+            return None
+        whole = self.value(Spot(unit, of))
+        if not isinstance(whole, Tensor):
+            return None
         unknown = list[Any]()
 
         def bound(given: Any, otherwise: int | None) -> Any:
@@ -280,14 +281,9 @@ class Flow:
 
     def _called(self, spot: Spot, step: Step) -> Any:
         node = spot.node
-        if step.target is operator.getitem and isinstance(step.args[1], tuple) and isinstance(step.args[0], fx.Node):
-            first, *cuts = step.args[1]
-            whole = self.value(Spot(spot.unit, step.args[0]))
-            cut = cuts[0] if len(cuts) == 1 else None
-            if first is Ellipsis and isinstance(cut, slice) and cut.step is None and isinstance(whole, Tensor):
-                part = self._part(spot.unit, whole, cut)
-                if part is not None:
-                    return part
+        part = self._part(spot.unit, *step.args) if step.target is operator.getitem else None
+        if part is not None:
+            return part
 
         def given(inner: fx.Node) -> Any:
             value = self.value(Spot(spot.unit, inner))

@@ -100,8 +100,7 @@ def _compared(code: CodeType) -> frozenset[str]:
     """What a code asks to be one and the same as something."""
     if NUMBERS.keys().isdisjoint(code.co_names):
         return frozenset()
-    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
-    names = (each.argval for each, after in pairwise(steps) if after.opname == "IS_OP")
+    names = (each.argval for each, after in pairwise(dis.get_instructions(code)) if after.opname == "IS_OP")
     return frozenset(name for name in names if isinstance(name, str))
 
 

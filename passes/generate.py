@@ -57,9 +57,9 @@ def generated_class(
     return subclass(original, Code(held, "\n\n".join(sources), scope, rewriter, flags))
 
 
-def _source(name: str, rewritten: Method, watched: Watched, scope: dict[str, Any]) -> str:
+def _source(method: str, rewritten: Method, watched: Watched, scope: dict[str, Any]) -> str:
     """One function per variant and mode, and a dispatcher over them where there is a choice to make or a check."""
-    names, method, signature, variants = _Names(scope), name, rewritten.signature, rewritten.variants
+    names, signature, variants = _Names(scope), rewritten.signature, rewritten.variants
     first = list(signature.parameters.values())[1:2]
     required = first[0].name if first and first[0].default is inspect.Parameter.empty else ""
     guards = [names.guards(variant.call, variant.typed, required) for variant in variants]

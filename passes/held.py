@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .reads import OF_EVERY_MODULE
 from .source import functions_of, is_left_out, nested, reached
 
 _FARTHEST = 200  # objects, and functions of theirs, that are looked at for one forward
 _LONGEST = 64  # items of a container that are looked at
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _CONTAINERS = (dict, list, tuple, set, deque)
 _CODELESS = (bool, int, float, complex, str, bytes, type(None), Tensor, ModuleType)
 
@@ -41,7 +41,7 @@ class Held:
 def held_code(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module's own that may hold code; its children are none of them."""
     own = module.__dict__
-    return {name: own[name] for name in own if name not in _OF_EVERY_MODULE and _may_hold_code(own[name])}
+    return {name: own[name] for name in own if name not in OF_EVERY_MODULE and _may_hold_code(own[name])}
 
 
 def reached_through(attributes: Mapping[str, Any], functions: Iterable[FunctionType], cls: type[nn.Module]) -> Held:

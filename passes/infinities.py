@@ -19,7 +19,6 @@ from .activations import call_activation
 from .calls import leaves
 from .choices import pick, step_of, value_inputs
 from .link import Linked
-from .matrices import tensor_named
 from .units import Spot
 from .wires import Layout, through
 
@@ -74,10 +73,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _holds_infinity(linked: Linked, spot: Spot) -> bool:
-    name = f"{spot.unit.path}.{spot.node.target}".lstrip(".")
-    try:
-        tensor = tensor_named(linked.model, name)
-    except AttributeError:
+    tensor = linked.stored(spot)
+    if tensor is None or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() > _LARGEST:
         return False
-    looked_at = tensor.is_floating_point() and not tensor.is_meta and tensor.numel() <= _LARGEST
-    return looked_at and bool(torch.isinf(tensor).any())
+    return bool(torch.isinf(tensor).any())

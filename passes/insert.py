@@ -53,8 +53,7 @@ def prepare(linked: Linked, plan: Plan, psi: Psi) -> list[Edit]:
         if is_multihead_site(linked, sites[0]):
             edits.append(_multihead(linked, sites[0], psi))
             continue
-        units = [unit for site in sites for unit in _units(linked, site)]
-        units = list(dict.fromkeys(units))
+        units = list(dict.fromkeys(unit for site in sites for unit in _units(linked, site)))
         _expect_calls_known(linked, units, sites)
         module = linked.modules[path]
         key = _same_code(linked, module, units, sites)
@@ -113,7 +112,9 @@ def apply(edits: Iterable[Edit]) -> None:
         for edit in done:
             if is_extended_owner(edit.owner):
                 restore(edit.owner, [])
-            _drop(edit.owner, [(name, delta) for name, delta in edit.deltas])
+            for name, delta in edit.deltas:
+                if edit.owner._parameters.get(name) is delta:
+                    del edit.owner._parameters[name]
         raise
 
 
@@ -126,12 +127,6 @@ def _apply(edit: Edit) -> None:
     edit.owner.__class__ = edit.extended
     if edit.hooked:
         edit.owner.register_forward_pre_hook(keep_off_fast_paths)
-
-
-def _drop(owner: nn.Module, deltas: Iterable[tuple[str, nn.Parameter]]) -> None:
-    for name, delta in deltas:
-        if owner._parameters.get(name) is delta:
-            del owner._parameters[name]
 
 
 def keep_off_fast_paths(module: nn.Module, args: object) -> None:
@@ -162,12 +157,8 @@ def _same_code(linked: Linked, module: nn.Module, units: list[Unit], sites: list
     ways: list[tuple[bool, bool, bool]] = []
     for unit in units:
         names = linked.graphs[unit].names
-        nodes = [names[site.call] for site in sites if site.method == unit.method and site.call in names]
-        nodes = [node for node in nodes if activation_input(node) is not None]
-        spots = [Spot(unit, node) for node in nodes]
-        ways += [
-            (acts_in_place(linked, spot), overwritten_beside(linked, spot), runs_within(linked, *spot))
-            for spot in spots
-        ]
+        calls = [names[site.call] for site in sites if site.method == unit.method and site.call in names]
+        spots = [Spot(unit, node) for node in calls if activation_input(node) is not None]
+        ways += [(acts_in_place(linked, s), overwritten_beside(linked, s), runs_within(linked, *s)) for s in spots]
     graphs = tuple(linked.graphs[unit] for unit in units)
     return type(module), graphs, tuple(map(written, sites)), tuple(ways)

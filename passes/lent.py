@@ -64,8 +64,7 @@ def fills(cls: type[nn.Module]) -> bool:
 @cache
 def _changes_argument(code: CodeType) -> bool:
     taken = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
-    changing = (before for before, step in pairwise(steps) if step.argval in CHANGES)
+    changing = (before for before, step in pairwise(dis.get_instructions(code)) if step.argval in CHANGES)
     return any(before.opname.startswith("LOAD_FAST") and _last_loaded(before.argval) in taken for before in changing)
 
 

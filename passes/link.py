@@ -13,9 +13,11 @@ from collections.abc import Iterator, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .calls import bound_to_placeholders, leaves
+from .choices import value_inputs
+from .matrices import tensor_named
 from .set_attributes import returning
 from .units import Spot, Unit, Units
 
@@ -51,6 +53,13 @@ class Linked(Units):
                     uses[self.tracing.names.first_name(f"{prefix}{node.target}")] += len(node.users)
         return uses
 
+    def stored(self, spot: Spot) -> Tensor | None:
+        """The parameter or buffer that a spot reads; None where the model has none of that name."""
+        try:
+            return tensor_named(self.model, f"{spot.unit.path}.{spot.node.target}".lstrip("."))
+        except AttributeError:
+            return None
+
     def arguments(self, spot: Spot) -> list[Spot | None]:
         """What each caller passes for a placeholder; None where a caller passes no traced value."""
         found: list[Spot | None] = []
@@ -69,6 +78,16 @@ class Linked(Units):
             if before is None:
                 return spot
             spot = before
+
+    def trail(self, spot: Spot, most: int) -> Iterator[Spot]:
+        """Where the value comes from, where the first value that this is made of comes from, and so on, at most so far."""
+        for _ in range(most):
+            spot = self.source(spot)
+            yield spot
+            inputs = value_inputs(spot.node)
+            if not inputs:
+                return
+            spot = Spot(spot.unit, inputs[0])
 
     def _source_step(self, spot: Spot) -> Spot | None:
         unit, call = spot

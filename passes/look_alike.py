@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .activations import acts_as, module_activation
+from .reads import OF_EVERY_MODULE
 from .source import nested, reached, trap
 
 Stored = Literal["out_in", "in_out"]
@@ -21,7 +22,6 @@ Stored = Literal["out_in", "in_out"]
 LARGEST = 2**24  # elements of a weight that are tried out
 
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -31,7 +31,7 @@ def likeness(module: nn.Module) -> Hashable | None:
     None where the module holds other things too, a child or a function perhaps.
     """
     held = plain_attributes(module)
-    others = module._modules or vars(module).keys() - _OF_EVERY_MODULE - held.keys()
+    others = module._modules or vars(module).keys() - OF_EVERY_MODULE - held.keys()
     if others or not acts_as(module, type(module)):
         return None
     tensors = {**module._parameters, **module._buffers}
@@ -45,7 +45,7 @@ def stateless_forward(module: nn.Module, is_new: bool = False) -> Callable[..., 
     One that is made anew in every call (`is_new`) may hold settings and children, and is in the mode that it is made in.
     """
     cls = type(module)
-    own = vars(module).keys() - _OF_EVERY_MODULE
+    own = vars(module).keys() - OF_EVERY_MODULE
     held = module._parameters or module._buffers or (module._modules and not is_new)
     if held or not acts_as(module, cls) or (own and not is_new and module_activation(module) is None):
         return None

@@ -32,22 +32,22 @@ Rule = Callable[[Calls, Spot], Match | Reason]
 def match(linked: Linked, mode: Mode, example_inputs: ExampleInputs | None = None) -> Plan:
     """All sites and refusals of a linked model, in the order in which the model defines its modules."""
     calls = Calls(linked, example_inputs)
-    sites: list[Site] = []
-    refusals: list[Refusal] = list(unseen_refusals(linked, example_inputs is not None))
+    entries: list[Site | Refusal] = list(unseen_refusals(linked, example_inputs is not None))
     found = {path: [*calls.of(path)] for path in linked.modules}
     names = _told_apart([(spot, name) for of_module in found.values() for name, spot, _ in of_module])
     for path, module in linked.modules.items():
         for _, spot, activation in found[path]:
             if _is_none_here(calls, spot):
                 continue
-            outcome = _decide(calls, spot, (ATTENTION if activation == "attention" else RULES)[mode])
+            outcome = _decide(calls, spot, activation, mode)
             call = linked.graphs[spot.unit].name_of[spot.node]
-            _enter(linked, names[spot], spot.unit, call, activation, outcome, sites, refusals)
+            entries.append(_entry(linked, names[spot], spot.unit, call, activation, outcome))
         if is_multihead(module):
             name, outcome = f"{path}.attention".lstrip("."), value_path_inside(linked, path)
             outcome = ONLY_STRICT if mode == "relaxed" else outcome
-            _enter(linked, name, Unit(path), "attention", "attention", outcome, sites, refusals)
-    return Plan(tuple(sites), tuple(refusals), mode)
+            entries.append(_entry(linked, name, Unit(path), "attention", "attention", outcome))
+    sites = tuple(entry for entry in entries if isinstance(entry, Site))
+    return Plan(sites, tuple(entry for entry in entries if isinstance(entry, Refusal)), mode)
 
 
 def expect_strict(linked: Linked, plan: Plan) -> None:
@@ -78,7 +78,7 @@ def _as_strict(calls: Calls, site: Site) -> Match | Reason:
     here = (site.method, site.call)
     for _, spot, activation in calls.of(site.owner):
         if (spot.unit.method, linked.graphs[spot.unit].name_of[spot.node]) == here:
-            return _decide(calls, spot, (ATTENTION if activation == "attention" else RULES)["strict"])
+            return _decide(calls, spot, activation, "strict")
     return Reason("its call is not seen")
 
 
@@ -119,36 +119,26 @@ def _depth(spot: Spot) -> int:
     return len(spot.unit.path.split(".")) if spot.unit.path else 0
 
 
-def _enter(
-    linked: Linked,
-    name: str,
-    unit: Unit,
-    call: str,
-    activation: str,
-    outcome: Match | Reason,
-    sites: list[Site],
-    refusals: list[Refusal],
-) -> None:
+def _entry(
+    linked: Linked, name: str, unit: Unit, call: str, activation: str, outcome: Match | Reason
+) -> Site | Refusal:
     if isinstance(outcome, Reason):
-        refusals.append(Refusal(name, unit.path, activation, outcome.text, outcome.remedy))
-        return
-    sites.append(
-        Site(
-            name, unit.path, unit.method, call, outcome.kind, outcome.constraint, activation, outcome.channels.width,
-            outcome.channels.axis, _parameter_name(linked, unit, call), outcome.first, outcome.second, outcome.exact,
-            outcome.view,
-        )
+        return Refusal(name, unit.path, activation, outcome.text, outcome.remedy)
+    return Site(
+        name, unit.path, unit.method, call, outcome.kind, outcome.constraint, activation, outcome.channels.width,
+        outcome.channels.axis, _parameter_name(linked, unit, call), outcome.first, outcome.second, outcome.exact,
+        outcome.view,
     )  # fmt: skip
 
 
-def _decide(calls: Calls, spot: Spot, rules: tuple[Rule, ...]) -> Match | Reason:
-    """The first match; where there is none, the last rule's reason (the most permissive rule comes last)."""
+def _decide(calls: Calls, spot: Spot, activation: str, mode: Mode) -> Match | Reason:
+    """The first match of a mode's rules; where there is none, the last one's reason (the most permissive comes last)."""
     if not calls.same_activations_in_both_modes(spot.unit):
         return Reason("its owner calls other activations in eval mode than in training", "make it a module of its own")
     if calls.complex(spot):
         return COMPLEX
     reasons: list[Reason] = []
-    for rule in rules:
+    for rule in (ATTENTION if activation == "attention" else RULES)[mode]:
         outcome = rule(calls, spot)
         if isinstance(outcome, Match):
             return outcome

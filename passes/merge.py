@@ -19,7 +19,7 @@ from .errors import UntraceableError
 from .facts import is_fact
 from .nodes import Verbatim, names_a_write, new_node
 
-ASKED = "asked"  # in a node's meta: the how manieth question of the trace it answers
+ASKED = "asked"  # in a node's meta: which question of the trace it answers, counted from 0
 
 
 def merged(yes: fx.Graph, no: fx.Graph, index: int) -> fx.Graph:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .choices import value_inputs
+from .activations import MIXES
 from .link import Linked
 from .units import Spot
 
-_PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", torch.einsum}
+_PRODUCTS = MIXES.keys() - {F.scaled_dot_product_attention}
 _SOFTMAXES: set[Any] = {F.softmax, torch.softmax, "softmax"}
 FAR = 16  # how many calls may stand between a softmax and the product: dropout, casts, masks, maps across heads
 
@@ -24,15 +23,11 @@ def is_attention(linked: Linked, spot: Spot) -> bool:
         return True
     if not is_product(spot.node):
         return False
-    here = Spot(spot.unit, weights_of(spot.node))
-    for _ in range(FAR):
-        here = linked.source(here)
+    for here in linked.trail(Spot(spot.unit, weights_of(spot.node)), FAR):
         if here.node.target in _SOFTMAXES or isinstance(linked.module(here), nn.Softmax):
             return True
-        inputs = value_inputs(here.node)
-        if not inputs or here.node.target in _PRODUCTS:
+        if here.node.target in _PRODUCTS:
             return False
-        here = Spot(here.unit, inputs[0])
     return False
 
 

@@ -14,7 +14,7 @@ from .complex_values import has_complex_weights
 from .link import Linked
 from .outcome import Match, Reason
 from .plan import Affine, Constraint, Site
-from .strict import bias_is_free
+from .strict import bias_is_free, weights_are_replaced
 from .units import Spot
 
 CALL = "attention"  # what a site's name and its δ call it
@@ -50,9 +50,8 @@ def value_path_inside(linked: Linked, path: str, planned: bool = False) -> Match
         return Reason("its calls are not seen, nor whether it has as many queries as values")
     if not all(_self_attention(linked, caller) for caller in linked.callers[path]):
         return Reason("its queries and its values come from different places, and may differ in number")
-    replacing = linked.replaces_weights(path)
-    if replacing is not None:
-        return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
+    if (replaced := weights_are_replaced(linked, path)) is not None:
+        return replaced
     prefix, width, out = f"{path}.".lstrip("."), module.embed_dim, linked.path_of(module.out_proj)
     first = Affine(
         path, "linear", prefix + ("in_proj_weight" if module._qkv_same_embed_dim else "v_proj_weight"),

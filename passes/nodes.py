@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -71,15 +71,18 @@ def names_a_write(node: fx.Node) -> bool:
 
 def takes_no_argument(value: fx.Node) -> bool:
     """Whether a value is made of parameters, buffers and constants alone: no argument has a part in it."""
-    todo, seen = [value], {value}
+    return all(node.op != "placeholder" for node in made_of([value]))
+
+
+def made_of(values: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> Iterator[fx.Node]:
+    """The values, and all that they are made of, back to these ends."""
+    todo, seen = list(values), set(ends)
     while todo:
-        here = todo.pop()
-        if here.op == "placeholder":
-            return False
-        new = [each for each in here.all_input_nodes if each not in seen]
-        seen.update(new)
-        todo += new
-    return True
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo += node.all_input_nodes
 
 
 class Verbatim:

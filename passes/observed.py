@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,17 +50,11 @@ def _watched(
     tracing: Tracing, signatures: Mapping[str, inspect.Signature], found: dict[str, dict[str, Call]]
 ) -> Iterator[None]:
     """Note the calls that the modules get meanwhile, by their keys."""
-    hooks = [
-        tracing.modules[path].register_forward_pre_hook(
-            _noting(signature, found.setdefault(path, {})), with_kwargs=True
-        )
-        for path, signature in signatures.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path, signature in signatures.items():
+            noting = _noting(signature, found.setdefault(path, {}))
+            hooks.enter_context(tracing.modules[path].register_forward_pre_hook(noting, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _noting(signature: inspect.Signature, calls: dict[str, Call]) -> Callable[..., None]:

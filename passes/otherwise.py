@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .calls import Argument, Call, Constant, Items, Value
+from .nodes import made_of
 
 
 def differences(planned: Call, call: Call) -> str:
@@ -62,10 +62,9 @@ def _around(graph: fx.Graph, delta: str) -> list[tuple[Any, ...]]:
     for node in graph.nodes:
         if any(before in after for before in node.all_input_nodes):
             after.add(node)
-    told = after | set(_back_from([psi.args[1] for psi in psis if isinstance(psi.args[1], fx.Node)], psis))
-    told |= set(
-        _back_from([read for node in after - psis if node.op != "output" for read in node.all_input_nodes], psis)
-    )
+    read = [psi.args[1] for psi in psis if isinstance(psi.args[1], fx.Node)]
+    read += [value for node in after - psis if node.op != "output" for value in node.all_input_nodes]
+    told = after.union(made_of(read, psis))
     names: dict[fx.Node, str] = {}
     lines: list[tuple[Any, ...]] = []
     for node in graph.nodes:
@@ -74,18 +73,7 @@ def _around(graph: fx.Graph, delta: str) -> list[tuple[Any, ...]]:
             lines.append(tuple((keystr(path), names[leaf]) for path, leaf in leaves if leaf in after))
         elif node in told:
             names[node] = f"%{len(names)}"
-            read = node.args[1:] if node in psis else node.args
-            passed = fx.map_arg((read, node.kwargs), lambda each: names.get(each, "σ"))
+            args = node.args[1:] if node in psis else node.args
+            passed = fx.map_arg((args, node.kwargs), lambda each: names.get(each, "σ"))
             lines.append((node.op, node.target, str(passed)))
     return lines
-
-
-def _back_from(values: Iterable[fx.Node], ends: set[fx.Node]) -> Iterator[fx.Node]:
-    """The values, and all that they are made of, back to these ends."""
-    todo, seen = list(values), set(ends)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            todo += node.all_input_nodes

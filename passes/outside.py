@@ -15,22 +15,11 @@ from .source import codes
 
 _LONGEST = 64  # items of a container that are looked into
 _DEEPEST = 4  # how deep things in things are kept
-_UNCHANGING = frozenset(
-    {
-        type(None),
-        bool,
-        int,
-        float,
-        str,
-        tuple,
-        type,
-        FunctionType,
-        BuiltinFunctionType,
-        ModuleType,
-        Tensor,
-        nn.Parameter,
-    }
-)  # what `keep` would find nothing in: most of what it is asked to keep
+# What `keep` would find nothing in: most of what it is asked to keep.
+_UNCHANGING = {
+    *(type(None), bool, int, float, str, tuple, type),
+    *(FunctionType, BuiltinFunctionType, ModuleType, Tensor, nn.Parameter),
+}
 _ABSENT = object()
 
 

@@ -53,18 +53,18 @@ def _sliced(code: CodeType) -> frozenset[Sliced]:
     steps = [each for each in dis.get_instructions(code) if each.opname not in _NOTHING]
     found: set[Sliced] = set()
     for place, step in enumerate(steps):
-        bounds = {"BUILD_SLICE": step.arg, "BINARY_SLICE": 2}.get(step.opname) or (1 if _is_slice(step) else 0)
-        before = _before_bounds(steps, place if bounds and not _is_slice(step) else place + 1, bounds or 0)
+        if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
+            before = _before_bounds(steps, place, step.arg or 2)
+        elif step.opname == "LOAD_CONST" and isinstance(step.argval, slice):
+            before = place - 1
+        else:
+            continue
         count = 0
-        while before is not None and bounds and before >= 0 and steps[before].opname in _SUBSCRIPTS:
+        while before is not None and steps[before].opname in _SUBSCRIPTS:
             before, count = _before_bounds(steps, before, 1), count + 1
-        if before is not None and bounds and before >= 0 and steps[before].opname == "LOAD_ATTR":
+        if before is not None and steps[before].opname == "LOAD_ATTR":
             found.add((str(steps[before].argval), count))
     return frozenset(found)
-
-
-def _is_slice(step: dis.Instruction) -> bool:
-    return step.opname == "LOAD_CONST" and isinstance(step.argval, slice)
 
 
 def _before_bounds(steps: list[dis.Instruction], place: int, count: int) -> int | None:
@@ -77,8 +77,8 @@ def _before_bounds(steps: list[dis.Instruction], place: int, count: int) -> int 
             return None
         count -= 2 if steps[here].opname.count("LOAD_") == 2 else 1
         here -= 1
-    return here if count == 0 else None
+    return here if count == 0 and here >= 0 else None
 
 
-_NOTHING = ("CACHE", "NOP", "EXTENDED_ARG", "PRECALL")
+_NOTHING = ("NOP", "EXTENDED_ARG", "PRECALL")
 _SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_OP")

@@ -56,12 +56,9 @@ def _is_known(step: fx.Node) -> bool:
 
 def _comes_from_affine(linked: Linked, value: Spot) -> bool:
     """Whether nothing but wires and a BatchNorm stand between an affine map and the value."""
-    for _ in range(_FARTHEST):
-        here = linked.source(value)
+    for here in linked.trail(value, _FARTHEST):
         if affine_at(linked, here) is not None:
             return True
-        inputs = here.node.all_input_nodes
-        if not inputs or not (is_wire(here.node, linked.module(here)) or norm_at(linked, here)):
+        if not (is_wire(here.node, linked.module(here)) or norm_at(linked, here)):
             return False
-        value = Spot(here.unit, inputs[0])
     return False

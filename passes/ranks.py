@@ -13,29 +13,11 @@ from torch import fx, nn
 # What gives its first argument as many axes as it had.
 _MODULES = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softmax)
 _METHODS = {
-    "contiguous",
-    "transpose",
-    "to",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "type_as",
-    "clone",
-    "detach",
-    "softmax",
+    *("contiguous", "transpose", "to", "float", "half", "bfloat16", "double", "type_as", "clone", "detach", "softmax")
 }
 _FUNCTIONS = {
-    torch.transpose,
-    torch.softmax,
-    torch.relu,
-    torch.tanh,
-    F.softmax,
-    F.dropout,
-    F.relu,
-    F.gelu,
-    F.silu,
-    F.linear,
+    *(torch.transpose, torch.softmax, torch.relu, torch.tanh),
+    *(F.softmax, F.dropout, F.relu, F.gelu, F.silu, F.linear),
 }
 _PERMUTING = {torch.permute, "permute"}
 _SIZED = {"view", "reshape", "expand", "repeat"}  # methods that get all sizes of their result

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Read = tuple[str, str, Any]
+OF_EVERY_MODULE = vars(nn.Module()).keys()  # the attributes that torch gives every module
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 

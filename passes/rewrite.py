@@ -31,8 +31,8 @@ def runnable(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site
     Raises:
         PlanError: as `rewrite`.
     """
-    graph, copies = _rewritten(linked, unit, owned, list(sites), psi)
-    run_within(graph, psi, {copy for node, copy in copies.items() if runs_within(linked, unit, node)})
+    graph, sigmas = _rewritten(linked, unit, owned, sites, psi)
+    run_within(graph, psi, {sigma for node, sigma in sigmas.items() if runs_within(linked, unit, node)})
     return graph
 
 
@@ -42,16 +42,17 @@ def rewrite(linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site]
     Raises:
         PlanError: the graph calls no activation where a site says so.
     """
-    graph = _rewritten(linked, unit, owned, list(sites), psi)[0]
+    graph, _ = _rewritten(linked, unit, owned, sites, psi)
     graph.lint()
     return graph
 
 
 def _rewritten(
-    linked: Linked, unit: Unit, owned: OwnerGraph, sites: list[Site], psi: Psi
+    linked: Linked, unit: Unit, owned: OwnerGraph, sites: Iterable[Site], psi: Psi
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The graph, and its σ for each of the owner's."""
     graph, copies = copied(owned.graph)
+    sigmas: dict[fx.Node, fx.Node] = {}
     for site in sites:
         node = owned.names.get(site.call)
         if node is None or not _may_be_site(linked, Spot(unit, node)):
@@ -62,6 +63,7 @@ def _rewritten(
         kept = activation_input(sigma)
         if kept is None:  # σ(None), as the defaults of a forward say that nobody calls so: a call with a z is rewritten
             continue
+        sigmas[node] = sigma
         if overwritten_beside(linked, Spot(unit, node)) or acts_in_place(linked, Spot(unit, node)):
             with graph.inserting_before(sigma):
                 kept = graph.call_function(torch.clone, (kept,))
@@ -70,8 +72,6 @@ def _rewritten(
         with graph.inserting_after(delta):
             bypassed = graph.call_function(psi, (sigma, kept, delta, site.view or site.channel_dim))
         sigma.replace_all_uses_with(bypassed, delete_user_cb=partial(is_not, bypassed))
-    nodes = [node for site in sites if activation_input(node := owned.names[site.call]) is not None]
-    sigmas = {node: copies[node] for node in nodes}
     check_rewritten(owned.graph, graph, set(sigmas.values()), psi)
     return graph, sigmas
 

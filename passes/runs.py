@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .dice import dice, put_back
+from .dice import unrolled
 from .errors import in_short
 from .fakes import on_fakes
 from .matrices import is_sharded
@@ -92,6 +92,40 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+class _Replay(fx.Interpreter):
+    def __init__(self, module: nn.Module, graph: fx.Graph, show: Callable[[fx.Node, Tensor], None]) -> None:
+        super().__init__(module, graph=graph)
+        self._show = show
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self._show(n, value)
+        return value
+
+
+def replay(
+    module: nn.Module, graph: fx.Graph, given: Mapping[str, Any], show: Callable[[fx.Node, Tensor], None]
+) -> Any:
+    """Run a module's graph on what its placeholders stand for; `show` sees every tensor on the way."""
+    values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
+    return _Replay(module, graph, show).run(*values)
+
+
+@contextmanager
+def shadowed(module: nn.Module, method: str, call: Callable[..., Any]) -> Iterator[None]:
+    """Let a module hold `call` by the name of a method; a callable that it held itself is back in its place afterwards."""
+    own = dict(module.__dict__)
+    module.__dict__[method] = call
+    try:
+        yield
+    finally:
+        if method in own:
+            module.__dict__[method] = own[method]
+        else:
+            del module.__dict__[method]
+
+
 @contextmanager
 def _left_as_it_was(tracing: Tracing, inputs: Any) -> Iterator[None]:
     """Put everything back that a run leaves behind on the modules: their mode, caches, and buffers that it replaced; and
@@ -144,13 +178,10 @@ def _drawn_again(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Put every generator back that a run may draw from: torch's, NumPy's and Python's, and those that are held or given."""
     held = tree_leaves(([vars(module) for module in model.modules()], inputs))
     own = [(each, each.get_state()) for each in held if isinstance(each, torch.Generator)]
-    before = dice()
-    devices = {each.device for each in itertools.chain(model.parameters(), model.buffers()) if each.is_cuda}
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with unrolled(itertools.chain(model.parameters(), model.buffers())):
             yield
     finally:
-        put_back(before)
         for generator, state in own:
             generator.set_state(state)
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from .calls import leaves
 from .errors import UntraceableError
 from .lent import containers_in
+from .reads import OF_EVERY_MODULE
 from .source import changed_by_forward, set_by_forward
 from .traced import StoredTensor
 
@@ -57,7 +58,7 @@ class SetAttributes:
         held, cls = vars(self._module), type(self._module)
         registered = any(name in held[kind] for kind in ("_parameters", "_buffers", "_modules"))
         own_way = hasattr(inspect.getattr_static(cls, name, None), "__set__") or _sets_in_its_own_way(cls)
-        if registered or own_way or name in _OF_EVERY_MODULE or _is_registered_when_set(value):
+        if registered or own_way or name in OF_EVERY_MODULE or _is_registered_when_set(value):
             return False
         self._before.setdefault(name, held.get(name, _ABSENT))
         object.__setattr__(self._module, name, value)
@@ -154,9 +155,6 @@ def is_set_by(module: nn.Module, name: str, value: Any) -> bool:
     """Whether the forward of a module sets an attribute of it, or changes the container that stands there."""
     cls: Any = type(module)
     return name in set_by_forward(cls) or (isinstance(value, CONTAINERS) and name in changed_by_forward(cls))
-
-
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 def _sets_in_its_own_way(cls: type[nn.Module]) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,7 +18,7 @@ from .elementwise import activation_input
 from .errors import in_short
 from .link import Linked
 from .nodes import takes_no_argument
-from .runs import Way, attempt, on_meta, ways
+from .runs import Way, attempt, on_meta, replay, shadowed, ways
 from .units import ExampleInputs, Spot, Unit, arguments_of
 
 Shape = tuple[int, ...]
@@ -81,33 +81,49 @@ class Run:
     @contextmanager
     def _watched(self, linked: Linked, wanted: Mapping[Unit, list[Spot]]) -> Iterator[None]:
         """See the arguments of every call of the units."""
-        undo = [self._watch(linked, unit, here) for unit, here in wanted.items()]
-        try:
+        with ExitStack() as watched:
+            for unit, here in wanted.items():
+                watched.enter_context(self._watch(linked, unit, here))
             with self._axes:
                 yield
-        finally:
-            for put_back in reversed(undo):
-                put_back()
 
-    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> Callable[[], None]:
-        """See the arguments of every call of a unit; the answer ends that."""
+    def _watch(self, linked: Linked, unit: Unit, spots: list[Spot]) -> AbstractContextManager[object]:
+        """Inside, see the arguments of every call of a unit."""
         module, signature = linked.modules[unit.path], linked.tracing.signature(unit.path, unit.method)
+        wanted: dict[fx.Node, list[Spot]] = {}
+        for spot in spots:
+            if z := activation_input(spot.node):
+                wanted.setdefault(z, []).append(spot)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if signature is None or not self._is_new(linked, unit, signature, args, kwargs):
                 return
+            found: dict[Spot, Call] = {}
+            complex_ones: set[Spot] = set()
+
+            def show(node: fx.Node, value: Tensor) -> None:
+                for spot in wanted.get(node, ()):
+                    found[spot] = _shape(value), self._axes.of(value)
+                    complex_ones.update([spot] if value.is_complex() else [])
+
             try:
-                replay = _replay(linked, module, spots, signature, args, kwargs, self._axes)
+                replay(module, linked.graphs[unit].graph, bound_to_placeholders(signature, args, kwargs), show)
             except Exception as error:  # the graph is not what the forward does, on these arguments: that does go on
                 self.broken[unit] = in_short(error)
                 return
-            self.complex |= replay.complex
-            for spot, call in replay.found.items():
+            self.complex |= complex_ones
+            for spot, call in found.items():
                 self.calls.setdefault(spot, {})[call] = None
 
         if unit.method == "forward":
-            return module.register_forward_pre_hook(before, with_kwargs=True).remove
-        return _shadow(module, unit.method, before)
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        original = getattr(module, unit.method)
+
+        def reporting(*args: Any, **kwargs: Any) -> Any:
+            before(module, args, kwargs)
+            return original(*args, **kwargs)
+
+        return shadowed(module, unit.method, reporting)
 
     def _is_new(
         self, linked: Linked, unit: Unit, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,60 +172,3 @@ def _may_be_rows(spot: Spot, channels: Channels, calls: Iterable[Call], rows: in
     if z is None or takes_no_argument(z) or any(axis is not None for _, axis in calls):
         return False
     return any(len(shape) == 1 for shape, _ in calls) or (channels.width == rows > 1 and channels.axis < 0)
-
-
-def _shadow(module: nn.Module, method: str, before: Callable[..., None]) -> Callable[[], None]:
-    """Let a module hold a method of its own that reports each call first; the answer takes it away again."""
-    own, original = dict(module.__dict__), getattr(module, method)
-
-    def reporting(*args: Any, **kwargs: Any) -> Any:
-        before(module, args, kwargs)
-        return original(*args, **kwargs)
-
-    def put_back() -> None:
-        if method in own:
-            module.__dict__[method] = own[method]  # in its old place
-        else:
-            del module.__dict__[method]
-
-    module.__dict__[method] = reporting
-    return put_back
-
-
-def _replay(
-    linked: Linked,
-    module: nn.Module,
-    spots: list[Spot],
-    signature: inspect.Signature,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    axes: ChannelAxes,
-) -> _Replay:
-    """Run the owner's graph on the arguments of its forward, and read the shapes of the activations' inputs."""
-    graph = linked.graphs[spots[0].unit].graph
-    given = bound_to_placeholders(signature, args, kwargs)
-    values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-    wanted: dict[fx.Node, list[Spot]] = {}
-    for spot in spots:
-        if z := activation_input(spot.node):
-            wanted.setdefault(z, []).append(spot)
-    replay = _Replay(module, wanted, graph, axes)
-    replay.run(*values)
-    return replay
-
-
-class _Replay(fx.Interpreter):
-    def __init__(
-        self, module: nn.Module, wanted: dict[fx.Node, list[Spot]], graph: fx.Graph, axes: ChannelAxes
-    ) -> None:
-        super().__init__(module, graph=graph)
-        self.wanted, self.axes = wanted, axes
-        self.found: dict[Spot, Call] = {}
-        self.complex: set[Spot] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor):
-            self.found |= dict.fromkeys(self.wanted[n], (_shape(value), self.axes.of(value)))
-            self.complex |= set(self.wanted[n]) if value.is_complex() else set()
-        return value

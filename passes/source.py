@@ -69,7 +69,7 @@ def changed_by_forward(cls: type[nn.Module]) -> frozenset[str]:
 
 @cache
 def _changed_by(code: CodeType) -> frozenset[str]:
-    steps = [each for each in dis.get_instructions(code) if each.opname != "CACHE"]
+    steps = list(dis.get_instructions(code))
     found = [
         one.argval
         for one, two, three in zip(steps, steps[1:], [*steps[2:], None], strict=False)
@@ -192,7 +192,7 @@ def _about_own_class(code: CodeType) -> set[int]:
     object: its own class is no traced value.
     """
     found: set[int] = set()
-    steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+    steps = [each for each in dis.get_instructions(code) if each.opname not in ("PRECALL", "PUSH_NULL")]
     for place, (asks, own, calls) in enumerate(zip(steps, steps[1:], steps[2:], strict=False)):
         type_of_self = asks.argval == "type" and own.argval == "self" and own.opname.startswith("LOAD")
         if not (type_of_self and asks.opname == "LOAD_GLOBAL" and calls.opname == "CALL"):
@@ -229,7 +229,7 @@ Caught = tuple[tuple[int, int], ...]
 @cache
 def caught(code: CodeType) -> Caught:
     """Where in the bytecode an error does not end the call: the ranges of `try` whose `except` goes on."""
-    steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "NOP", "NOT_TAKEN")]
+    steps = [each for each in dis.get_instructions(code) if each.opname not in ("NOP", "NOT_TAKEN")]
     places = {each.offset: place for place, each in enumerate(steps)}
     entries = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]  # typeshed does not know it
 
@@ -303,8 +303,7 @@ def _asks_device(code: CodeType) -> bool:
         compares = instruction.opname in ("COMPARE_OP", "IS_OP", "CONTAINS_OP")
         if name in _DEVICE_QUESTIONS or (before == "device" and (compares or name in ("type", "index"))):
             return True
-        if instruction.opname != "CACHE":
-            before = name if instruction.opname.startswith("LOAD") else before if compares else None
+        before = name if instruction.opname.startswith("LOAD") else before if compares else None
     return False
 
 
@@ -349,14 +348,12 @@ def functions_of(value: Any) -> list[FunctionType]:
         return [value]
     if value is None or isinstance(value, type | BuiltinFunctionType):
         return []
-    if isinstance(value, partial):
+    if isinstance(value, partial | cached_property):
         return functions_of(value.func)
     if isinstance(value, staticmethod | classmethod | MethodType):
         return functions_of(value.__func__)
     if isinstance(value, property):
         return functions_of(value.fget)
-    if isinstance(value, cached_property):
-        return functions_of(value.func)
     if not callable(value):
         return []
     layers = [function for function in (value, inspect.unwrap(value)) if isinstance(function, FunctionType)]
@@ -380,7 +377,8 @@ def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
         for name in code.co_names:
             value = function.__globals__.get(name)
             if isinstance(value, ModuleType):
-                spaces.append(value)
+                if value.__name__.split(".")[0] != "torch":
+                    spaces.append(value)
             elif value is not None:
                 yield value
             if not hasattr(nn.Module, name):
@@ -388,13 +386,9 @@ def _named(function: FunctionType, cls: type[nn.Module]) -> Iterator[Any]:
             elif name == "forward" and "super" in code.co_names:
                 yield from (vars(base)["forward"] for base in cls.__mro__[1:] if "forward" in vars(base))
             for space in spaces:
-                yield getattr(space, name, None) if not _foreign(space) else None
+                yield getattr(space, name, None)
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
         except ValueError:  # not filled yet
             continue
-
-
-def _foreign(space: ModuleType) -> bool:
-    return space.__name__.split(".")[0] == "torch"

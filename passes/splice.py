@@ -51,7 +51,7 @@ class Sizes:
             many whatever their number count once.
         met: the nodes that read a size, and the parts of it (slices of slices) that are run over or counted.
         ranks: of each, the number of axes where the graph says it, else the value that has as many.
-        items: the nodes that are items: of what, the how manieth, and of how many.
+        items: the nodes that are items: of what, at which place, and of how many.
     """
 
     owner: nn.Module

@@ -28,9 +28,8 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
         return Reason("its owner is called in several ways")
     if not spot.node.users:
         return Reason("its result is not used")
-    replacing = linked.replaces_weights(spot.unit.path)
-    if replacing is not None:
-        return Reason(f"the forward of {replacing or 'the model'} runs it with other weights (functional_call)")
+    if (replaced := weights_are_replaced(linked, spot.unit.path)) is not None:
+        return replaced
     first = _first(linked, spot)
     if isinstance(first, Reason):
         return first
@@ -137,12 +136,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     if len(ends) != 1:
         return Reason("its result goes into several maps" if ends else "its result is not used")
     found, layout, use = next(iter(ends.values()))
-    alone = (
-        linked.readers(found.affine.bias) == 1
-        and found.value is not None
-        and leads_back(linked, Spot(use.unit, found.value), spot)
-    )
-    return found, layout, alone
+    return found, layout, reads_nothing_else(linked, found, use, spot)
 
 
 def _passed(linked: Linked, value: Spot, use: Spot, layout: Layout) -> Layout | None:
@@ -167,17 +161,19 @@ def _reads_one_value(node: fx.Node) -> bool:
     return all(other is first or is_fact(other) for other in node.all_input_nodes)
 
 
-def leads_back(linked: Linked, value: Spot, spot: Spot) -> bool:
-    """Whether the value that A reads can only come from the site."""
-    for _ in range(60):
-        value = linked.source(value)
-        if value == spot:
-            return True
-        inputs = value_inputs(value.node)
-        if not inputs or value.node.op == "placeholder":
-            return False
-        value = Spot(value.unit, inputs[0])
-    return False
+def reads_nothing_else(linked: Linked, found: Found, use: Spot, spot: Spot) -> bool:
+    """Whether A is applied once, and to what can only come from the site."""
+    if linked.readers(found.affine.bias) != 1 or found.value is None:
+        return False
+    return spot in linked.trail(Spot(use.unit, found.value), 60)
+
+
+def weights_are_replaced(linked: Linked, path: str) -> Reason | None:
+    """Why there is no strict site in a module that a forward without a graph runs with other weights; None elsewhere."""
+    around = linked.replaces_weights(path)
+    if around is None:
+        return None
+    return Reason(f"the forward of {around or 'the model'} runs it with other weights (functional_call)")
 
 
 def bias_is_free(linked: Linked, affine: Affine, planned: bool = False) -> bool:

@@ -83,7 +83,7 @@ class OwnerGraph:
 
     @cached_property
     def same_calls(self) -> bool:
-        """Whether the graph in eval mode calls the same one by one, with what arguments ever."""
+        """Whether the graph in eval mode makes the same calls in the same order, whatever their arguments."""
         here, there = ([(node.op, node.target) for node in graph.nodes] for graph in self.versions)
         return here == there
 
@@ -95,7 +95,7 @@ class OwnerGraph:
     @cached_property
     def children(self) -> tuple[str, ...]:
         """The child modules that the graph calls."""
-        return tuple({str(node.target) for node in self.graph.nodes if node.op == "call_module"})
+        return tuple(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"))
 
 
 @dataclass(slots=True)

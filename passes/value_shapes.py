@@ -17,8 +17,8 @@ from .calls import bound_to_placeholders, call_of
 from .errors import in_short
 from .fakes import on_fakes
 from .link import Linked
-from .runs import in_eval_mode
-from .units import ExampleInputs, Spot, Unit
+from .runs import in_eval_mode, replay, shadowed
+from .units import ExampleInputs, Spot, Unit, arguments_of
 
 
 class ValueShapes:
@@ -39,7 +39,7 @@ class ValueShapes:
         self._replayed: set[Unit] = set()
         for unit, node in values:
             self._wanted.setdefault(unit, set()).add(node)
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        args, kwargs = arguments_of(inputs)
         counter = _Flops()
         with (
             in_eval_mode(linked.model),
@@ -56,15 +56,11 @@ class ValueShapes:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Inside, the graphs of the methods that hold wanted values run in place of their first calls."""
-        methods = {(unit.path, unit.method) for unit in self._wanted}
-        watched = [(self._linked.modules[path], method, self._graph_first(path, method)) for path, method in methods]
-        for module, method, graph_first in watched:
-            module.__dict__[method] = graph_first
-        try:
+        with ExitStack() as watched:
+            for path, method in {(unit.path, unit.method) for unit in self._wanted}:
+                graph_first = self._graph_first(path, method)
+                watched.enter_context(shadowed(self._linked.modules[path], method, graph_first))
             yield
-        finally:
-            for module, method, _ in watched:
-                del module.__dict__[method]
 
     def _graph_first(self, path: str, method: str) -> Callable[..., Any]:
         original, signature = getattr(self._linked.modules[path], method), self._linked.tracing.signature(path, method)
@@ -85,10 +81,12 @@ class ValueShapes:
 
     def _replay(self, unit: Unit, given: Mapping[str, Any]) -> Any:
         """Run the unit's graph on the arguments of its method, and read the shapes of the wanted values."""
-        graph = self._linked.graphs[unit].graph
-        values = [given.get(str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-        replay = _Replay(self._linked.modules[unit.path], graph, unit, self._wanted[unit], self.shapes)
-        return _plain(replay.run(*values))
+
+        def show(node: fx.Node, value: Tensor) -> None:
+            if node in self._wanted[unit]:
+                self.shapes[Spot(unit, node)] = tuple(map(int, value.shape))
+
+        return _plain(replay(self._linked.modules[unit.path], self._linked.graphs[unit].graph, given, show))
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -115,25 +113,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and type(value) is tuple:
         return tuple(_plain(item) for item in value)
     return {key: _plain(item) for key, item in value.items()} if type(value) is immutable_dict else value
-
-
-class _Replay(fx.Interpreter):
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph,
-        unit: Unit,
-        wanted: set[fx.Node],
-        shapes: dict[Spot, tuple[int, ...]],
-    ) -> None:
-        super().__init__(module, graph=graph)
-        self.unit, self.wanted, self.shapes = unit, wanted, shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted and isinstance(value, Tensor):
-            self.shapes[Spot(self.unit, n)] = tuple(map(int, value.shape))
-        return value
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def _flatten(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout 
     return _merged(layout) if end == -1 and (start == layout.axis or (start == 1 and second)) else None
 
 
-def _merged(layout: Layout) -> Layout | None:
+def _merged(layout: Layout) -> Layout:
     """Channels in front and positions behind become one axis; a batch axis alone stands before them."""
     rank = None if layout.rank is None else layout.rank + layout.axis + 1
     return replace(layout, axis=-1, rank=rank, flat=layout.flat or layout.axis < -1)

@@ -40,7 +40,7 @@ def _blocks(code: CodeType) -> tuple[tuple[int, int], ...]:
     """Where in the bytecode a `with` block is open: an error that is raised there is shown to it."""
     if not has_with(code):
         return ()
-    steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "NOP", "NOT_TAKEN")]
+    steps = [each for each in dis.get_instructions(code) if each.opname not in ("NOP", "NOT_TAKEN")]
     after = {one.offset: two.opname for one, two in pairwise(steps)}
     entries = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]  # typeshed does not know it
 

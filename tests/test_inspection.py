@@ -101,6 +101,28 @@ def test_looking_leaves_the_model_as_it_was() -> None:
     assert {path: dict(module.__dict__) for path, module in model.named_modules()} == before
 
 
+class Holding(nn.Module):
+    """Holds its activation as a function; its forward has no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 8), F.relu, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x - x.mean()
+        result: Tensor = self.last(self.act(self.first(x)))
+        return result
+
+
+def test_looking_leaves_a_held_activation_in_its_place() -> None:
+    model = Holding()
+    before = dict(vars(model))
+    found = inspect(model, mode="all", example_inputs=(torch.zeros(3, 4),))
+    assert found.facts["act.relu"].z == (3, 8)
+    assert list(vars(model).items()) == list(before.items())
+
+
 def test_the_costs_count_what_they_say() -> None:
     costs = inspect(net(), example_inputs=INPUT).costs
     elements = 7 * (8 + 8 + 6)

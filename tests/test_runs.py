@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bypass_fx.accept import NotWorse
 from bypass_fx.passes.link import Linked
 from bypass_fx.passes.value_shapes import ValueShapes
 from tests.untraced import X
@@ -127,3 +128,9 @@ def test_a_look_at_the_shapes_merges_no_weights() -> None:
     model = Merging()
     ValueShapes(Linked(model, (X,)), [], (X,))
     assert not model.weight.any() and model.training
+
+
+def test_a_condition_looks_at_the_loss_without_merging_weights() -> None:
+    model = Merging()
+    NotWorse(lambda net: net(X).sum()).begin(model)
+    assert not model.weight.any() and not model.merged and model.training

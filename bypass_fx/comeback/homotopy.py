@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import torch
-from torch import Tensor
-
-from .base import Comeback, Moment
 from .paths import Descent
+from .planned import Planned
 
 
-class Homotopy(Comeback):
+class Homotopy(Planned):
     """D = c(t) E, where the optimiser walks in E and c leads along a planned path from c(0) = 1 to c(T) = 0.
 
     That is, D moves with c(t) times its learning rate, and after each optimiser step D ← D · c(t+1) / c(t): a homotopy
@@ -25,6 +22,8 @@ class Homotopy(Comeback):
         BypassError: the path is unknown.
 
     Example:
+        >>> import torch
+        >>> from bypass_fx.comeback import Moment
         >>> moment = Moment(torch.ones(1), gamma=torch.zeros(()), t=8, budget=10, lr=0.1)
         >>> Homotopy("linear").shrink(moment)  # from 2/10 to 1/10
         tensor([0.5000])
@@ -35,17 +34,7 @@ class Homotopy(Comeback):
     every = 8  # its way goes by no norm; that a site is within ε shows a few steps later
 
     def __init__(self, path: str = "smooth") -> None:
-        self._descent = Descent(path)
-
-    @property
-    def ends(self) -> bool:
-        return True
+        super().__init__(Descent(path))
 
     def alike(self) -> Hashable:
         return type(self), self._descent
-
-    def pace(self, t: int, budget: int) -> float:
-        return self._descent.at(t, budget)
-
-    def shrink(self, now: Moment) -> Tensor:
-        return torch.full_like(now.norms, self._descent.factor(now.t, now.budget))

@@ -14,14 +14,15 @@ from bypass_fx.passes.matrices import tensor_named
 from bypass_fx.passes.plan import Site
 from bypass_fx.surgery import fold_down
 
-from .base import Comeback, Moment
+from .base import Moment
 from .paths import Descent
+from .planned import Planned
 
 _RISE = 0.5  # the part of the way to the landing over which μ rises
 _PER_ROUND = 10  # steps that the optimiser gets for each whole step of the multipliers
 
 
-class AugmentedLagrangian(Comeback):
+class AugmentedLagrangian(Planned):
     """The loss becomes L₂ + Σ ⟨Λ, R⟩ + μ/2 ‖R‖² with R = A D W, A D [W b_W] or D, and Λ ← Λ + μR/10 after each step.
 
     Smooth where the norm of eq. 17 has its kink, so that a fixed learning rate need not step over the constraint; Λ
@@ -42,14 +43,10 @@ class AugmentedLagrangian(Comeback):
     name = "lagrangian"
 
     def __init__(self, landing: float = 0.25) -> None:
-        self._landing = Descent(share=landing)
+        super().__init__(Descent(share=landing))
         self._multipliers: dict[str, Tensor] = {}
         self._weights = torch.zeros(0)  # μ, [sites]
         self._entries: list[Tensor] = []  # of R of each site, on the way from `norms` to `observe`
-
-    @property
-    def ends(self) -> bool:
-        return self._landing.share > 0
 
     def begin(self, model: nn.Module) -> None:
         with torch.no_grad():
@@ -66,16 +63,13 @@ class AugmentedLagrangian(Comeback):
                 terms.append(torch.dot(r, pull).to(gamma.device))
         return torch.stack(terms).sum() if terms else None
 
-    def pace(self, t: int, budget: int) -> float:
-        return self._landing.at(t, budget)
-
     def norms(self, model: nn.Module) -> list[Tensor]:
         self._entries = [residual_entries(model, site) for site in sites(model)]
         return [torch.linalg.vector_norm(entries) for entries in self._entries]
 
     def observe(self, model: nn.Module, now: Moment) -> None:
         entries, self._entries = self._entries, []
-        walk = now.budget * (1 - self._landing.share)
+        walk = now.budget * (1 - self._descent.share)
         landing = now.t + 1 >= walk
         shares = (self._weights / _PER_ROUND).unbind()
         bounds = []
@@ -95,8 +89,8 @@ class AugmentedLagrangian(Comeback):
             self._weights.copy_(torch.where(stiffest > 0, rise / stiffest, torch.zeros_like(stiffest)))
 
     def shrink(self, now: Moment) -> Tensor | None:
-        factor = self._landing.factor(now.t, now.budget)
-        return None if factor == 1 else torch.full_like(now.norms, factor)  # before the landing nothing is folded
+        begun = self._descent.factor(now.t, now.budget) != 1
+        return super().shrink(now) if begun else None  # before the landing nothing is folded
 
     def scale(self, model: nn.Module, site: Site, factor: Tensor) -> None:
         fold_down(model, site, factor)

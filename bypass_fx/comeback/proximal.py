@@ -7,11 +7,12 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from .base import Comeback, Moment
+from .base import Moment
 from .paths import Descent
+from .planned import Planned
 
 
-class Proximal(Comeback):
+class Proximal(Planned):
     """The penalty of eq. 17 taken as a proximal step in D: D ← D · max(0, 1 − λ'γ(t)/‖ADW‖) after each optimiser step.
 
     The norm falls by exactly λ'γ(t) and stops at 0, without overshoot. What is still out when the last part of the
@@ -31,19 +32,15 @@ class Proximal(Comeback):
     uses_gamma = True
 
     def __init__(self, landing: float = 0.25) -> None:
-        self._landing = Descent(share=landing)
-
-    @property
-    def ends(self) -> bool:
-        return self._landing.share > 0
+        super().__init__(Descent(share=landing))
 
     def alike(self) -> Hashable:
-        return type(self), self._landing
+        return type(self), self._descent
 
     def pace(self, t: int, budget: int) -> float:
-        return self._landing.at(t, budget) if t < budget else 1.0
+        return super().pace(t, budget) if t < budget else 1.0
 
     def shrink(self, now: Moment) -> Tensor:
         fall = now.lr * now.gamma
         nearer = torch.where(now.norms > fall, 1 - fall / now.norms, torch.zeros_like(now.norms))
-        return nearer.clamp(max=self._landing.factor(now.t, now.budget))
+        return nearer.clamp(max=self._descent.factor(now.t, now.budget))

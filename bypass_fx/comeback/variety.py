@@ -15,13 +15,13 @@ from bypass_fx.passes.matrices import offset
 from bypass_fx.passes.plan import Affine, Site
 from bypass_fx.surgery import fold_down
 
-from .base import Comeback, Moment
 from .paths import Descent
+from .planned import Planned
 
 Side = Literal["A", "W", "D"]
 
 
-class Variety(Comeback):
+class Variety(Planned):
     """A planned path to A D W = 0 with D ≠ 0, the paper's second escape (eq. 25): A, or W, is led there and D stays.
 
     With P the projector on the columns of D W, A ← A (I − (1 − c(t+1)/c(t)) P) after each optimiser step scales A D W by
@@ -46,13 +46,9 @@ class Variety(Comeback):
     name = "variety"
 
     def __init__(self, path: str = "smooth") -> None:
-        self._descent = Descent(path)
+        super().__init__(Descent(path))
         self._sides: dict[str, Side] = {}
         self._reasons: dict[str, str] = {}
-
-    @property
-    def ends(self) -> bool:
-        return True
 
     def begin(self, model: nn.Module) -> None:
         self._sides, self._reasons = {}, {}
@@ -72,12 +68,6 @@ class Variety(Comeback):
                 names |= dict.fromkeys(_weights(site, "A") + _weights(site, "W"))
         held = dict(root.named_parameters())
         return tuple(held[name] for name in names if name in held)
-
-    def pace(self, t: int, budget: int) -> float:
-        return self._descent.at(t, budget)
-
-    def shrink(self, now: Moment) -> Tensor:
-        return torch.full_like(now.norms, self._descent.factor(now.t, now.budget))
 
     def scale(self, model: nn.Module, site: Site, factor: Tensor) -> None:
         side, root = self._sides[site.name], root_of(model)
@@ -134,9 +124,7 @@ def _shared(model: nn.Module) -> dict[tuple[str, Side], str]:
         ends: tuple[tuple[Side, Affine | None], ...] = (("A", site.second), ("W", site.first))
         for side, affine in ends:
             if affine is not None:
-                path, _, attribute = affine.weight.rpartition(".")
-                parameter = root.get_submodule(path)._parameters.get(attribute)
-                found.setdefault((side, id(parameter)), []).append(site)
+                found.setdefault((side, id(_parameter(root, affine.weight))), []).append(site)
     return {
         (site.name, side): f"its {side} is that of {len(together)} sites"
         for (side, _), together in found.items()
@@ -145,9 +133,14 @@ def _shared(model: nn.Module) -> dict[tuple[str, Side], str]:
     }
 
 
-def _held(root: nn.Module, name: str) -> str:
+def _parameter(root: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that name; None where what has it is computed."""
     path, _, attribute = name.rpartition(".")
-    parameter = root.get_submodule(path)._parameters.get(attribute)
+    return root.get_submodule(path)._parameters.get(attribute)
+
+
+def _held(root: nn.Module, name: str) -> str:
+    parameter = _parameter(root, name)
     if parameter is None:
         return f"{name} is computed from other parameters"
     if not parameter.requires_grad:

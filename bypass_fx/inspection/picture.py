@@ -184,7 +184,7 @@ class _Drawing:
     def opaque(self, path: str) -> None:
         """A forward without a graph."""
         reason = str(self.linked.failures[path])
-        name = f"{path}#forward" if path else f"{ROOT}#forward"
+        name = f"{path or ROOT}#forward"
         self.nodes[name] = Node(name, self.module(path), "opaque", "forward", "no graph", reason)
 
     def helper(self, unit: Unit) -> None:

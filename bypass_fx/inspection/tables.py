@@ -12,7 +12,7 @@ from rich.text import Text
 from bypass_fx.passes.folding import refusal_rows, site_rows
 from bypass_fx.passes.plan import Plan
 from bypass_fx.passes.plan_text import HEADERS, cells
-from bypass_fx.progress import number
+from bypass_fx.progress import number, plain_table
 from bypass_fx.zoo_sites import ModelSites
 
 from .code import Rewritten
@@ -26,17 +26,13 @@ _WIDE = 120  # columns that the whole table of a usual model takes
 _DIFF = {"+": "green", "-": "red", "@": "cyan"}
 
 
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-
-
 def site_table(plan: Plan, width: int, run: Residuals | None = None) -> Table:
     """The sites of a plan: where, of which kind, and between which affine maps; with their residual norms in a run.
 
     On a narrow screen W → A stands below the name, and "(eval)" beside a constraint whose fold is exact in eval mode only.
     """
     wide = width >= _WIDE
-    table = _table()
+    table = plain_table()
     for header in HEADERS if wide else HEADERS[:6]:
         table.add_column(header, overflow="fold", justify="right" if header in ("width", "") else "left")
     for header in ("highest ‖·‖", "last ‖·‖") if run else ():
@@ -62,8 +58,7 @@ def _norms(run: Residuals, names: Iterable[str]) -> tuple[str, str]:
 
 def refusal_table(plan: Plan) -> Table:
     """The refusals of a plan, those of one reason together."""
-    table = _table()
-    table.add_column("refused", justify="right")
+    table = plain_table(numbers=["refused"])
     for header in ("reason", "what would help", "where"):
         table.add_column(header, overflow="fold")
     for row in refusal_rows(plan.refusals):
@@ -89,10 +84,7 @@ def diff(changes: Iterable[Rewritten]) -> Group:
 def zoo_table(rows: Iterable[ModelSites], width: int) -> Table:
     """Models with the sites they offer; the narrow table leaves out how large they are."""
     wide = width >= _WIDE
-    table = _table()
-    table.add_column("model", overflow="fold")
-    for header in ("parameters", "activations") if wide else ():
-        table.add_column(header, justify="right")
+    table = plain_table(["model"], ["parameters", "activations"] if wide else [])
     for header in ("folded", "augm.", "exact", "relaxed", "auto", "all"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:

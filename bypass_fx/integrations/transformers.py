@@ -75,24 +75,17 @@ class BypassCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Keep the extended model out of checkpoints, and contract where the training ends."""
-        self._end_of_a_part(state, control)
+        self._keep_out(state, control, ends=control.should_training_stop)
+        if said := self._guide.state_dict():
+            _said(state)[_NAME] = said
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        """Keep the extended model out of checkpoints, and contract where the training ends."""
-        self._end_of_a_part(state, control)
+    on_epoch_end = on_step_end
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         """Contract, if the bypass is not over."""
         self._guide.finish()
-
-    def _end_of_a_part(self, state: TrainerState, control: TrainerControl) -> None:
-        self._keep_out(state, control, ends=control.should_training_stop)
-        if said := self._guide.state_dict():
-            _said(state)[_NAME] = said
 
     def _keep_out(self, state: TrainerState, control: TrainerControl, ends: bool = False) -> None:
         if not self._guide.under_way:
