@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.listener.takes(sys._getframe(1), args, kwargs)
         if func in FACTORIES:
             return self.listener.made(func, args, kwargs)
         if func in _READ_NUMBERS and asked_by_a_forward():

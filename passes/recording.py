@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -53,6 +54,9 @@ class Listener(Protocol):
 
     def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward made a tensor from nothing; the answer is what it sees."""
+
+    def takes(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The code of the frame calls a function of torch's with these arguments."""
 
     def refuse(self, reason: str) -> NoReturn:
         """The forward did what no graph can hold; a forward that catches the error has done it all the same."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor, fx
 
+from .errors import UntraceableError
 from .facts import is_size
 from .recording import asked_by_a_forward
 from .source import reads_class, says_something, unpacked_into
@@ -76,6 +77,12 @@ class Traced(fx.Proxy):
         count = cast("OwnerTracer", self.tracer).sizes.length(self.node) if parts is None else parts
         return self.refuse(_NUMBER) if count is None else count
 
+    def __index__(self) -> NoReturn:
+        tracer, reason = cast("OwnerTracer", self.tracer), f"its forward {_number_of(self)}, which a graph can't hold"
+        if asked_by_a_forward():
+            tracer.doubts.raised(sys._getframe(1), self, reason)
+        raise UntraceableError(reason)
+
     def refuse(self, reason: str) -> NoReturn:
         """End the trace."""
         cast("OwnerTracer", self.tracer).refuse(f"its forward {reason}, which a graph can't hold")
@@ -87,14 +94,18 @@ def _refusing(name: str, what: str) -> Callable[..., Any]:
     def answer(self: Any, *args: Any) -> Any:
         if original is not None and not asked_by_a_forward():
             return original(self, *args)
-        return self.refuse(_SIZE if what is _NUMBER and is_size(self.node) else what)
+        return self.refuse(_number_of(self) if what is _NUMBER else what)
 
     return answer
 
 
+def _number_of(value: Any) -> str:
+    return _SIZE if is_size(value.node) else _NUMBER
+
+
 for _names, _what in {
     ("__hash__",): "uses a traced value as a key",
-    ("__int__", "__float__", "__complex__", "__index__", "__array__"): _NUMBER,
+    ("__int__", "__float__", "__complex__", "__array__"): _NUMBER,
     ("__copy__", "__deepcopy__"): "copies a traced value as an object",
 }.items():
     for _name in _names:

@@ -7,7 +7,7 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from .branches import Answers, Questions, RaisesError
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Forward, Items, Value
 from .choices import truth
+from .doubts import Doubts
 from .errors import UntraceableError, in_short
 from .factories import Factories, as_dtype
 from .foreign import calls_become
@@ -66,7 +67,7 @@ class OwnerTracer(fx.Tracer):
         self.new_modules: dict[int, nn.Module] = {}  # which the forward makes, and may set attributes of
         self.sizes, self.questions = Sizes(module, axes), Questions(answers)
         self.counted = counted  # whether the length of a size is the number of axes of this trace
-        self.refused = ""
+        self.refused, self.doubts = "", Doubts()
         self.raised: RaisesError | None = None
         self.set, self.lent = SetAttributes(module), Lent()
         self.kept = Kept(lambda module: names.module("", module) is not None)
@@ -113,8 +114,8 @@ class OwnerTracer(fx.Tracer):
             self.set.put_back()
             changed = self.kept.put_back()
             drew = self.recorder.dice_rolled()
-        if self.refused:
-            raise UntraceableError(f"{self.refused}; its forward goes on where that fails")
+        if refused := self.refused or self.doubts.reason:
+            raise UntraceableError(f"{refused}; its forward goes on where that fails")
         changed += [value for value, copy in self.loose.values() if copy._version]
         if changed:
             raise UntraceableError(f"its forward changes a {type(changed[0]).__name__} that outlives the call")
@@ -293,6 +294,10 @@ class OwnerTracer(fx.Tracer):
     def made(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor from nothing, or what a function of another library makes of a value, becomes a node."""
         return self.create_proxy("call_function", factory, args, kwargs)
+
+    def takes(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A function of torch's that asked its arguments for their numbers goes on without."""
+        self.doubts.settle(frame, args, kwargs)
 
     def called_with_a_value(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a function that is not torch's becomes a node, but for a length that this trace knows."""
