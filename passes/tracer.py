@@ -278,7 +278,7 @@ class OwnerTracer(fx.Tracer):
             if forward is None:
                 raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
             return forward(module, *args, **kwargs)
-        if kwargs and not module._forward_pre_hooks:
+        if not module._forward_pre_hooks:
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:
                 signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
