@@ -336,7 +336,8 @@ class OwnerTracer(fx.Tracer):
 
     def wrote(self, module: nn.Module, name: str, value: Any) -> None:
         """Only attributes of the module itself hold what its forward sets."""
-        if module is not self.root or not self.set.take(name, value):
+        was_read = type(value) in PLAIN and ("", name, fingerprint(value)) in self.reads
+        if module is not self.root or not self.set.take(name, value, was_read):
             self.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
 
     def asked_for_shape(self, path: str, tensor: Tensor) -> None:
