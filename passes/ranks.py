@@ -38,9 +38,10 @@ _FUNCTIONS = {
 }
 _PERMUTING = {torch.permute, "permute"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-_SHAPED = {"view": 1, "reshape": 1, "expand": 1, "repeat": 1, "permute": 1}  # by their arguments from that place on
-_SHAPED |= dict.fromkeys((torch.permute, torch.reshape), 1)
-_SHAPED |= dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn), 0)
+_SHAPED: dict[Any, int] = {  # by their arguments from that place on
+    **dict.fromkeys(("view", "reshape", "expand", "repeat", "permute", torch.permute, torch.reshape), 1),
+    **dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn), 0),
+}
 _SORTED = {"sort", "topk", torch.sort, torch.topk}  # pairs of values with as many axes
 _SCALING = {operator.mul, operator.add, operator.sub, operator.truediv}
 

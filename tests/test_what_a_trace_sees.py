@@ -192,40 +192,6 @@ def test_a_call_that_a_child_does_not_take_fails_in_a_trace_too() -> None:
     assert [site.kind for site in bypass_fx.sites(model)] == ["strict"]
 
 
-def test_a_block_that_hands_on_whatever_it_is_given_is_planned_without_examples_too() -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return x + torch.softmax(self.q(x) @ y.transpose(-2, -1), -1) @ self.v(y), y
-
-    class HandsOn(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mlp, self.both = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), Both()
-
-        def forward(self, *values: Tensor) -> Any:
-            return self.both(*(self.mlp(each) for each in values))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(HandsOn() for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            values: Any = [x, x]
-            for block in self.blocks:
-                values = block(*values)
-            return values[0]  # type: ignore[no-any-return]
-
-    model, x = Model(), torch.randn(2, 3, 4)
-    for inputs in (None, (x,)):
-        plan = bypass_fx.plan(model, mode="strict", example_inputs=inputs)
-        assert [site.name for site in plan if site.activation == "relu"] == ["blocks.0.mlp.1", "blocks.1.mlp.1"]
-
-
 def test_functions_of_einops_and_math_take_traced_values() -> None:
     def forward(self: Any, x: Any) -> Any:
         h = F.relu(self.a(einops.rearrange(x, "(b c) d -> b c d", c=3))) / math.sqrt(x.shape[-1])
