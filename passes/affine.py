@@ -185,20 +185,21 @@ def _parameter(linked: Linked, spot: Spot, value: Any) -> str | None:
 
 
 def _joined(linked: Linked, spot: Spot, value: Any) -> dict[tuple[tuple[int, int], ...], str]:
-    """The parameters that a bias is put together from, by their ranges."""
-    if (
-        not isinstance(value, fx.Node)
-        or value.target not in (torch.cat, torch.concat)
-        or len(value.all_input_nodes) < 2
-    ):
+    """The parameters that a bias is put together from, by their ranges; zeros may stand between them."""
+    if not isinstance(value, fx.Node) or value.target not in (torch.cat, torch.concat):
+        return {}
+    parts = value.args[0] if len(value.args) == 1 and not value.kwargs else ()
+    if not isinstance(parts, tuple | list) or len(parts) < 2:
         return {}
     found: dict[tuple[tuple[int, int], ...], str] = {}
     start = 0
-    for part in value.all_input_nodes:
-        name = _parameter(linked, spot, part)
+    for part in parts:
+        zeros = isinstance(part, fx.Node) and part.target is torch.zeros_like
+        name = _parameter(linked, spot, part.args[0] if zeros and part.args else part)
         if name is None:
             return {}
         stop = start + len(tensor_named(linked.model, name))
-        found[(start, stop),] = name
+        if not zeros:
+            found[(start, stop),] = name
         start = stop
     return found

@@ -34,17 +34,22 @@ def is_size(value: Any) -> bool:
 
 def _made_of(value: Any, attributes: set[str], questions: set[Any]) -> bool:
     """Whether a node is made of these attributes of values and of the answers to these questions alone."""
-    if not isinstance(value, fx.Node):
-        return False
-    step, inputs = step_of(value), value_inputs(value)
+    met: dict[fx.Node, bool] = {}  # a size may be used in many ways, and what is made of it again
 
-    def known(nodes: list[fx.Node]) -> bool:
-        return all(_made_of(node, attributes, questions) for node in nodes)
+    def made(node: fx.Node) -> bool:
+        if node not in met:
+            met[node] = (node.op in ("call_function", "call_method")) and looked_at(node)
+        return met[node]
 
-    if step.op not in ("call_function", "call_method"):
-        return False
-    if step.target is getattr:
-        return step.args[1] in attributes or (step.args[1] in _OF_A_FACT and known(inputs))
-    if step.target in questions:
-        return known(inputs[1:])
-    return (step.target in _OPERATORS or getattr(step.target, "__module__", "") in ("math", "numpy")) and known(inputs)
+    def looked_at(node: fx.Node) -> bool:
+        step, inputs = step_of(node), value_inputs(node)
+        if step.op not in ("call_function", "call_method"):
+            return False
+        if step.target is getattr:
+            return step.args[1] in attributes or (step.args[1] in _OF_A_FACT and all(map(made, inputs)))
+        if step.target in questions:
+            return all(map(made, inputs[1:]))
+        known = step.target in _OPERATORS or getattr(step.target, "__module__", "") in ("math", "numpy")
+        return known and all(map(made, inputs))
+
+    return isinstance(value, fx.Node) and made(value)

@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from .source import functions_of, nested
 
 LIBRARIES = ("einops", "math", "numpy")
-NUMBERS: dict[str, Callable[..., Any]] = {"len": len, "int": int, "float": float, "round": round}
+NUMBERS: dict[str, Callable[..., Any]] = {
+    "len": len, "int": int, "float": float, "round": round, "max": max, "min": min,
+}  # fmt: skip
 _OF_SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence, rnn.pack_sequence, rnn.pad_sequence)
 _OF_MASKS = (F._canonical_mask, F._none_or_dtype)  # which torch's own forwards call
 
@@ -113,10 +115,12 @@ def _is_function(value: Any) -> bool:
 
 
 def _calling(original: Callable[..., Any], called: Called) -> Callable[..., Any]:
-    own = original in NUMBERS.values()
+    own, several = original in NUMBERS.values(), original in (max, min)
 
     def calling(*args: Any, **kwargs: Any) -> Any:
-        leaves = args[:1] if own else tree_leaves((args, kwargs))  # a list of traced values has a length
+        leaves = args[: len(args) if several else 1] if own else tree_leaves((args, kwargs))  # a list has a length
+        if several and (kwargs or len(args) == 1):
+            leaves = ()  # of what it runs over, or compares by a function, Python finds the largest
         traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
         return called(original, args, kwargs) if traced else original(*args, **kwargs)
 

@@ -19,12 +19,22 @@ _FUNCTIONS = {
     *(torch.transpose, torch.softmax, torch.relu, torch.tanh),
     *(F.softmax, F.dropout, F.relu, F.gelu, F.silu, F.linear),
 }
-_PERMUTING = {torch.permute, "permute"}
-_SIZED = {"view", "reshape", "expand", "repeat"}  # methods that get all sizes of their result
-_MORE: dict[Any, int] = {"unsqueeze": 1, torch.unsqueeze: 1, torch.view_as_real: 1, torch.view_as_complex: -1}
+_SHAPED: dict[Any, int] = {  # what gets all sizes of its result, or the new order of all axes, from that argument on
+    **dict.fromkeys(("view", "reshape", "expand", "repeat", "permute", torch.permute, torch.reshape), 1),
+    **dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn), 0),
+}
+_MORE: dict[Any, int] = {
+    **dict.fromkeys(("unsqueeze", torch.unsqueeze, torch.view_as_real), 1),
+    torch.view_as_complex: -1,
+    **dict.fromkeys((operator.iadd, operator.isub, operator.imul, operator.itruediv), 0),
+}
+_SORTED = {"sort", "topk", torch.sort, torch.topk}  # pairs of values with as many axes
+_SCALING = {operator.mul, operator.add, operator.sub, operator.truediv}
+
+Varies = Callable[[fx.Node], bool]
 
 
-def rank_of(value: fx.Node, owner: nn.Module, varies: Callable[[fx.Node], bool] = lambda size: False) -> int | fx.Node:
+def rank_of(value: fx.Node, owner: nn.Module, varies: Varies = lambda size: False) -> int | fx.Node:
     """The number of a value's axes; or where that is open, the earlier value that has as many.
 
     Args:
@@ -45,51 +55,78 @@ def rank_of(value: fx.Node, owner: nn.Module, varies: Callable[[fx.Node], bool] 
         [x, 3, 3]
     """
     here, more = value, 0  # the value has so many axes more than what is here
-    while here.args and isinstance(here.args[0], fx.Node):
-        count = _said(here, varies)
-        if count is not None:
-            return count + more
-        change = _more(here, owner)
-        if change is None:
-            break
-        here, more = here.args[0], more + change
+    while True:
+        told = _told(here, varies)
+        told = _of_product(here, owner, varies) if told is None else told
+        if told is not None:
+            return told + more
+        step = _step(here, owner)
+        if step is None:
+            return value
+        here, more = step[0], more + step[1]
         value = here if not more else value
-    return value
 
 
-def _said(value: fx.Node, varies: Callable[[fx.Node], bool]) -> int | None:
-    """The number of axes, where the step that makes the value says it: by an order of axes, or by all sizes."""
-    if value.target not in _PERMUTING and not (value.op == "call_method" and value.target in _SIZED):
+def _told(value: fx.Node, varies: Varies) -> int | None:
+    """The number of axes, where the call that makes the value says it: by all sizes, or by an order of axes."""
+    start = _SHAPED.get(_called(value))
+    if start is None or value.kwargs.keys() - {"dtype", "device"}:
         return None
-    given: Any = value.args[1:] if len(value.args) > 2 else value.args[1] if len(value.args) == 2 else None
-    if not isinstance(given, tuple | list) or value.kwargs:
-        return None
-    if value.target in _PERMUTING:
-        return len(given) if all(type(axis) is int for axis in given) else None
-    plain = all(type(size) is int or (isinstance(size, fx.Node) and not varies(size)) for size in given)
+    given: Any = value.args[start:]
+    if len(given) == 1 and type(given[0]) is not int:
+        given = given[0]
+    plain = isinstance(given, tuple | list) and all(
+        type(size) is int or (isinstance(size, fx.Node) and not varies(size)) for size in given
+    )
     return len(given) if plain else None
 
 
-def _more(value: fx.Node, owner: nn.Module) -> int | None:
-    """How many axes more a value has than what its step takes; None where that is open."""
-    if value.target is operator.getitem:
-        return _more_taken(value.args[1])
-    if value.target in _MORE:
-        return _MORE[value.target]
-    return 0 if _keeps_rank(value, owner) else None
+def _of_product(value: fx.Node, owner: nn.Module, varies: Varies) -> int | None:
+    """The axes of a product of two batches of matrices, where both are known."""
+    if _called(value) not in (torch.matmul, operator.matmul, "matmul") or len(value.args) != 2:
+        return None
+    ranks = [rank_of(each, owner, varies) for each in value.args if isinstance(each, fx.Node)]
+    known = [rank for rank in ranks if isinstance(rank, int) and rank > 1]
+    return max(known) if len(known) == 2 else None
+
+
+def _step(value: fx.Node, owner: nn.Module) -> tuple[fx.Node, int] | None:
+    """What the value is made of, and how many axes more it has."""
+    called, nodes = _called(value), [each for each in value.args if isinstance(each, fx.Node)]
+    if called in _SCALING:
+        scaled = len(value.args) == 2 and any(type(each) in (int, float) for each in value.args)
+        return (nodes[0], 0) if scaled and nodes else None
+    if not nodes or value.args[0] is not nodes[0]:
+        return None
+    first = nodes[0]
+    if called is operator.getitem:
+        if _called(first) in _SORTED:
+            return (first.all_input_nodes[0], 0) if value.args[1] in (0, 1) and first.all_input_nodes else None
+        more = _more_taken(value.args[1])
+    else:
+        more = _MORE.get(called, 0 if _keeps_rank(value, owner) else None)
+    return None if more is None else (first, more)
 
 
 def _more_taken(index: Any) -> int | None:
-    """How many axes more a part of a tensor has, by its index. A slice alone may also be one of a tuple."""
-    if not isinstance(index, tuple) or not any(each is Ellipsis for each in index):
+    """How many axes more a part of a tensor has, by its index; a number alone may take one of a tuple."""
+    if type(index) is int or not all(
+        each is None or each is Ellipsis or type(each) in (slice, int) for each in _parts(index)
+    ):
         return None
-    kinds = [0 if each is Ellipsis or type(each) is slice else 1 if each is None else -1 for each in index]
-    plain = all(each is Ellipsis or each is None or type(each) in (slice, int) for each in index)
-    return sum(kinds) if plain else None
+    return sum(1 if each is None else -1 if type(each) is int else 0 for each in _parts(index))
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _called(value: fx.Node) -> Any:
+    """The function, or the name of the method, that makes a value."""
+    return value.target if value.op in ("call_function", "call_method") else None
 
 
 def _keeps_rank(value: fx.Node, owner: nn.Module) -> bool:
     if value.op == "call_module":
         return type(owner.get_submodule(str(value.target))) in _MODULES
-    known: set[Any] = _METHODS if value.op == "call_method" else _FUNCTIONS
-    return value.target in _PERMUTING or value.target in known
+    return value.target in (_METHODS if value.op == "call_method" else _FUNCTIONS)

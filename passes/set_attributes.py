@@ -53,13 +53,18 @@ class SetAttributes:
     def __contains__(self, name: str) -> bool:
         return name in self._before
 
-    def take(self, name: str, value: Any) -> bool:
-        """Set an attribute; False where that would be more than to keep a value under a name."""
+    def take(self, name: str, value: Any, was_read: bool) -> bool:
+        """Set an attribute; False where that would be more than to keep a value under a name.
+
+        Nothing is where it `was_read` to hold that very constant, for which the graph is made.
+        """
         held, cls = vars(self._module), type(self._module)
         registered = any(name in held[kind] for kind in ("_parameters", "_buffers", "_modules"))
         own_way = hasattr(inspect.getattr_static(cls, name, None), "__set__") or _sets_in_its_own_way(cls)
         if registered or own_way or name in OF_EVERY_MODULE or _is_registered_when_set(value):
             return False
+        if was_read and name not in self._before and (type(held.get(name)), held.get(name)) == (type(value), value):
+            return True
         self._before.setdefault(name, held.get(name, _ABSENT))
         object.__setattr__(self._module, name, value)
         return True

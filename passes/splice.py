@@ -207,12 +207,7 @@ class _Written:
     def written(self, value: Any) -> Any:
         """An argument in the new graph."""
         if isinstance(value, fx.Node):
-            if value in self.sizes.items and self.sizes.is_sure(value):
-                size, index, _ = self.sizes.items[value]
-                return new_node(self.graph, "call_function", operator.getitem, (self.copies[size], index), {})
-            if value in self.sizes.items:
-                raise UntraceableError("its forward takes an item of a traced value out of a tuple of its items")
-            return self.copies[value]
+            return self.item(value) if value in self.sizes.items else self.copies[value]
         if isinstance(value, list | tuple):
             container = list if isinstance(value, list) else tuple
             parts, at = self.runs(value)
@@ -226,6 +221,13 @@ class _Written:
         if isinstance(value, slice):
             return slice(*map(self.written, (value.start, value.stop, value.step)))
         return value
+
+    def item(self, value: fx.Node) -> fx.Node:
+        """An item without the others: one that is sure to be there is taken out of its size."""
+        if not self.sizes.is_sure(value):
+            raise UntraceableError("its forward takes an item of a traced value out of a tuple of its items")
+        size, index, _ = self.sizes.items[value]
+        return new_node(self.graph, "call_function", operator.getitem, (self.copies[size], index), {})
 
     def runs(self, values: Any) -> tuple[list[Any], list[int]]:
         """The values with each complete run of items replaced by their size, and where that is."""

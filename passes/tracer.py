@@ -277,7 +277,7 @@ class OwnerTracer(fx.Tracer):
             if forward is None:
                 raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
             return forward(module, *args, **kwargs)
-        if kwargs and not module._forward_pre_hooks:
+        if not module._forward_pre_hooks:
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:
                 signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
@@ -331,7 +331,8 @@ class OwnerTracer(fx.Tracer):
 
     def wrote(self, module: nn.Module, name: str, value: Any) -> None:
         """Only attributes of the module itself hold what its forward sets."""
-        if module is not self.root or not self.set.take(name, value):
+        was_read = type(value) in PLAIN and ("", name, fingerprint(value)) in self.reads
+        if module is not self.root or not self.set.take(name, value, was_read):
             self.refuse(f"its forward sets the attribute `{name}`, which a graph can't hold")
 
     def asked_for_shape(self, path: str, tensor: Tensor) -> None:

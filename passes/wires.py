@@ -167,6 +167,8 @@ def _flatten(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout 
     start = module.start_dim if module is not None else _argument(node, 1, "start_dim", 0)
     end = module.end_dim if module is not None else _argument(node, 2, "end_dim", -1)
     second = layout.rank is not None and layout.axis == 1 - layout.rank
+    if end == -1 and second and start in (2, layout.axis + 1) and layout.axis < -1 and not layout.flat:
+        return replace(layout, axis=-2, rank=3)  # the positions become one axis, behind the channels
     return _merged(layout) if end == -1 and (start == layout.axis or (start == 1 and second)) else None
 
 
@@ -226,7 +228,11 @@ def _permute(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout 
 
 def _transpose(layout: Layout, node: fx.Node, module: nn.Module | None) -> Layout | None:
     first, second = _argument(node, 1, "dim0"), _argument(node, 2, "dim1")
-    if not isinstance(first, int) or not isinstance(second, int) or first >= 0 or second >= 0:
+    if not isinstance(first, int) or not isinstance(second, int):
+        return None
+    if layout.rank is not None:
+        first, second = (axis - layout.rank if axis >= 0 else axis for axis in (first, second))
+    if first >= 0 or second >= 0:
         return None  # counted from the front, the axes depend on the rank
     swapped = {first: second, second: first}
     return replace(layout, axis=swapped.get(layout.axis, layout.axis))

@@ -41,6 +41,23 @@ class Product(Attention):
         return self.proj((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class KeysUnbiased(Attention):
+    """Queries and values have biases, and zeros stand between them for the keys, as in BEiT and Swin V2."""
+
+    def __init__(self, channels: int = 8, bias: bool = True) -> None:
+        super().__init__(channels, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.v_bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+        split = F.linear(x, self.qkv.weight, bias).reshape(*x.shape[:2], 3, HEADS, self.head)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
 class Interleaved(Attention):
     """The projection's outputs lie by head: q, k, v of the first, then of the second."""
 
@@ -149,6 +166,7 @@ class Parted(nn.Module):
 ATTENTIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
     for cls in (
-        Attention, Product, Interleaved, Separate, Einsum, Rearranged, CrossCovariance, Convolutional, Multihead, Parted,
+        Attention, Product, KeysUnbiased, Interleaved, Separate, Einsum, Rearranged, CrossCovariance, Convolutional,
+        Multihead, Parted,
     )
 }  # fmt: skip

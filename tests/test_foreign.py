@@ -40,6 +40,8 @@ SIDES = {
     "round": lambda self, x: round(x.shape[1] ** 0.5),
     "float and int": lambda self, x: int(float(x.shape[1]) ** 0.5),
     "NumPy's square root": lambda self, x: int(np.sqrt(x.shape[1])),
+    "the larger and the smaller": lambda self, x: max(2, min(int(x.shape[1] ** 0.5), 4)),
+    "the larger in many places": lambda self, x: 4 if sum(max(x.shape[1] - i, 0) for i in range(10)) > 60 else 3,
     "in a comprehension": lambda self, x: next(int(size**0.5) for size in [x.shape[1]]),
     "of a value": lambda self, x: int(x.detach()[:1].square().mul(0).sum() + 4) if x.shape[1] == 16 else 3,
 }

@@ -275,6 +275,26 @@ def test_attention_that_keeps_its_weights_is_a_site() -> None:
     assert plain.weights is not None and torch.equal(plain.weights, extended.weights)
 
 
+class Masked(Attention):
+    """CLIP's blocks bring their mask to the device of the values in every call, where they have one."""
+
+    mask: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mask = self.mask.to(x) if self.mask is not None else None
+        return super().forward(x) if self.mask is None else x
+
+
+def test_an_attribute_may_be_set_to_the_constant_that_it_was_read_to_hold() -> None:
+    plain, x = Masked(), torch.randn(2, 5, 8)
+    plain.mask = None
+    extended = bypass_fx.extend(copy.deepcopy(plain))
+    assert [(site.kind, site.activation) for site in bypass_fx.sites(extended)] == [("strict", "attention")]
+    assert torch.equal(plain(x), extended(x)) and extended.mask is None
+    with pytest.raises(bypass_fx.SurgeryError, match="rewritten for the present value of `mask`"):
+        extended.mask = torch.ones(5, 5)
+
+
 def test_an_error_on_the_way_leaves_what_was_set_before() -> None:
     extended = bypass_fx.extend(Keeps())
     extended(torch.ones(2, 4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,3 +160,37 @@ def test_an_attention_that_a_checkpointed_helper_may_pass_a_context_is_refused()
         assert "its calls are not seen" in plan.refusals[0].reason
         before = net(x, context)
         assert torch.equal(bypass_fx.extend(net, plan, example_inputs=inputs)(x, context), before)
+
+
+def test_a_block_that_hands_on_whatever_it_is_given_is_planned_without_examples_too() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x + torch.softmax(self.q(x) @ y.transpose(-2, -1), -1) @ self.v(y), y
+
+    class HandsOn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.both = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), Both()
+
+        def forward(self, *values: Tensor) -> Any:
+            return self.both(*(self.mlp(each) for each in values))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(HandsOn() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            values: Any = [x, x]
+            for block in self.blocks:
+                values = block(*values)
+            return values[0]  # type: ignore[no-any-return]
+
+    model, x = Model(), torch.randn(2, 3, 4)
+    for inputs in (None, (x,)):
+        plan = bypass_fx.plan(model, mode="strict", example_inputs=inputs)
+        assert [site.name for site in plan if site.activation == "relu"] == ["blocks.0.mlp.1", "blocks.1.mlp.1"]
