@@ -16,7 +16,7 @@ from .choices import raising
 from .errors import UntraceableError
 from .facts import is_fact
 from .merge import ASKED, merged
-from .nodes import copied
+from .nodes import copied, reshapes_in_place
 
 _QUESTIONS = 8  # in one trace
 _TRACES = 32  # of one forward, for all its answers
@@ -56,7 +56,7 @@ class Questions:
         """The answer to the same question, where it was asked of a fact before."""
         if not self.asked or not is_fact(value):
             return None
-        moved = any(map(_reshapes_in_place, value.graph.nodes))
+        moved = any(map(reshapes_in_place, value.graph.nodes))
         same = (
             answer
             for other, answer in self.asked.items()
@@ -105,17 +105,6 @@ def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int)
     with graph.inserting_after(question):
         graph.call_function(raising(raises.error), (question, raises is yes))
     return graph
-
-
-_RESHAPE_IN_PLACE = {
-    *("unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_"),
-    *("resize_", "resize_as_", "set_"),
-}
-
-
-def _reshapes_in_place(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _RESHAPE_IN_PLACE
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -69,6 +69,18 @@ def names_a_write(node: fx.Node) -> bool:
     return trailing or node.target in _WRITING_OPERATORS or bool(node.kwargs.get("inplace"))
 
 
+_RESHAPE_IN_PLACE = {
+    *("unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_"),
+    *("resize_", "resize_as_", "set_"),
+}
+
+
+def reshapes_in_place(node: fx.Node) -> bool:
+    """Whether what a node calls gives a value other axes in place."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _RESHAPE_IN_PLACE
+
+
 def takes_no_argument(value: fx.Node) -> bool:
     """Whether a value is made of parameters, buffers and constants alone: no argument has a part in it."""
     return all(node.op != "placeholder" for node in made_of([value]))

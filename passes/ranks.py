@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .nodes import reshapes_in_place
+
 # What gives its first argument as many axes as it had.
 _MODULES = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softmax)
 _METHODS = {
@@ -17,7 +19,7 @@ _METHODS = {
 }
 _FUNCTIONS = {
     *(torch.transpose, torch.softmax, torch.relu, torch.tanh),
-    *(F.softmax, F.dropout, F.relu, F.gelu, F.silu, F.linear),
+    *(F.softmax, F.dropout, F.relu, F.gelu, F.silu),
 }
 _SHAPED: dict[Any, int] = {  # what gets all sizes of its result, or the new order of all axes, from that argument on
     **dict.fromkeys(("view", "reshape", "expand", "repeat", "permute", torch.permute, torch.reshape), 1),
@@ -54,6 +56,8 @@ def rank_of(value: fx.Node, owner: nn.Module, varies: Varies = lambda size: Fals
         >>> [rank_of(value, net) for value in output.args[0]]
         [x, 3, 3]
     """
+    if any(map(reshapes_in_place, value.graph.nodes)):
+        return value  # what the graph says of it may not hold any more
     here, more = value, 0  # the value has so many axes more than what is here
     while True:
         told = _told(here, varies)
@@ -70,8 +74,8 @@ def rank_of(value: fx.Node, owner: nn.Module, varies: Varies = lambda size: Fals
 def _told(value: fx.Node, varies: Varies) -> int | None:
     """The number of axes, where the call that makes the value says it: by all sizes, or by an order of axes."""
     start = _SHAPED.get(_called(value))
-    if start is None or value.kwargs.keys() - {"dtype", "device"}:
-        return None
+    if start is None or len(value.args) <= start or value.kwargs.keys() - {"dtype", "device"}:
+        return None  # `x.view(dtype=torch.int32)` says no size
     given: Any = value.args[start:]
     if len(given) == 1 and type(given[0]) is not int:
         given = given[0]
@@ -129,4 +133,17 @@ def _called(value: fx.Node) -> Any:
 def _keeps_rank(value: fx.Node, owner: nn.Module) -> bool:
     if value.op == "call_module":
         return type(owner.get_submodule(str(value.target))) in _MODULES
+    if value.target is F.linear:
+        return _is_matrix(value.args[1] if len(value.args) > 1 else None, owner)
     return value.target in (_METHODS if value.op == "call_method" else _FUNCTIONS)
+
+
+def _is_matrix(weight: Any, owner: nn.Module) -> bool:
+    """Whether a weight has two axes: a vector takes the last axis away."""
+    rank = rank_of(weight, owner) if isinstance(weight, fx.Node) else None
+    if not isinstance(rank, fx.Node) or rank.op != "get_attr":
+        return rank == 2
+    path, _, name = str(rank.target).rpartition(".")
+    held = owner.get_submodule(path)
+    tensor = held._parameters.get(name, held._buffers.get(name))
+    return tensor is not None and tensor.dim() == 2

@@ -53,10 +53,13 @@ def test_where_the_graph_tells_how_many_axes_a_value_has_a_forward_may_go_by_it(
 OPEN: dict[str, Any] = {
     "a view by a shape": lambda x: x.view(x.shape),
     "a view as another dtype": lambda x: x.view(torch.int32),
+    "a view as a dtype by its name": lambda x: x.view(dtype=torch.int32),
     "an item": lambda x: x[0],
     "a mask": lambda x: x[x > 0],
     "the sum of two": lambda x: x + x.mean(-1, keepdim=True),
     "a product with a vector": lambda x: x @ x[0, 0],
+    "a linear map that may be a vector": lambda x: F.linear(x.view(2, 2, 4), x.view(-1)),
+    "what is given an axis in place": lambda x: (y := x.view(2, 4), y.unsqueeze_(0))[0],
 }
 
 
@@ -64,3 +67,19 @@ OPEN: dict[str, Any] = {
 def test_where_the_graph_does_not_tell_it_is_open(name: str) -> None:
     *_, output = fx.symbolic_trace(OPEN[name]).graph.nodes
     assert not isinstance(rank_of(output.args[0], nn.Module()), int)  # type: ignore[arg-type]  # it is a node
+
+
+def test_a_linear_map_keeps_the_axes_where_its_weight_is_a_matrix() -> None:
+    class Maps(nn.Module):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(sizes))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x.view(2, 2, 4), self.weight.float())
+
+    for sizes, rank in [((3, 4), 3), ((4,), None)]:
+        model = Maps(*sizes)
+        *_, output = fx.symbolic_trace(model).graph.nodes
+        found = rank_of(output.args[0], model)  # type: ignore[arg-type]  # it is a node
+        assert (found if isinstance(found, int) else None) == rank
