@@ -32,6 +32,18 @@ class RaisesError(UntraceableError):
         self.error = error
 
 
+def follows_ours(error: BaseException | None, before: BaseException | None) -> bool:
+    """Whether a forward raised an error where it caught one of the trace's: a run does not come there.
+
+    What was handled before the trace began is no part of it.
+    """
+    while error is not None and error is not before:
+        if isinstance(error, UntraceableError):
+            return True
+        error = error.__context__
+    return False
+
+
 @dataclass(slots=True)
 class Questions:
     """What a trace was asked: whether a traced value is true. What no answer was given for is answered with yes."""

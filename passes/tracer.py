@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 
-from .branches import Answers, Questions, RaisesError
+from .branches import Answers, Questions, RaisesError, follows_ours
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Forward, Items, Value
 from .choices import truth
@@ -88,6 +88,7 @@ class OwnerTracer(fx.Tracer):
             self.own |= {*nested(function.__code__)}
         self.trying |= {code: ranges for code in self.own if (ranges := caught(code))}
         self.kept.keep(self.root)
+        before = sys.exception()
         try:
             with (
                 torch.enable_grad(),
@@ -108,7 +109,8 @@ class OwnerTracer(fx.Tracer):
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
             why = f"its forward does not trace ({in_short(error)})"
-            raise (RaisesError(why, error) if raised_by(error, functions) else UntraceableError(why)) from error
+            own = raised_by(error, functions) and not follows_ours(error, before)
+            raise (RaisesError(why, error) if own else UntraceableError(why)) from error
         finally:
             self.set.put_back()
             changed = self.kept.put_back()

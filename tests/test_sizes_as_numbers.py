@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +66,21 @@ def test_python_takes_numbers(step: Step) -> None:
     plan = bypass_fx.plan(Net(step), mode="all")
     assert not plan.sites
     assert "graph can't hold" in plan.refusals[0].reason
+
+
+def raises_another(x: Tensor) -> Tensor:
+    if (x > 0).any():
+        try:
+            x = x * operator.index(x.shape[1])
+        except Exception as error:
+            raise ValueError("no size") from error
+    return x
+
+
+def test_an_error_that_a_forward_raises_where_it_caught_one_of_the_trace_is_none_of_its_own() -> None:
+    plan = bypass_fx.plan(Net(raises_another), mode="all")
+    assert not plan.sites
+    assert "ValueError: no size" in plan.refusals[0].reason
 
 
 def of_three_axes(x: Tensor) -> Tensor:
