@@ -106,6 +106,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     todo: list[tuple[Spot, Layout]] = [(spot, layout)]
     ends: dict[str, tuple[Found, Layout, Spot]] = {}
     picks: dict[Spot, list[Layout]] = {}
+    noisy = layout.noisy  # a dropout in place drops what others read
     while todo:
         here, layout = todo.pop()
         if not modes_agree(linked.graphs[here.unit]):
@@ -124,19 +125,19 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
             if found is not None:
                 if found.axis != layout.axis or not reads_only_value(use, found):
                     return Reason(f"A ({found.affine}) reads another axis than the channels'")
-                noisy = layout.noisy or any(before.noisy for _, before, _ in ends.values())
-                ends[found.affine.weight] = (found, replace(layout, noisy=noisy), use)
+                ends[found.affine.weight] = (found, layout, use)
                 continue
             passed = _passed(linked, here, use, layout)
             if passed is None:
                 return no_affine_map("its result goes into", linked, use)
             todo.append((use, passed))
+            noisy = noisy or passed.noisy
     if any(len(set(layouts)) != 1 or len(layouts) != len(value_inputs(use.node)) for use, layouts in picks.items()):
         return Reason("its forward branches, and its result goes another way in one branch")
     if len(ends) != 1:
         return Reason("its result goes into several maps" if ends else "its result is not used")
     found, layout, use = next(iter(ends.values()))
-    return found, layout, reads_nothing_else(linked, found, use, spot)
+    return found, replace(layout, noisy=noisy), reads_nothing_else(linked, found, use, spot)
 
 
 def _passed(linked: Linked, value: Spot, use: Spot, layout: Layout) -> Layout | None:

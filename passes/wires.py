@@ -66,8 +66,9 @@ def modes_agree(owned: OwnerGraph) -> bool:
 
 
 def _drops_one(node: fx.Node) -> bool:
-    """Whether the node is a dropout of a value: `if self.training: x = F.dropout(x, self.p)`."""
-    return node.op == "call_function" and node.target in _DROPOUTS and node.all_input_nodes == [*node.args[:1]]
+    """Whether the node is a dropout of a value, as in `if self.training: x = F.dropout(x, self.p)`, and writes nowhere."""
+    drops = node.op == "call_function" and node.target in _DROPOUTS and node.all_input_nodes == [*node.args[:1]]
+    return drops and not _argument(node, 3, "inplace", False)
 
 
 def _before(value: fx.Node, dropped: Mapping[fx.Node, Any]) -> fx.Node:

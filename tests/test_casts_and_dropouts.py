@@ -67,6 +67,21 @@ def scaled_too(s: Block, x: Tensor) -> Tensor:
     return out
 
 
+def in_place(s: Block, x: Tensor) -> Tensor:
+    h = F.gelu(s.first(x))
+    F.dropout(h, 0.3, s.training, True)
+    out: Tensor = s.last(h)
+    return out
+
+
+def in_place_in_training(s: Block, x: Tensor) -> Tensor:
+    h = F.gelu(s.first(x))
+    if s.training:
+        F.dropout(h, 0.3, inplace=True)
+    out: Tensor = s.last(h)
+    return out
+
+
 def planned(body: Body) -> tuple[Block, bypass_fx.Plan]:
     torch.manual_seed(0)
     block = Block(body).double() if body is not in_full_precision else Block(body)
@@ -86,6 +101,12 @@ def test_a_cast_to_the_dtype_of_another_value_is_a_wire(body: Body) -> None:
 def test_a_dropout_that_training_mode_alone_runs_is_a_wire(body: Body) -> None:
     _, plan = planned(body)
     assert [(site.kind, site.exact) for site in plan] == [("strict", "eval")]
+
+
+def test_what_a_dropout_in_place_drops_is_noise_in_training_too() -> None:
+    _, plan = planned(in_place)
+    assert [(site.kind, site.exact) for site in plan] == [("strict", "eval")]
+    assert not planned(in_place_in_training)[1].sites
 
 
 @pytest.mark.parametrize("body", [gives_its_dtype, scaled_too])
