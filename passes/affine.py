@@ -188,7 +188,7 @@ def _joined(linked: Linked, spot: Spot, value: Any) -> dict[tuple[tuple[int, int
     """The parameters that a bias is put together from, by their ranges; zeros may stand between them."""
     if not isinstance(value, fx.Node) or value.target not in (torch.cat, torch.concat):
         return {}
-    parts = value.args[0] if len(value.args) == 1 and not value.kwargs else ()
+    parts = value.args[0] if value.args else value.kwargs.get("tensors")  # a bias has one axis to join
     if not isinstance(parts, tuple | list) or len(parts) < 2:
         return {}
     found: dict[tuple[tuple[int, int], ...], str] = {}

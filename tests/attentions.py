@@ -52,7 +52,7 @@ class KeysUnbiased(Attention):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias), dim=0)
         split = F.linear(x, self.qkv.weight, bias).reshape(*x.shape[:2], 3, HEADS, self.head)
         q, k, v = split.permute(2, 0, 3, 1, 4)
         return q, k, v
