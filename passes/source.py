@@ -44,8 +44,9 @@ def reached(function: Callable[..., Any], cls: type[nn.Module]) -> list[Function
 
 
 def run_by_forward(cls: type[nn.Module]) -> Iterator[CodeType]:
-    """The code that a class's forward may run."""
-    return (code for function in reached(cls.forward, cls) for code in nested(function.__code__))
+    """The code that a class's forward may run; that of a scripted module has none that is Python's."""
+    forward: Any = getattr(cls, "forward", None)
+    return (code for function in reached(forward, cls) for code in nested(function.__code__))
 
 
 @cache

@@ -276,6 +276,9 @@ def test_a_scripted_child_is_no_part_of_a_strict_site_and_no_obstacle() -> None:
     before = model(x)
     assert not bypass_fx.plan(model, mode="strict").sites
     assert torch.equal(bypass_fx.extend(model, mode="all", example_inputs=(x,))(x), before)
+    around = net(lambda s, x: s.b(F.relu(s.a(s.scripted(x)))))
+    around.scripted = torch.jit.script(nn.Linear(4, 4))
+    assert [site.kind for site in bypass_fx.plan(around)] == ["strict"]
 
 
 @pytest.mark.parametrize(
