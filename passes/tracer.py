@@ -279,6 +279,9 @@ class OwnerTracer(fx.Tracer):
             if forward is None:
                 raise UntraceableError(f"its forward calls a {type(module).__name__} that is not its child")
             return forward(module, *args, **kwargs)
+        call = type(module).__call__
+        if call is not nn.Module.__call__ and not str(call.__module__).startswith("torch."):
+            raise UntraceableError(f"its forward calls {path}, whose class has a `__call__` of its own")
         if not module._forward_pre_hooks:
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:

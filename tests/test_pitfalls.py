@@ -281,6 +281,18 @@ def test_a_scripted_child_is_no_part_of_a_strict_site_and_no_obstacle() -> None:
     assert [site.kind for site in bypass_fx.plan(around)] == ["strict"]
 
 
+class Twice(nn.Linear):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x + 1)
+
+
+def test_a_child_that_is_called_in_a_way_of_its_own_is_refused() -> None:
+    model = net(lambda s, x: s.b(F.relu(s.a(s.twice(x)))))
+    model.twice = Twice(4, 4)
+    (refusal,) = bypass_fx.plan(model, mode="all").refusals
+    assert "a `__call__` of its own" in refusal.reason
+
+
 @pytest.mark.parametrize(
     "roll",
     [random.random, lambda: float(np.random.rand()), lambda: float(torch.normal(0.0, 1.0, (1,)))],
