@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import bypass_fx
 from bypass_fx import in_step, readout
 from bypass_fx.bypass import Bypass
 from bypass_fx.bypass_report import NonFiniteError
-from bypass_fx.comeback import Homotopy
+from bypass_fx.comeback import Homotopy, Moment, Penalty
 from bypass_fx.lookout import Seen
 from bypass_fx.schedule import BypassSchedule
 from bypass_fx.stack import Stack
@@ -87,6 +88,45 @@ def test_only_those_that_do_the_same(led: list[tuple[int, ...]]) -> None:
     lead(replicas, alone, begin)
     expect_same(replicas, alone, range(12))
     assert {*led} == {(), (0, 2)}
+
+
+def test_returns_of_a_class_of_the_users_may_differ_in_what_they_hold(led: list[tuple[int, ...]]) -> None:
+    models = seeds()
+    replicas, alone = together(models, sgd), Alone(models, sgd)
+
+    class Faster(Homotopy):
+        """One that has a number of its own."""
+
+        def __init__(self, power: float) -> None:
+            super().__init__()
+            self.power = power
+
+        def shrink(self, now: Moment) -> Tensor | None:
+            factors = super().shrink(now)
+            return None if factors is None else factors**self.power
+
+    class Weighted(Penalty):
+        """The same of a penalty."""
+
+        def __init__(self, weight: float) -> None:
+            super().__init__(hand_over=False)
+            self.weight = weight
+
+        def penalty(self, model: nn.Module, out: frozenset[str], gamma: Tensor) -> Tensor | None:
+            term = super().penalty(model, out, gamma)
+            return None if term is None else self.weight * term
+
+    ways = [Faster(1), Faster(2), Weighted(1), Weighted(10)]
+
+    def begin(row: int, model: nn.Module, optimizer: Optimizer) -> BypassSchedule:
+        return BypassSchedule(
+            model, optimizer, opt1=2, opt2=8, comeback=copy.deepcopy(ways[row]), gamma=bypass_fx.Linear(0.1), mode="all",
+            at_budget="continue",
+        )  # fmt: skip
+
+    lead(replicas, alone, begin)
+    expect_same(replicas, alone, range(9))
+    assert {*led} == {()}
 
 
 def test_what_is_not_finite_is_found_late_and_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
