@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .activations import acts_as
 from .nodes import reshapes_in_place
 
 # What gives its first argument as many axes as it had.
@@ -132,7 +133,8 @@ def _called(value: fx.Node) -> Any:
 
 def _keeps_rank(value: fx.Node, owner: nn.Module) -> bool:
     if value.op == "call_module":
-        return type(owner.get_submodule(str(value.target))) in _MODULES
+        module = owner.get_submodule(str(value.target))
+        return type(module) in _MODULES and acts_as(module, type(module))
     if value.target is F.linear:
         return _is_matrix(value.args[1] if len(value.args) > 1 else None, owner)
     return value.target in (_METHODS if value.op == "call_method" else _FUNCTIONS)

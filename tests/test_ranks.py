@@ -83,3 +83,23 @@ def test_a_linear_map_keeps_the_axes_where_its_weight_is_a_matrix() -> None:
         *_, output = fx.symbolic_trace(model).graph.nodes
         found = rank_of(output.args[0], model)  # type: ignore[arg-type]  # it is a node
         assert (found if isinstance(found, int) else None) == rank
+
+
+def test_a_child_with_a_hook_or_a_forward_of_its_own_may_give_other_axes() -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.child(x.view(2, 4))  # type: ignore[no-any-return]
+
+    def rank(model: Calls) -> Any:
+        *_, output = fx.symbolic_trace(model).graph.nodes
+        return rank_of(output.args[0], model)  # type: ignore[arg-type]  # it is a node
+
+    plain, hooked, held = Calls(), Calls(), Calls()
+    hooked.child.register_forward_hook(lambda module, args, out: out[None])
+    held.child.forward = lambda x: x[None]  # type: ignore[method-assign]
+    assert rank(plain) == 2
+    assert isinstance(rank(hooked), fx.Node) and isinstance(rank(held), fx.Node)
