@@ -258,6 +258,15 @@ def test_paper_goes_on_where_it_was_stopped(
     assert not [*(tmp_path / "runs").glob("*/seeds*")]
 
 
+def test_paper_goes_on_with_the_same_seeds_only(small_paper: None) -> None:
+    one = experiment.load()["V-B"]
+    kept = saved.Saved(one, "seeds", [0, 2, 3])
+    kept.save(5, {"loss": 0.5})
+    assert kept.load() == (5, {"loss": 0.5})
+    assert saved.Saved(one, "seeds", [0, 1, 3]).load() is None
+    assert saved.Saved(replace(one, lr=0.5), "seeds", [0, 2, 3]).load() is None
+
+
 def test_paper_takes_no_more_seeds_of_the_experiment_that_another_varies(results: str, small_paper: None) -> None:
     rows = paper.run("VI-A", results=results).rows
     assert {(row["experiment"], row["seed"]) for row in rows} == {

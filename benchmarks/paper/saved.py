@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ State = dict[str, Any]
 
 
 class Saved:
-    """Where one stretch of an experiment, "start" or some seeds, keeps how far it has come.
+    """Where one stretch of an experiment, "start" or "seeds", keeps how far it has come with some seeds.
 
-    What was saved of the same stretch with other numbers, or of other data, is passed over.
+    What was saved of the same stretch with other numbers, with other seeds or of other data, is passed over.
     """
 
-    def __init__(self, experiment: Experiment, stretch: str) -> None:
-        self._folder = RUNS / f"{experiment.name} {experiment.length}" / stretch
+    def __init__(self, experiment: Experiment, stretch: str, seeds: Sequence[int]) -> None:
+        which = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}, {len(seeds)}"
+        self._folder = RUNS / f"{experiment.name} {experiment.length}" / f"{stretch} {which}"
         self._checkpoints = Checkpoints(self._folder, keep=1)
-        self._of = repr(experiment)
+        self._of = repr((experiment, [*seeds]))
         self._at = time.monotonic()
 
     def load(self) -> tuple[int, State] | None:

@@ -91,7 +91,7 @@ class Stage:
         steps = self.experiment.steps(self.experiment.train1, self.per_epoch)
         means, every = _Means(len(seeds)), max(1, steps // (RECORDS // 3))
         curves: list[Row] = [{"step": [], "loss": []} for _ in seeds]
-        saved, first = Saved(self.experiment, f"start {_range(seeds)}"), 0
+        saved, first = Saved(self.experiment, "start", seeds), 0
         if kept := saved.load():
             first, state = kept
             curves = state["curves"]
@@ -176,7 +176,7 @@ class Walk:
         self._began = [0 for _ in self.arms]  # the step before each row's phase
         self._shocks = [0.0 for _ in self.arms]
         self._means, self._seconds, self._step = _Means(len(self.arms)), 0.0, 0
-        self._saved = Saved(experiment, f"seeds {_range(seeds)}")
+        self._saved = Saved(experiment, "seeds", seeds)
         self._begin(self._saved.load())
 
     def _begin(self, kept: tuple[int, Row] | None) -> None:
@@ -344,10 +344,6 @@ def _load(pairs: Pairs, state: Row) -> None:
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
     torch.set_rng_state(state["random"])
-
-
-def _range(seeds: Sequence[int]) -> str:
-    return f"{seeds[0]} to {seeds[-1]}, {len(seeds)}" if len(seeds) > 1 else str(seeds[0])
 
 
 def _short(value: float) -> float:
