@@ -42,24 +42,21 @@ def lead(
 
 
 def _together(bypasses: Sequence[Bypass], seen: Sequence[Seen], deltas: Stack, places: Sequence[int]) -> list[Seen]:
-    first = bypasses[0]
-    values = _stacked([each.values for each in seen])
-    shrunk = _shrunk(bypasses, values, deltas, places) if first.phase == "opt2" else None
-    sent = None
+    first, values = bypasses[0], _stacked([each.values for each in seen])
+    shrunk, sent = _shrunk(bypasses, values, deltas, places), None
     if values is not None:
         losses: list[Tensor] = [bypass.lookout.losses for bypass in bypasses]
         extents = _stacked([each.extent for each in seen]) if first.looks else None
         columns = [each.unsqueeze(1).to(values) for each in (extents, torch.stack(losses)) if each is not None]
-        norms = shrunk if first.watches == "norms" and shrunk is not None else values
+        norms = shrunk if first.watches == "norms" else values
         sent = send_rows(torch.cat([norms, *columns], 1))
         torch._foreach_zero_(losses)
     return [
-        Seen(each.values, each.extent, None if shrunk is None else shrunk[place], sent[place] if sent else None)
-        for place, each in enumerate(seen)
+        Seen(each.values, each.extent, shrunk[place], sent[place] if sent else None) for place, each in enumerate(seen)
     ]
 
 
-def _shrunk(bypasses: Sequence[Bypass], norms: Tensor | None, deltas: Stack, places: Sequence[int]) -> Tensor | None:
+def _shrunk(bypasses: Sequence[Bypass], norms: Tensor | None, deltas: Stack, places: Sequence[int]) -> Tensor:
     """Scale D as the return of the first does, and give the norms after that, [bypasses, sites]."""
     first = bypasses[0]
     latest = first.only_out(norms) if first.measures and norms is not None else _stacked([b.latest for b in bypasses])

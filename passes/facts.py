@@ -38,7 +38,7 @@ def _made_of(value: Any, attributes: set[str], questions: set[Any]) -> bool:
 
     def made(node: fx.Node) -> bool:
         if node not in met:
-            met[node] = (node.op in ("call_function", "call_method")) and looked_at(node)
+            met[node] = looked_at(node)
         return met[node]
 
     def looked_at(node: fx.Node) -> bool:
