@@ -108,24 +108,29 @@ def _items_of(container: Any, depth: int = 0) -> Iterator[Any]:
             yield from _items_of(item, depth + 1)
 
 
-def activations_named(functions: Iterable[FunctionType], cls: type[nn.Module]) -> dict[str, FunctionType]:
-    """The activations that functions name as functions, tensor methods or classes, each with the first that does."""
+def activations_named(
+    functions: Iterable[FunctionType], cls: type[nn.Module], inside: frozenset[type] = frozenset()
+) -> dict[str, FunctionType]:
+    """The activations that functions name as functions, tensor methods or classes, each with the first that does.
+
+    `inside` are the autograd functions whose code is being looked at: one may name itself, or another that names it.
+    """
     found: dict[str, FunctionType] = {}
     for each in functions:
-        for activation in _named_by(each, cls):
+        for activation in _named_by(each, cls, inside):
             found.setdefault(activation, each)
     return found
 
 
-def _named_by(function: FunctionType, cls: type[nn.Module]) -> Iterator[str]:
+def _named_by(function: FunctionType, cls: type[nn.Module], inside: frozenset[type]) -> Iterator[str]:
     for code in nested(function.__code__):
         mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
         yield from (NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
         for name in code.co_names:
             value = function.__globals__.get(name)
             yield from activations_in(value)
-            if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-                yield from activations_named(reached(value.forward, cls), cls)
+            if isinstance(value, type) and issubclass(value, torch.autograd.Function) and value not in inside:
+                yield from activations_named(reached(value.forward, cls), cls, inside | {value})
 
 
 def activations_in(value: Any) -> list[str]:

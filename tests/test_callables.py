@@ -203,3 +203,18 @@ def test_an_autograd_function_is_refused_by_the_activation_in_it() -> None:
     plan = bypass_fx.plan(Applies(), mode="all")
     assert [refusal.activation for refusal in plan.refusals] == ["sigmoid"]
     assert "autograd function Swish" in plan.refusals[0].reason
+
+
+class Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.tanh() if z.numel() else Again.apply(z)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_an_autograd_function_may_name_itself() -> None:
+    class Applies(Untraceable):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(Again.apply(self.a(x)))  # type: ignore[no-any-return, no-untyped-call]
+
+    plan = bypass_fx.plan(Applies(), mode="all")
+    assert [refusal.activation for refusal in plan.refusals] == ["tanh"]
