@@ -268,18 +268,6 @@ def _goes_on(steps: list[dis.Instruction], place: int) -> bool:
     return False
 
 
-def unpacked_into(frame: FrameType) -> int | None:
-    """Into how many names the frame unpacks a value now (`a, b = x`); None where it does something else with it."""
-    return _unpackings(frame.f_code).get(frame.f_lasti)
-
-
-@cache
-def _unpackings(code: CodeType) -> dict[int, int]:
-    """How many names each unpacking fills, by its place in the bytecode."""
-    found = (each for each in dis.get_instructions(code) if each.opname == "UNPACK_SEQUENCE")
-    return {each.offset: int(each.argval) for each in found}
-
-
 def reads_class(frame: FrameType) -> bool:
     """Whether a frame reads the `__class__` of a value now; C functions look at it too, on their own."""
     return frame.f_lasti in _class_reads(frame.f_code)

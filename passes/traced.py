@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from .errors import UntraceableError
 from .facts import is_size
 from .recording import asked_by_a_forward
-from .source import is_tried, reads_class, says_something, unpacked_into
+from .source import is_tried, reads_class, says_something
 from .splice import parts_of
+from .unpacked import unpacked_into
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
@@ -75,6 +76,8 @@ class Traced(fx.Proxy):
         """
         if not asked_by_a_forward():
             return self.refuse(_NUMBER)
+        if (names := unpacked_into(sys._getframe(1))) is not None:
+            return names
         parts = parts_of(self.node, surely=True)
         if parts is None and parts_of(self.node) is not None:
             raise TypeError("a batch may have fewer rows than parts were asked for")  # list() goes on without a length
