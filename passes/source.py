@@ -300,34 +300,6 @@ def _asks_device(code: CodeType) -> bool:
     return False
 
 
-def says_something(frame: FrameType) -> bool:
-    """Whether a text that a frame makes now is for people: what an error, a warning or a log is called with."""
-    line, told = frame.f_lineno, _messages(frame.f_code)
-    return any(first <= line <= last for first, last in told)
-
-
-@cache
-def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
-    """The lines of calls that tell people something."""
-    told: set[tuple[int, int]] = set()
-    talking: set[int | None] = set()
-    for instruction in dis.get_instructions(code):
-        where = instruction.positions
-        if where is None or where.lineno is None or where.end_lineno is None:
-            continue
-        if instruction.argval in _TELLING and instruction.opname.startswith("LOAD"):
-            talking.add(where.lineno)
-        calls = instruction.opname.startswith("CALL") and where.lineno in talking
-        if calls or instruction.opname == "RAISE_VARARGS":
-            told.add((where.lineno, where.end_lineno))
-    return frozenset(told)
-
-
-_TELLING = frozenset(
-    {"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"}
-)
-
-
 @cache
 def nested(code: CodeType) -> tuple[CodeType, ...]:
     """A code, and those of the functions that it defines inside."""
