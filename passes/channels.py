@@ -120,6 +120,8 @@ class Provenance:
         if not _keeps_shape(self.linked, spot):
             return self.moved(spot, module)
         before = self.first(spot)
+        if before is None and isinstance(module, _InstanceNorm):
+            return Channels(module.num_features, 1)  # most likely: nothing else tells
         if before is not None and isinstance(module, _POOLS) and -_pooled_axes(module) <= before.axis < 0:
             return None  # it pools over the channels themselves
         return before
@@ -230,7 +232,7 @@ def _declared(module: nn.Module | None) -> Channels | None:
 
 def _normalised(module: nn.Module | None) -> Channels | None:
     """The channels that a normalisation layer knows of."""
-    if isinstance(module, _BatchNorm | _InstanceNorm):
+    if isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and not _asks_nothing(module)):
         return Channels(module.num_features, 1)
     if isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward:
         return Channels(module.num_channels, 1)
@@ -245,12 +247,17 @@ def _normalised(module: nn.Module | None) -> Channels | None:
     return None
 
 
+def _asks_nothing(module: _InstanceNorm) -> bool:
+    """Whether it takes any number of channels, whatever it was made for: without weights and running averages."""
+    return not module.affine and not module.track_running_stats
+
+
 def _keeps_shape(linked: Linked, spot: Spot) -> bool:
     """Whether the result has the channels of the first input, along the same axis."""
     node, module = spot.node, linked.module(spot)
     if isinstance(module, _ConvNd | nn.Linear):
         return False
-    if isinstance(module, (*_SAME, *_POOLS)) or linked.activation(spot) is not None:
+    if isinstance(module, (*_SAME, *_POOLS, _InstanceNorm)) or linked.activation(spot) is not None:
         return True
     known: set[Any] = _KEEPS_SHAPE_METHODS if node.op == "call_method" else _KEEPS_SHAPE_FUNCTIONS
     return module is None and node.target in known

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch.nn.functional as F
 
 from .activation_calls import Calls
+from .activations import MODULES
 from .attention import value_path
 from .elementwise import activation_input, end_around
 from .errors import PlanError
@@ -170,8 +171,24 @@ def unseen_refusals(linked: Linked, has_examples: bool) -> Iterator[Refusal]:
         reasons = {activation: str(error) for activation in linked.tracing.mentions(path) if activation not in traced}
         for activation, where in linked.tracing.held_mentions(path, {unit.method for unit in units}).items():
             reasons[activation] = f"{error} (it stands in {where})"
-        for activation, reason in reasons.items():
-            yield Refusal(f"{path}.{activation}".lstrip("."), path, activation, reason, remedy)
+        reasons_by_name = {name: (activation, str(error)) for name, activation in _shared(linked, path, units).items()}
+        reasons_by_name |= {activation: (activation, reason) for activation, reason in reasons.items()}
+        for name, (activation, reason) in reasons_by_name.items():
+            yield Refusal(f"{path}.{name}".lstrip("."), path, activation, reason, remedy)
+
+
+def _shared(linked: Linked, path: str, units: Iterable[Unit]) -> dict[str, str]:
+    """The activation modules that a forward without a graph names, and that another module holds first."""
+    called = {
+        str(node.target) for unit in units for node in linked.graphs[unit].graph.nodes if node.op == "call_module"
+    }
+    named = linked.tracing.attribute_names(path, {unit.method for unit in units})
+    children = linked.modules[path]._modules
+    return {
+        name: MODULES[type(child)]
+        for name, child in children.items()
+        if name in named - called and type(child) in MODULES and f"{path}.{name}".lstrip(".") not in linked.modules
+    }
 
 
 IN_EVAL_ONLY = Reason(

@@ -109,24 +109,29 @@ def _items_of(container: Any, depth: int = 0) -> Iterator[Any]:
             yield from _items_of(item, depth + 1)
 
 
-def activations_named(functions: Iterable[FunctionType], cls: type[nn.Module]) -> dict[str, FunctionType]:
-    """The activations that functions name as functions, tensor methods or classes, each with the first that does."""
+def activations_named(
+    functions: Iterable[FunctionType], cls: type[nn.Module], inside: frozenset[type] = frozenset()
+) -> dict[str, FunctionType]:
+    """The activations that functions name as functions, tensor methods or classes, each with the first that does.
+
+    `inside` are the autograd functions whose code is being looked at: one may name itself, or another that names it.
+    """
     found: dict[str, FunctionType] = {}
     for each in functions:
-        for activation in _named_by(each, cls):
+        for activation in _named_by(each, cls, inside):
             found.setdefault(activation, each)
     return found
 
 
-def _named_by(function: FunctionType, cls: type[nn.Module]) -> Iterator[str]:
+def _named_by(function: FunctionType, cls: type[nn.Module], inside: frozenset[type]) -> Iterator[str]:
     for code in nested(function.__code__):
         mentioned = (*code.co_names, *(code.co_consts if "getattr" in code.co_names else ()))
         yield from (NAMES[name] for name in mentioned if isinstance(name, str) and name in NAMES)
         for name in code.co_names:
             value = function.__globals__.get(name)
             yield from activations_in(value)
-            if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-                yield from activations_named(reached(value.forward, cls), cls)
+            if isinstance(value, type) and issubclass(value, torch.autograd.Function) and value not in inside:
+                yield from activations_named(reached(value.forward, cls), cls, inside | {value})
 
 
 def activations_in(value: Any) -> list[str]:
@@ -264,18 +269,6 @@ def _goes_on(steps: list[dis.Instruction], place: int) -> bool:
     return False
 
 
-def unpacked_into(frame: FrameType) -> int | None:
-    """Into how many names the frame unpacks a value now (`a, b = x`); None where it does something else with it."""
-    return _unpackings(frame.f_code).get(frame.f_lasti)
-
-
-@cache
-def _unpackings(code: CodeType) -> dict[int, int]:
-    """How many names each unpacking fills, by its place in the bytecode."""
-    found = (each for each in dis.get_instructions(code) if each.opname == "UNPACK_SEQUENCE")
-    return {each.offset: int(each.argval) for each in found}
-
-
 def reads_class(frame: FrameType) -> bool:
     """Whether a frame reads the `__class__` of a value now; C functions look at it too, on their own."""
     return frame.f_lasti in _class_reads(frame.f_code)
@@ -306,34 +299,6 @@ def _asks_device(code: CodeType) -> bool:
             return True
         before = name if instruction.opname.startswith("LOAD") else before if compares else None
     return False
-
-
-def says_something(frame: FrameType) -> bool:
-    """Whether a text that a frame makes now is for people: what an error, a warning or a log is called with."""
-    line, told = frame.f_lineno, _messages(frame.f_code)
-    return any(first <= line <= last for first, last in told)
-
-
-@cache
-def _messages(code: CodeType) -> frozenset[tuple[int, int]]:
-    """The lines of calls that tell people something."""
-    told: set[tuple[int, int]] = set()
-    talking: set[int | None] = set()
-    for instruction in dis.get_instructions(code):
-        where = instruction.positions
-        if where is None or where.lineno is None or where.end_lineno is None:
-            continue
-        if instruction.argval in _TELLING and instruction.opname.startswith("LOAD"):
-            talking.add(where.lineno)
-        calls = instruction.opname.startswith("CALL") and where.lineno in talking
-        if calls or instruction.opname == "RAISE_VARARGS":
-            told.add((where.lineno, where.end_lineno))
-    return frozenset(told)
-
-
-_TELLING = frozenset(
-    {"_assert", "print", "warn", "debug", "info", "warning", "warning_once", "warning_advice", "error"}
-)
 
 
 @cache

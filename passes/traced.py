@@ -12,9 +12,11 @@ from torch import Tensor, fx
 
 from .errors import UntraceableError
 from .facts import is_size
+from .messages import makes_error, says_something
 from .recording import asked_by_a_forward
-from .source import is_tried, reads_class, says_something, unpacked_into
+from .source import is_tried, reads_class
 from .splice import parts_of
+from .unpacked import unpacked_into
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
@@ -75,6 +77,8 @@ class Traced(fx.Proxy):
         """
         if not asked_by_a_forward():
             return self.refuse(_NUMBER)
+        if (names := unpacked_into(sys._getframe(1))) is not None:
+            return names
         parts = parts_of(self.node, surely=True)
         if parts is None and parts_of(self.node) is not None:
             raise TypeError("a batch may have fewer rows than parts were asked for")  # list() goes on without a length
@@ -100,6 +104,9 @@ def _refusing(name: str, what: str) -> Callable[..., Any]:
     def answer(self: Any, *args: Any) -> Any:
         if original is not None and not asked_by_a_forward():
             return original(self, *args)
+        tracer, frame = cast("OwnerTracer", self.tracer), sys._getframe(1)
+        if name == "__int__" and makes_error(frame) and not is_tried(frame, tracer.trying):
+            return tracer.numbers.standing_for(self.node)
         reason = _SIZE if what is _NUMBER and is_size(self.node) else what
         return self.give_up(reason) if name == "__index__" else self.refuse(reason)
 

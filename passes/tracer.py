@@ -22,6 +22,7 @@ from .factories import Factories, as_dtype
 from .foreign import calls_become
 from .lent import Lent
 from .look_alike import stateless_forward
+from .messages import Numbers
 from .nodes import new_node, takes_no_argument
 from .outside import Kept
 from .reads import MISSING, PLAIN, TENSOR, Names, Read, as_python, copy_of, fingerprint, inherited
@@ -68,7 +69,7 @@ class OwnerTracer(fx.Tracer):
         self.counted = counted  # whether the length of a size is the number of axes of this trace
         self.refused = ""
         self.raised: RaisesError | None = None
-        self.set, self.lent = SetAttributes(module), Lent()
+        self.set, self.lent, self.numbers = SetAttributes(module), Lent(), Numbers()
         self.kept = Kept(lambda module: names.module("", module) is not None)
         self.handed: dict[int, tuple[Any, Any]] = {}  # containers that the module holds, and the copies handed out
         self.loose: dict[int, tuple[Tensor, Tensor]] = {}  # other tensors than parameters and buffers, and copies
@@ -108,7 +109,7 @@ class OwnerTracer(fx.Tracer):
         except UntraceableError:
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
-            why = f"its forward does not trace ({in_short(error)})"
+            why = f"its forward does not trace ({in_short(self.numbers.named(error))})"
             own = raised_by(error, functions) and not follows_ours(error, before)
             raise (RaisesError(why, error) if own else UntraceableError(why)) from error
         finally:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bypass_fx
+from bypass_fx.passes.plan import Mode
 from bypass_fx.surgery import delta_of
 
 Held = Callable[..., Tensor]
@@ -203,3 +204,50 @@ def test_an_autograd_function_is_refused_by_the_activation_in_it() -> None:
     plan = bypass_fx.plan(Applies(), mode="all")
     assert [refusal.activation for refusal in plan.refusals] == ["sigmoid"]
     assert "autograd function Swish" in plan.refusals[0].reason
+
+
+class Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.tanh() if z.numel() else Again.apply(z)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_an_autograd_function_may_name_itself() -> None:
+    class Applies(Untraceable):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(Again.apply(self.a(x)))  # type: ignore[no-any-return, no-untyped-call]
+
+    plan = bypass_fx.plan(Applies(), mode="all")
+    assert [refusal.activation for refusal in plan.refusals] == ["tanh"]
+
+
+class Looping(nn.Module):
+    """Applies its activation once for each row: its forward has no graph."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.a, self.activation, self.b = nn.Linear(4, 4), activation, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        for _ in range(x.shape[0]):
+            h = self.activation(h)
+        return self.b(h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["strict", "all"])
+def test_an_activation_that_an_untraced_forward_shares_is_refused_there(mode: Mode) -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            activation = nn.SiLU()
+            self.plain = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4))
+            self.looping = Looping(activation)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.looping(self.plain(x))  # type: ignore[no-any-return]
+
+    plan = bypass_fx.plan(Sharing(), mode=mode)
+    assert [site.name for site in plan] == ["plain.1"]
+    assert [(refusal.name, refusal.activation) for refusal in plan.refusals] == [("looping.activation", "silu")]
+    assert "the number that a size is" in plan.refusals[0].reason

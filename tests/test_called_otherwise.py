@@ -114,3 +114,26 @@ def test_a_layer_of_torch_takes_a_mask_that_it_was_not_planned_with(
     assert torch.equal(run(), before)
     bypass_fx.contract(layer)
     assert torch.equal(run(), before)
+
+
+class Skips(nn.Module):
+    """Leaves out an activation where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, skips: bool = False) -> Tensor:
+        h = self.last(torch.relu(self.first(x)))
+        return h if skips else h.sigmoid()  # type: ignore[no-any-return]
+
+
+def test_a_relaxed_activation_may_be_left_out_in_a_call() -> None:
+    model = Skips()
+    before, skipped = model(X), model(X, skips=True)
+    bypass_fx.extend(model, mode="all")
+    assert {site.name: site.kind for site in bypass_fx.sites(model)} == {"relu": "strict", "sigmoid": "relaxed"}
+    assert torch.equal(model(X, skips=True), skipped) and torch.equal(model(X), before)
+    fill(model, 0.1)
+    assert not torch.allclose(model(X, skips=True), skipped)

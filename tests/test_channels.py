@@ -23,6 +23,7 @@ class Net(nn.Module):
         self.body = body
         self.conv, self.fc, self.fc2 = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(6, 4)
         self.bn, self.gn, self.ln = nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm(6)
+        self.instance, self.with_weights = nn.InstanceNorm2d(64), nn.InstanceNorm2d(8, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self, x)
@@ -32,6 +33,9 @@ CASES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int, int]] = {
     "conv": (lambda m, x: F.relu(m.conv(x)), 8, -3),
     "batchnorm": (lambda m, x: F.relu(m.bn(x)), 8, 1),
     "groupnorm": (lambda m, x: F.relu(m.gn(x)), 8, 1),
+    "instance norm made for another number": (lambda m, x: F.relu(m.instance(m.conv(x))), 8, -3),
+    "instance norm that alone tells": (lambda m, x: F.relu(m.instance(x.exp())), 64, 1),
+    "instance norm with weights": (lambda m, x: F.relu(m.with_weights(x)), 8, 1),
     "layernorm": (lambda m, x: F.relu(m.ln(x)), 6, -1),
     "pool": (lambda m, x: F.relu(F.max_pool2d(m.conv(x), 2)), 8, -3),
     "permuted": (lambda m, x: F.relu(m.conv(x).permute(0, 2, 3, 1)), 8, -1),
