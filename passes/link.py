@@ -29,14 +29,16 @@ class Linked(Units):
     """The dataflow of a whole model: where each value comes from, and where it goes."""
 
     def readers(self, bias: str | None) -> int:
-        """How many places read a bias: calls of the module that holds it, and uses of it by name in any graph."""
+        """How many places read a bias, in the mode in which more do: calls of the module that holds it, and uses by name."""
         if bias is None:
             return 0
         holder = bias.rpartition(".")[0]
         if holder in self.unseen:
             return 2
-        calls = 0 if holder in self._variants else sum(map(self._in_first_version, self.callers.get(holder, ())))
-        return calls + self.uses_by_name(bias)
+        callers = () if holder in self._variants else self.callers.get(holder, ())
+        in_training = sum(caller.node.graph is self.graphs[caller.unit].graph for caller in callers)
+        in_eval = sum(caller.node.graph is self.graphs[caller.unit].versions[1] for caller in callers)
+        return max(in_training, in_eval) + self.uses_by_name(bias)
 
     def uses_by_name(self, tensor: str | None) -> int:
         """How often graphs use a parameter or buffer by its name, and not by a call of the module that holds it."""
@@ -44,11 +46,14 @@ class Linked(Units):
 
     @cached_property
     def _uses_by_name(self) -> Counter[str]:
-        """How often graphs use a parameter or buffer by its name."""
+        """How often graphs use a parameter or buffer by its name: in training or in eval mode, whichever is more."""
+        return self._uses_in(0) | self._uses_in(1)
+
+    def _uses_in(self, version: int) -> Counter[str]:
         uses: Counter[str] = Counter()
         for unit, owned in self.graphs.items():
             prefix = f"{unit.path}." if unit.path else ""
-            for node in owned.graph.nodes:
+            for node in owned.versions[version].nodes:
                 if node.op == "get_attr":
                     uses[self.tracing.names.first_name(f"{prefix}{node.target}")] += len(node.users)
         return uses
