@@ -90,6 +90,14 @@ class Calls:
             self._same_in_both[unit] = self._activations_agree(unit, owned, owned.in_eval)
         return self._same_in_both[unit]
 
+    def in_eval(self, spot: Spot) -> Spot | None:
+        """The same call in the graph of eval mode, where that is another one; None where it is not seen to be there."""
+        owned = self.linked.graphs[spot.unit]
+        if owned.in_eval is None or not self.same_activations_in_both_modes(spot.unit):
+            return None
+        node = owned.in_eval.names.get(owned.name_of[spot.node])
+        return Spot(spot.unit, node) if node is not None and self._tells_modes_apart(Spot(spot.unit, node)) else None
+
     def _activations_agree(self, unit: Unit, in_training: OwnerGraph, in_eval: OwnerGraph) -> bool:
         found = [
             [version.name_of[node] for node in version.graph.nodes if self._tells_modes_apart(Spot(unit, node))]

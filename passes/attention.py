@@ -79,7 +79,10 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     found = _in_one_mode(calls, spot)
     if owned.in_eval is None or modes_agree(owned) or isinstance(found, Reason):
         return found
-    again = _in_one_mode(calls, Spot(spot.unit, owned.in_eval.names[owned.name_of[spot.node]]))
+    if (in_eval := calls.in_eval(spot)) is None:
+        return how_modes_differ(owned)
+    with linked.in_eval(spot.unit):
+        again = _in_one_mode(calls, in_eval)
     return found if found == again else Reason("its values go another way in eval mode than in training")
 
 

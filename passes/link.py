@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
 
 
 class Linked(Units):
-    """The dataflow of a whole model: where each value comes from, and where it goes."""
+    """The dataflow of a whole model in training mode: where each value comes from, and where it goes."""
+
+    _seen_in_eval: Unit | None = None
+
+    @contextmanager
+    def in_eval(self, unit: Unit) -> Iterator[None]:
+        """Inside, the graph of this one unit is that in eval mode, where it has one: its calls are followed, no others."""
+        self._seen_in_eval = unit
+        try:
+            yield
+        finally:
+            self._seen_in_eval = None
 
     def readers(self, bias: str | None) -> int:
         """How many places read a bias, in the mode in which more do: calls of the module that holds it, and uses by name."""
@@ -118,10 +130,11 @@ class Linked(Units):
         if not unit.path or unit.path in self.unseen or unit.method != "forward":
             return None
         spots = self.callers.get(unit.path, [])
-        return [spot for spot in spots if self.callee(spot) == unit and self._in_first_version(spot)]
+        return [spot for spot in spots if self.callee(spot) == unit and self._is_followed(spot)]
 
-    def _in_first_version(self, spot: Spot) -> bool:
-        return spot.node.graph is self.graphs[spot.unit].graph
+    def _is_followed(self, spot: Spot) -> bool:
+        """Whether the spot is in the version of its unit's graph whose values are followed out of what it calls."""
+        return spot.node.graph is self.graphs[spot.unit].versions[spot.unit == self._seen_in_eval]
 
     def _bound(self, caller: Spot, unit: Unit) -> dict[str, Any]:
         """The callee's placeholders and what the caller passes for them."""
@@ -145,7 +158,7 @@ class Linked(Units):
             if here in seen:
                 continue
             seen.add(here)
-            if here.node.name in self._kept_in_eval(here.unit) and self._in_first_version(here):
+            if here.node.name in self._kept_in_eval(here.unit) and here.node.graph is self.graphs[here.unit].graph:
                 yield None
             for user in here.node.users:
                 steps = self.use_steps(here, user)

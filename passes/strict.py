@@ -17,7 +17,7 @@ from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
 from .units import Spot
-from .wires import Layout, how_modes_differ, is_cast, is_wire, modes_agree, through
+from .wires import Layout, always_drops, how_modes_differ, is_cast, is_wire, modes_agree, through
 from .writes import overwritten
 
 
@@ -30,6 +30,20 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
         return Reason("its result is not used")
     if (replaced := weights_are_replaced(linked, spot.unit.path)) is not None:
         return replaced
+    owned, found = linked.graphs[spot.unit], _in_one_mode(calls, spot)
+    if not isinstance(found, Match) or modes_agree(owned):
+        return found
+    in_eval = None if any(map(always_drops, owned.versions[1].nodes)) else calls.in_eval(spot)
+    if in_eval is None:
+        return how_modes_differ(owned)
+    with linked.in_eval(spot.unit):
+        again = _in_one_mode(calls, in_eval)
+    same = isinstance(again, Match) and replace(again, exact=found.exact) == found  # the dropouts of training are off
+    return found if same else how_modes_differ(owned)
+
+
+def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
+    linked = calls.linked
     first = _first(linked, spot)
     if isinstance(first, Reason):
         return first
@@ -57,7 +71,7 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         path.append(Spot(unit, node))
         here = linked.source(Spot(unit, node))
         path.append(here)
-        if not modes_agree(linked.graphs[here.unit]):
+        if here.unit != spot.unit and not modes_agree(linked.graphs[here.unit]):
             return how_modes_differ(linked.graphs[here.unit], "a forward in front of it")
         if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
             return Reason("a value between W and it is, or may be, overwritten in place")
@@ -108,7 +122,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     picks: dict[Spot, list[Layout]] = {}
     while todo:
         here, layout = todo.pop()
-        if not modes_agree(linked.graphs[here.unit]):
+        if here.unit != spot.unit and not modes_agree(linked.graphs[here.unit]):
             return how_modes_differ(linked.graphs[here.unit])
         for use in linked.uses(here):
             if use is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bypass_fx
+from tests.invariants.test_generated import on_the_variety
 
 
 class Mlp(nn.Module):
@@ -36,3 +39,78 @@ def test_a_bias_that_eval_mode_alone_reads_elsewhere_too_is_not_folded_into() ->
     for by_name in (False, True):
         (site,) = bypass_fx.plan(ReadInEval(by_name), mode="strict").sites
         assert site.constraint == "augmented"
+
+
+class WithWeights(nn.Module):
+    """In eval mode it computes something beside the path from W to A, as attention does that returns its weights then."""
+
+    def __init__(self, dropped: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.drop, self.dropped = nn.Linear(4, 8), nn.Linear(8, 4), nn.Dropout(), dropped
+        self.wrapped = Wrapped()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        weights = None if self.training else x.softmax(-1)
+        h = self.wrapped(F.relu(self.fc1(x)))
+        return self.fc2(self.drop(h) if self.dropped else h), weights
+
+
+class Wrapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_forward_that_computes_something_else_too_in_eval_mode_has_its_strict_sites(dropped: bool) -> None:
+    model = WithWeights(dropped)
+    (site,) = bypass_fx.plan(model, mode="strict").sites
+    assert (site.constraint, site.exact) == ("folded", "eval" if dropped else "always")
+    x = torch.randn(3, 4)
+    before = {train: seeded(model.train(train), x) for train in (True, False)}
+    bypass_fx.extend(model, mode="strict")
+    assert all(torch.equal(seeded(model.train(train), x), before[train]) for train in (True, False))
+    assert on_the_variety(model.eval(), bypass_fx.sites(model)[0])
+    moved = seeded(model, x)
+    bypass_fx.contract(model)
+    torch.testing.assert_close(seeded(model, x), moved)
+
+
+def seeded(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    out: Tensor = model(x)[0]
+    return out
+
+
+class AnotherEnd(WithWeights):
+    """In eval mode the result goes elsewhere too, behind what a child handed on."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        h = self.wrapped(F.relu(self.fc1(x)))
+        return self.fc2(h), None if self.training else h.sum()
+
+
+class AnotherStart(WithWeights):
+    """In eval mode the activation's input comes from another map."""
+
+    def __init__(self, dropped: bool) -> None:
+        super().__init__(dropped)
+        self.other = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        h = self.wrapped(self.fc1(x) if self.training else self.other(x))
+        return self.fc2(F.relu(h)), None
+
+
+class MovedInEval(WithWeights):
+    """In eval mode other calls have the names of training mode's."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.training:
+            x = F.relu(x)
+        return self.fc2(F.relu(self.fc1(x))), None
+
+
+@pytest.mark.parametrize("kind", [AnotherEnd, AnotherStart, MovedInEval])
+def test_a_path_that_goes_another_way_in_eval_mode_is_not_strict(kind: type[WithWeights]) -> None:
+    plan = bypass_fx.plan(kind(False), mode="strict")
+    assert not plan.sites and all("eval mode" in refusal.reason for refusal in plan.refusals)
