@@ -40,7 +40,7 @@ def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
     """Whether something but the node `except_by` writes into the value, or into a view of it, in whichever forward; one
     without a graph counts where its code, or that of a module inside, writes anything in place.
     """
-    if not _any_writes(linked):
+    if not any_writes(linked):
         return False
     known = _known_values.setdefault(linked, {})
     if (value, except_by) not in known:
@@ -74,7 +74,7 @@ def overwritten_beside(linked: Linked, sigma: Spot) -> bool:
     made.
     """
     z = activation_input(sigma.node)
-    if z is None or not _any_writes(linked):
+    if z is None or not any_writes(linked):
         return False
     value: Spot | None = Spot(sigma.unit, z)
     for _ in range(_FARTHEST):
@@ -116,7 +116,7 @@ def _calls_in(linked: Linked, path: str) -> list[fx.Node]:
 _known: WeakKeyDictionary[Linked, bool] = WeakKeyDictionary()
 
 
-def _any_writes(linked: Linked) -> bool:
+def any_writes(linked: Linked) -> bool:
     """Whether anything at all is written in place in the model: in many, nothing is."""
     if linked not in _known:
         graphs = ((unit, graph) for unit, owned in linked.graphs.items() for graph in owned.versions)
