@@ -263,16 +263,19 @@ def _goes_on(steps: list[dis.Instruction], place: int) -> bool:
     return False
 
 
-def unpacked_into(frame: FrameType) -> int | None:
-    """Into how many names the frame unpacks a value now (`a, b = x`); None where it does something else with it."""
+def unpacked_into(frame: FrameType) -> tuple[int, int | None] | None:
+    """Into how many names the frame unpacks a value now (`a, b = x`), and into how many behind a starred one
+    (`a, *b, c = x`; None without one); None where it does something else with it.
+    """
     return _unpackings(frame.f_code).get(frame.f_lasti)
 
 
 @cache
-def _unpackings(code: CodeType) -> dict[int, int]:
+def _unpackings(code: CodeType) -> dict[int, tuple[int, int | None]]:
     """How many names each unpacking fills, by its place in the bytecode."""
-    found = (each for each in dis.get_instructions(code) if each.opname == "UNPACK_SEQUENCE")
-    return {each.offset: int(each.argval) for each in found}
+    counts = [(each.offset, each.opname, each.argval) for each in dis.get_instructions(code)]
+    plain = {offset: (count, None) for offset, name, count in counts if name == "UNPACK_SEQUENCE"}
+    return plain | {offset: (both & 0xFF, both >> 8) for offset, name, both in counts if name == "UNPACK_EX"}
 
 
 def reads_class(frame: FrameType) -> bool:

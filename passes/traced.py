@@ -14,7 +14,7 @@ from .errors import UntraceableError
 from .facts import is_size
 from .recording import asked_by_a_forward
 from .source import is_tried, reads_class, says_something, unpacked_into
-from .splice import parts_of
+from .splice import part_of_size, parts_of
 
 if TYPE_CHECKING:
     from .tracer import OwnerTracer
@@ -67,7 +67,15 @@ class Traced(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         value: Any = self
         names = unpacked_into(sys._getframe(1))
-        return self.tracer.iter(self) if names is None else (value[index] for index in range(names))
+        if names is None:
+            return self.tracer.iter(self)
+        before, after = names
+        if after is None:
+            return (value[index] for index in range(before))
+        if part_of_size(self.node) is None:
+            return self.tracer.iter(self)
+        middle = self.tracer.iter(value[before : -after or None])
+        return iter([*(value[i] for i in range(before)), *middle, *(value[i] for i in range(-after, 0))])
 
     def __len__(self) -> int:
         """How many parts it is cut into, or the number of axes that this trace is made for; Python asks for it too, before
