@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("starred", [False, True])
-@pytest.mark.parametrize("behind", [False])
+@pytest.mark.parametrize("behind", [True, False])
 def test_the_values_of_attention_over_maps_are_followed_through_a_module_without_weights(
     starred: bool, behind: bool
 ) -> None:
