@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 
-from .branches import Answers, Questions, RaisesError
+from .branches import Answers, FailsError, Questions, RaisesError
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Forward, Items, Value
 from .choices import truth
@@ -108,7 +108,8 @@ class OwnerTracer(fx.Tracer):
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
             why = f"its forward does not trace ({in_short(error)})"
-            raise (RaisesError(why, error) if raised_by(error, functions) else UntraceableError(why)) from error
+            own = raised_by(error, functions)
+            raise (RaisesError(why, error) if own else FailsError(why, in_short(error), self.questions)) from error
         finally:
             self.set.put_back()
             changed = self.kept.put_back()
