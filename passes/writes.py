@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import operator
+from collections.abc import Iterator
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -44,14 +45,19 @@ def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
         return False
     known = _known_values.setdefault(linked, {})
     if (value, except_by) not in known:
-        known[value, except_by] = _overwritten(linked, value, except_by)
+        known[value, except_by] = any(True for _ in _writers(linked, value, except_by))
     return known[value, except_by]
 
 
 _known_values: WeakKeyDictionary[Linked, dict[tuple[Spot, fx.Node], bool]] = WeakKeyDictionary()
 
 
-def _overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
+def writers(linked: Linked, value: Spot) -> Iterator[Spot]:
+    """The calls that write into the value, or into a view of it, in whichever forward."""
+    return _writers(linked, value) if any_writes(linked) else iter(())
+
+
+def _writers(linked: Linked, value: Spot, except_by: fx.Node | None = None) -> Iterator[Spot]:
     todo, seen = [value], {value}
     while todo:
         here = todo.pop()
@@ -60,13 +66,12 @@ def _overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
             if user is except_by or there in seen:
                 continue
             if _writes(linked, there, here.node):
-                return True
+                yield there
             new = set(linked.use_steps(here, user) or ())
             if step_of(user).target in _VIEWS or isinstance(linked.module(there), _HAND_ON):
                 new.add(there)
             todo += new - seen
             seen |= new
-    return False
 
 
 def overwritten_beside(linked: Linked, sigma: Spot) -> bool:
