@@ -133,6 +133,8 @@ class Calls:
             return Reason(text, "pass example_inputs")
         if spot in self.run.batch:
             return BATCH
+        if spot in self.run.positions:
+            return POSITIONS
         met = list(dict.fromkeys(shape for shape, _ in self.run.calls.get(spot, ())))
         if met == [()]:
             return Reason("its input is a single number, which has no channels")
@@ -189,6 +191,11 @@ class Calls:
 BATCH = Reason(
     "its channels may be the rows of the batch: its input has a single axis, or one as long as the first axis of the inputs",
     "apply it where the value has an axis of channels, or pass example_inputs with another number of rows",
+)
+
+POSITIONS = Reason(
+    "its channels would be positions: their number is another with inputs of another length",
+    "apply it where the value has an axis of channels",
 )
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
