@@ -30,6 +30,7 @@ class Linked(Units):
     """The dataflow of a whole model in training mode: where each value comes from, and where it goes."""
 
     _seen_in_eval: Unit | None = None
+    _passed: set[Unit] | None = None
 
     @contextmanager
     def in_eval(self, unit: Unit) -> Iterator[None]:
@@ -39,6 +40,15 @@ class Linked(Units):
             yield
         finally:
             self._seen_in_eval = None
+
+    @contextmanager
+    def passing(self) -> Iterator[set[Unit]]:
+        """Inside, note the units that values are followed through, those that only hand them on among them."""
+        outer, self._passed = self._passed, set()
+        try:
+            yield self._passed
+        finally:
+            self._passed = outer
 
     def readers(self, bias: str | None) -> int:
         """How many places read a bias, in the mode in which more do: calls of the module that holds it, and uses by name."""
@@ -95,6 +105,8 @@ class Linked(Units):
             if before is None:
                 return spot
             spot = before
+            if self._passed is not None:
+                self._passed.add(spot.unit)
 
     def trail(self, spot: Spot, most: int) -> Iterator[Spot]:
         """Where the value comes from, where the first value that this is made of comes from, and so on, at most so far."""
@@ -158,6 +170,8 @@ class Linked(Units):
             if here in seen:
                 continue
             seen.add(here)
+            if self._passed is not None:
+                self._passed.add(here.unit)
             if here.node.name in self._kept_in_eval(here.unit) and here.node.graph is self.graphs[here.unit].graph:
                 yield None
             for user in here.node.users:

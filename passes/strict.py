@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import fx
@@ -16,8 +17,9 @@ from .facts import is_fact
 from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
-from .units import Spot
-from .wires import Layout, always_drops, how_modes_differ, is_cast, is_wire, modes_agree, through
+from .trace import OwnerGraph
+from .units import Spot, Unit
+from .wires import Layout, always_drops, how_modes_differ, is_cast, is_wire, modes_agree, some_mode_differs, through
 from .writes import overwritten
 
 
@@ -44,14 +46,21 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
 
 def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     linked = calls.linked
-    first = _first(linked, spot)
+    with linked.passing() as passed:
+        first = _first(linked, spot)
+    if (differ := some_mode_differs(others(linked, spot, passed), "a forward in front of it")) is not None:
+        return differ
     if isinstance(first, Reason):
         return first
     w, before = first
-    second = _second(linked, spot, before)
+    with linked.passing() as passed:
+        second = _second(linked, spot, before)
+    if (differ := some_mode_differs(others(linked, spot, passed))) is not None:
+        return differ
     if isinstance(second, Reason):
         return second
-    a, after, alone = second
+    a, after, use = second
+    alone = reads_nothing_else(linked, a, use, spot)
     if a.inputs % w.outputs or (a.inputs != w.outputs and not after.flat):
         return Reason(f"A ({a.affine}) reads {a.inputs} channels, W ({w.affine}) makes {w.outputs}")
     offset = w.affine.bias is not None or w.affine.norm is not None
@@ -71,8 +80,6 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         path.append(Spot(unit, node))
         here = linked.source(Spot(unit, node))
         path.append(here)
-        if here.unit != spot.unit and not modes_agree(linked.graphs[here.unit]):
-            return how_modes_differ(linked.graphs[here.unit], "a forward in front of it")
         if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
             return Reason("a value between W and it is, or may be, overwritten in place")
         found = affine_at(linked, here)
@@ -112,18 +119,21 @@ def _laid_out(linked: Linked, found: Found, between: list[Spot]) -> tuple[Found,
     return replace(found, affine=replace(found.affine, norm=norm)), layout
 
 
-def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, bool] | Reason:
+def others(linked: Linked, spot: Spot, passed: set[Unit]) -> Iterator[OwnerGraph]:
+    """The graphs of the units that a value passes, but for the spot's own, which is matched in both modes."""
+    return (linked.graphs[unit] for unit in passed if unit != spot.unit)
+
+
+def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, Spot] | Reason:
     """A, found by following every use of ψ's result through wires; all uses must end in the same map.
 
-    The last item says whether ψ is all that A ever reads, so that A's bias may take the constant in.
+    The last item is the spot that applies A.
     """
     todo: list[tuple[Spot, Layout]] = [(spot, layout)]
     ends: dict[str, tuple[Found, Layout, Spot]] = {}
     picks: dict[Spot, list[Layout]] = {}
     while todo:
         here, layout = todo.pop()
-        if here.unit != spot.unit and not modes_agree(linked.graphs[here.unit]):
-            return how_modes_differ(linked.graphs[here.unit])
         for use in linked.uses(here):
             if use is None:
                 return LEAVES
@@ -149,8 +159,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
         return Reason("its forward branches, and its result goes another way in one branch")
     if len(ends) != 1:
         return Reason("its result goes into several maps" if ends else "its result is not used")
-    found, layout, use = next(iter(ends.values()))
-    return found, layout, reads_nothing_else(linked, found, use, spot)
+    return next(iter(ends.values()))
 
 
 def _passed(linked: Linked, value: Spot, use: Spot, layout: Layout) -> Layout | None:

@@ -114,3 +114,63 @@ class MovedInEval(WithWeights):
 def test_a_path_that_goes_another_way_in_eval_mode_is_not_strict(kind: type[WithWeights]) -> None:
     plan = bypass_fx.plan(kind(False), mode="strict")
     assert not plan.sites and all("eval mode" in refusal.reason for refusal in plan.refusals)
+
+
+class Inner(nn.Module):
+    """An activation with the map behind it, or in front of it."""
+
+    def __init__(self, map_behind: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.map_behind = map_behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(x)) if self.map_behind else F.relu(self.fc(x))  # type: ignore[no-any-return]
+
+
+class Mixing(nn.Module):
+    """Attention whose values come from outside, or whose result goes there."""
+
+    def __init__(self, map_behind: bool) -> None:
+        super().__init__()
+        self.fc, self.map_behind = nn.Linear(8, 8), map_behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x if self.map_behind else self.fc(x)
+        mixed = (x @ x.transpose(-2, -1)).softmax(-1) @ values
+        return self.fc(mixed) if self.map_behind else mixed
+
+
+class HandsOn(nn.Module):
+    """In eval mode it hands something else on than in training."""
+
+    def __init__(self, inner: Inner | Mixing, differs: bool) -> None:
+        super().__init__()
+        self.inner, self.differs, self.other = inner, differs, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        another = self.differs and not self.training
+        if self.inner.map_behind:
+            return self.inner(self.other(x) if another else x)  # type: ignore[no-any-return]
+        out: Tensor = self.inner(x)
+        return out.square() if another else out
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: Inner | Mixing, differs: bool) -> None:
+        super().__init__()
+        self.fc, self.between = nn.Linear(8, 8), HandsOn(inner, differs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.between(self.fc(x)) if self.between.inner.map_behind else self.fc(self.between(x))
+        return out
+
+
+@pytest.mark.parametrize("differs", [True, False])
+@pytest.mark.parametrize("map_behind", [True, False])
+@pytest.mark.parametrize("kind", [Inner, Mixing])
+def test_a_forward_between_that_hands_on_something_else_in_eval_mode_parts_w_or_a(
+    kind: type[Inner] | type[Mixing], map_behind: bool, differs: bool
+) -> None:
+    plan = bypass_fx.plan(Outer(kind(map_behind), differs), mode="strict", example_inputs=(torch.ones(2, 5, 8),))
+    assert len(plan.sites) == (not differs), plan
