@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import bypass_fx
@@ -174,3 +175,22 @@ def test_a_forward_between_that_hands_on_something_else_in_eval_mode_parts_w_or_
 ) -> None:
     plan = bypass_fx.plan(Outer(kind(map_behind), differs), mode="strict", example_inputs=(torch.ones(2, 5, 8),))
     assert len(plan.sites) == (not differs), plan
+
+
+def test_a_batchnorm_that_counts_its_batches_in_training_and_has_its_activation_inside_is_one_of_w() -> None:
+    """timm's BatchNormAct2d counts in training alone, which is beside the path."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), BatchNormAct2d(8), nn.Conv2d(8, 4, 3, padding=1))
+    x = torch.randn(2, 3, 5, 5)
+    model(x)  # so that its statistics are no longer the first ones
+    before = model.eval()(x)
+    bypass_fx.extend(model, mode="strict")
+    (site,) = bypass_fx.sites(model)
+    assert (site.constraint, site.exact) == ("augmented", "eval")
+    assert site.first is not None and (site.first.name, site.first.norm) == ("0", "1")
+    assert torch.equal(model(x), before)
+    assert on_the_variety(model, site)
+    moved = model(x)
+    assert not torch.allclose(moved, before)
+    bypass_fx.contract(model)
+    torch.testing.assert_close(model(x), moved)
