@@ -90,6 +90,14 @@ class Calls:
             self._same_in_both[unit] = self._activations_agree(unit, owned, owned.in_eval)
         return self._same_in_both[unit]
 
+    def in_eval(self, spot: Spot) -> Spot | None:
+        """The same call in the graph of eval mode, where that is another one; None where it is not seen to be there."""
+        owned = self.linked.graphs[spot.unit]
+        if owned.in_eval is None or not self.same_activations_in_both_modes(spot.unit):
+            return None
+        node = owned.in_eval.names.get(owned.name_of[spot.node])
+        return Spot(spot.unit, node) if node is not None and self._tells_modes_apart(Spot(spot.unit, node)) else None
+
     def _activations_agree(self, unit: Unit, in_training: OwnerGraph, in_eval: OwnerGraph) -> bool:
         found = [
             [version.name_of[node] for node in version.graph.nodes if self._tells_modes_apart(Spot(unit, node))]
@@ -125,6 +133,8 @@ class Calls:
             return Reason(text, "pass example_inputs")
         if spot in self.run.batch:
             return BATCH
+        if spot in self.run.positions:
+            return POSITIONS
         met = list(dict.fromkeys(shape for shape, _ in self.run.calls.get(spot, ())))
         if met == [()]:
             return Reason("its input is a single number, which has no channels")
@@ -181,6 +191,11 @@ class Calls:
 BATCH = Reason(
     "its channels may be the rows of the batch: its input has a single axis, or one as long as the first axis of the inputs",
     "apply it where the value has an axis of channels, or pass example_inputs with another number of rows",
+)
+
+POSITIONS = Reason(
+    "its channels would be positions: their number is another with inputs of another length",
+    "apply it where the value has an axis of channels",
 )
 
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}

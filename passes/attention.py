@@ -29,10 +29,10 @@ from .matrices import tensor_named
 from .mixing import FAR, is_product, weights_of
 from .outcome import LEAVES, Match, Reason
 from .plan import Constraint
-from .strict import bias_is_free, label, reads_nothing_else, reads_only_value, weights_are_replaced
+from .strict import bias_is_free, label, others, reads_nothing_else, reads_only_value, weights_are_replaced
 from .units import Spot
 from .unseen import may_be_called_otherwise, unknown_calls
-from .wires import how_modes_differ, modes_agree
+from .wires import how_modes_differ, modes_agree, some_mode_differs
 
 Answers = Mapping[Spot, bool]
 Trial = Callable[[Answers], Flow]
@@ -79,13 +79,19 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
     found = _in_one_mode(calls, spot)
     if owned.in_eval is None or modes_agree(owned) or isinstance(found, Reason):
         return found
-    again = _in_one_mode(calls, Spot(spot.unit, owned.in_eval.names[owned.name_of[spot.node]]))
+    if (in_eval := calls.in_eval(spot)) is None:
+        return how_modes_differ(owned)
+    with linked.in_eval(spot.unit):
+        again = _in_one_mode(calls, in_eval)
     return found if found == again else Reason("its values go another way in eval mode than in training")
 
 
 def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     linked = calls.linked
-    first = _projection(linked, spot)
+    with linked.passing() as passed:
+        first = _projection(linked, spot)
+    if (differ := some_mode_differs(others(linked, spot, passed), "a forward in front of it")) is not None:
+        return differ
     if isinstance(first, Reason):
         return first
     at, w = first
@@ -277,13 +283,15 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
             return Reason("its result is overwritten in place")
         if any(user.op == "output" for user in here.node.users):
             flow.within = False  # who calls the owner has a say
-        for use in linked.uses(here):
+        with linked.passing() as passed:
+            uses = [*linked.uses(here)]
+        if (differ := some_mode_differs(others(linked, spot, passed))) is not None:
+            return differ
+        for use in uses:
             if use is None:
                 return LEAVES
             if use.unit != spot.unit:
                 flow.within = False
-                if not modes_agree(linked.graphs[use.unit]):
-                    return how_modes_differ(linked.graphs[use.unit])
             made = affine_at(linked, use)
             if made is not None and reads_only_value(use, made):
                 found.append((made, use))

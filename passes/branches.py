@@ -14,7 +14,7 @@ from torch import fx
 
 from .choices import raising
 from .errors import UntraceableError
-from .facts import is_fact
+from .facts import is_fact, is_size
 from .merge import ASKED, merged
 from .nodes import copied, reshapes_in_place
 
@@ -77,6 +77,14 @@ class Questions:
         return next(same, None)
 
 
+class FailsError(UntraceableError):
+    """What the forward does fails, after these questions of this trace."""
+
+    def __init__(self, text: str, how: str, questions: Questions) -> None:
+        super().__init__(text)
+        self.how, self.asked = how, {node.args[0]: answer for node, answer in questions.asked.items()}
+
+
 def over_answers(traced: Callable[[Answers], tuple[fx.Graph | RaisesError, int]]) -> fx.Graph:
     """The one graph of a forward for all answers to its questions.
 
@@ -98,10 +106,35 @@ def over_answers(traced: Callable[[Answers], tuple[fx.Graph | RaisesError, int]]
             found = _joined(found, below((*answers, *yes, False)), index)
         return found
 
-    graph = below(())
+    try:
+        graph = below(())
+    except FailsError as error:
+        if not _fails_in_one_branch(error, traced):
+            raise
+        what = "a size" if all(map(is_size, error.asked)) else "a traced value"
+        raise UntraceableError(
+            f"its forward branches on {what}, and fails in one branch ({error.how}): where the branch is the same in "
+            "every call, let a number or a flag that __init__ sets decide it"
+        ) from error
     if isinstance(graph, RaisesError):
         raise graph
     return graph
+
+
+def _fails_in_one_branch(error: FailsError, traced: Callable[[Answers], tuple[fx.Graph | RaisesError, int]]) -> bool:
+    """Whether the other answer to the last question leads on: a yes is tried before a no."""
+    if not error.asked:
+        return False
+    *before, last = error.asked.values()
+    if not last:
+        return True
+    try:
+        traced((*before, False))
+    except FailsError as other:
+        return len(other.asked) > len(error.asked)
+    except UntraceableError:
+        return False
+    return True
 
 
 def _joined(yes: fx.Graph | RaisesError, no: fx.Graph | RaisesError, index: int) -> fx.Graph | RaisesError:

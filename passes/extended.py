@@ -19,7 +19,7 @@ from .generate import Method, Variant, Watched, generated_class
 from .link import Linked
 from .multihead_source import multihead_source
 from .otherwise import differences, stands_alike
-from .outcome import LEAVES, Match
+from .outcome import LEAVES, Match, Reason
 from .plan import Site
 from .reads import OF_EVERY_MODULE, PLAIN, fingerprint
 from .rewrite import Psi, runnable
@@ -28,6 +28,7 @@ from .strict import strict
 from .subclass import Code, is_extended_owner, original_class, subclass
 from .trace import OwnerGraph
 from .units import Arguments, Spot, Unit
+from .writes import any_writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +172,27 @@ def _as_before(module: nn.Module) -> Iterator[None]:
             each.__class__ = its_class
 
 
+def _shows_all_uses(linked: Linked, site: Site) -> bool:
+    """Whether the calls that make z and take ψ's result are all that counts: nothing is written in place, and an A whose
+    bias takes the constant in is a module that is called once.
+    """
+    if any_writes(linked):
+        return False
+    if site.constraint != "folded":
+        return True
+    assert site.second is not None
+    holder = site.second.weight.rpartition(".")[0]
+    return holder in linked.callers and not linked.variants(holder) and linked.readers(site.second.weight) == 1
+
+
 def _as_strict(calls: Calls, spot: Spot, site: Site, planned: Variant, variant: Variant) -> bool:
     """Whether the call still stands between the same W and A, with a constraint that implies the one it has.
 
-    Where A is another owner's, what stands here must be as it was planned: the result leaves as it did.
+    Where this graph alone does not show it (A is another owner's, or the callers know that two arguments have one size)
+    what stands here must be as it was planned: z is made, and the result leaves, as it did.
     """
     found = (value_path if site.activation == "attention" else strict)(calls, spot)
-    if found == LEAVES:
+    if found == LEAVES or (isinstance(found, Reason) and _shows_all_uses(calls.linked, site)):
         modes = ((each.graph, each.in_eval or each.graph) for each in (planned, variant))
         return all(stands_alike(one, other, site.delta) for one, other in zip(*modes, strict=True))
     if not isinstance(found, Match) or found.first is None or found.second is None:

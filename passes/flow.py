@@ -119,16 +119,19 @@ class Flow:
         self.budget = CALLS
         read = _shape(positions, found.axis, found.inputs)
         if origin is not None:
-            read = self._assume(origin, read, positions)
+            read = self._assume(origin, read, positions, found)
         made = list(read)
         made[found.axis] = found.outputs
         self.made = tuple(made)
         self.known[first] = numbered(self.made, found.axis)
 
-    def _assume(self, origin: Origin, shape: tuple[int, ...], positions: tuple[int, ...]) -> tuple[int, ...]:
+    def _assume(
+        self, origin: Origin, shape: tuple[int, ...], positions: tuple[int, ...], found: Found
+    ) -> tuple[int, ...]:
         """Give shapes to W's input and to the values that it comes from; the shape of W's input is returned.
 
-        A value that W's input is a reshape of, as a map of features is of tokens, has the axes that its channels tell.
+        A value that W's input is a reshape of, as a map of features is of tokens, has the axes that its channels tell,
+        where W would run then.
         """
         known = origin.channels
         if known is not None:
@@ -137,9 +140,12 @@ class Flow:
             if -1 - len(positions) <= axis:
                 self.known[origin.root] = torch.empty(_shape(positions, axis, known.width), device="meta")
             try:
-                return tuple(self.tensor(origin.same[-1]).shape)
+                read = tuple(self.tensor(origin.same[-1]).shape)
+                if len(read) >= -found.axis and read[found.axis] == found.inputs:
+                    return read
             except UnknownError:
-                self.known.clear()
+                pass
+            self.known.clear()
         self.known |= dict.fromkeys(origin.same, torch.empty(shape, device="meta"))
         return shape
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
 
 from .activations import call_activation
 from .calls import leaves
@@ -21,6 +20,7 @@ from .choices import pick, step_of, value_inputs
 from .link import Linked
 from .units import Spot
 from .wires import Layout, through
+from .writes import writers
 
 _NAMES = (
     "add sub mul div where masked_fill masked_scatter clamp minimum maximum cat concat stack full full_like tensor "
@@ -43,33 +43,29 @@ _LARGEST = 2**22  # elements of a buffer that are looked at
 
 def may_be_infinite(linked: Linked, spot: Spot) -> bool:
     """Whether an infinity from a constant or a buffer can reach the value."""
-    todo, seen = [spot], {spot}
+    todo, seen, written = [spot], {spot}, set[Spot]()
     while todo:
         here = linked.source(todo.pop())
         node = here.node
         if node.op == "get_attr" and _holds_infinity(linked, here):
             return True
-        written = [user for user in node.users if _writes(user)]  # into the value, whatever made it
+        new = {*writers(linked, here)}  # into the value, whatever made it
+        written |= new
         target = step_of(node).target
-        wire = through(Layout(-3), node, linked.module(here)) or target in PASSES_ON or call_activation(node)
+        wire = target in PASSES_ON or here in written or call_activation(node) is not None
+        wire = wire or through(Layout(-3), node, linked.module(here)) is not None
         bounded = target in _BOUNDS  # an infinite bound binds nothing
         given = leaves((node.args, dict(node.kwargs)))
         if wire and not bounded and any(isinstance(leaf, float) and math.isinf(leaf) for leaf in given):
             return True
         inputs = value_inputs(node)[: 1 if bounded else None] if wire else []
-        new = {Spot(here.unit, value) for value in (*inputs, *written)} - seen
+        new = (new | {Spot(here.unit, value) for value in inputs}) - seen
         seen |= new
         todo += new
     return False
 
 
 _BOUNDS: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether the call writes in place, or may, by its name (`scatter_`)."""
-    name = str(getattr(node.target, "__name__", node.target))
-    return node.target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
 
 
 def _holds_infinity(linked: Linked, spot: Spot) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,40 @@ if TYPE_CHECKING:
 
 
 class Linked(Units):
-    """The dataflow of a whole model: where each value comes from, and where it goes."""
+    """The dataflow of a whole model in training mode: where each value comes from, and where it goes."""
+
+    _seen_in_eval: Unit | None = None
+    _passed: set[Unit] | None = None
+
+    @contextmanager
+    def in_eval(self, unit: Unit) -> Iterator[None]:
+        """Inside, the graph of this one unit is that in eval mode, where it has one: its calls are followed, no others."""
+        self._seen_in_eval = unit
+        try:
+            yield
+        finally:
+            self._seen_in_eval = None
+
+    @contextmanager
+    def passing(self) -> Iterator[set[Unit]]:
+        """Inside, note the units that values are followed through, those that only hand them on among them."""
+        outer, self._passed = self._passed, set()
+        try:
+            yield self._passed
+        finally:
+            self._passed = outer
 
     def readers(self, bias: str | None) -> int:
-        """How many places read a bias: calls of the module that holds it, and uses of it by name in any graph."""
+        """How many places read a bias, in the mode in which more do: calls of the module that holds it, and uses by name."""
         if bias is None:
             return 0
         holder = bias.rpartition(".")[0]
         if holder in self.unseen:
             return 2
-        calls = 0 if holder in self._variants else sum(map(self._in_first_version, self.callers.get(holder, ())))
-        return calls + self.uses_by_name(bias)
+        callers = () if holder in self._variants else self.callers.get(holder, ())
+        in_training = sum(caller.node.graph is self.graphs[caller.unit].graph for caller in callers)
+        in_eval = sum(caller.node.graph is self.graphs[caller.unit].versions[1] for caller in callers)
+        return max(in_training, in_eval) + self.uses_by_name(bias)
 
     def uses_by_name(self, tensor: str | None) -> int:
         """How often graphs use a parameter or buffer by its name, and not by a call of the module that holds it."""
@@ -44,11 +68,14 @@ class Linked(Units):
 
     @cached_property
     def _uses_by_name(self) -> Counter[str]:
-        """How often graphs use a parameter or buffer by its name."""
+        """How often graphs use a parameter or buffer by its name: in training or in eval mode, whichever is more."""
+        return self._uses_in(0) | self._uses_in(1)
+
+    def _uses_in(self, version: int) -> Counter[str]:
         uses: Counter[str] = Counter()
         for unit, owned in self.graphs.items():
             prefix = f"{unit.path}." if unit.path else ""
-            for node in owned.graph.nodes:
+            for node in owned.versions[version].nodes:
                 if node.op == "get_attr":
                     uses[self.tracing.names.first_name(f"{prefix}{node.target}")] += len(node.users)
         return uses
@@ -78,6 +105,8 @@ class Linked(Units):
             if before is None:
                 return spot
             spot = before
+            if self._passed is not None:
+                self._passed.add(spot.unit)
 
     def trail(self, spot: Spot, most: int) -> Iterator[Spot]:
         """Where the value comes from, where the first value that this is made of comes from, and so on, at most so far."""
@@ -113,10 +142,11 @@ class Linked(Units):
         if not unit.path or unit.path in self.unseen or unit.method != "forward":
             return None
         spots = self.callers.get(unit.path, [])
-        return [spot for spot in spots if self.callee(spot) == unit and self._in_first_version(spot)]
+        return [spot for spot in spots if self.callee(spot) == unit and self._is_followed(spot)]
 
-    def _in_first_version(self, spot: Spot) -> bool:
-        return spot.node.graph is self.graphs[spot.unit].graph
+    def _is_followed(self, spot: Spot) -> bool:
+        """Whether the spot is in the version of its unit's graph whose values are followed out of what it calls."""
+        return spot.node.graph is self.graphs[spot.unit].versions[spot.unit == self._seen_in_eval]
 
     def _bound(self, caller: Spot, unit: Unit) -> dict[str, Any]:
         """The callee's placeholders and what the caller passes for them."""
@@ -140,7 +170,9 @@ class Linked(Units):
             if here in seen:
                 continue
             seen.add(here)
-            if here.node.name in self._kept_in_eval(here.unit) and self._in_first_version(here):
+            if self._passed is not None:
+                self._passed.add(here.unit)
+            if here.node.name in self._kept_in_eval(here.unit) and here.node.graph is self.graphs[here.unit].graph:
                 yield None
             for user in here.node.users:
                 steps = self.use_steps(here, user)

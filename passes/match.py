@@ -184,10 +184,11 @@ def _shared(linked: Linked, path: str, units: Iterable[Unit]) -> dict[str, str]:
     }
     named = linked.tracing.attribute_names(path, {unit.method for unit in units})
     children = linked.modules[path]._modules
+    held = {name: child for name, child in children.items() if child is not None and name in named - called}
     return {
         name: MODULES[type(child)]
-        for name, child in children.items()
-        if name in named - called and type(child) in MODULES and f"{path}.{name}".lstrip(".") not in linked.modules
+        for name, child in held.items()
+        if type(child) in MODULES and f"{path}.{name}".lstrip(".") not in linked.modules
     }
 
 

@@ -16,10 +16,11 @@ from .calls import bound_to_placeholders, call_of
 from .channels import Channels
 from .elementwise import activation_input
 from .errors import in_short
+from .lengths import shorter
 from .link import Linked
 from .nodes import takes_no_argument
 from .runs import Way, attempt, on_meta, replay, shadowed, ways
-from .units import ExampleInputs, Spot, Unit, arguments_of
+from .units import Arguments, ExampleInputs, Spot, Unit, arguments_of
 
 Shape = tuple[int, ...]
 Call = tuple[Shape, int | None]  # the shape of a value, and the axis of its channels where that was told, from the end
@@ -35,16 +36,18 @@ class Run:
         calls: the shapes that each activation's input had, over all calls, and the axes that were told.
         batch: the activations whose channels may be the rows of the batch, and those of no other call: their input has a
             single axis, or one as long as the first axis of the inputs, and nothing told.
+        positions: the activations whose channels would be positions, and those of no other call: nothing told their axis,
+            and inputs of another length give them another number.
         complex: the activations whose input was complex in some call.
         failure: why the run ended early, if it did; "" otherwise.
         broken: why the graphs of some units do not run on what the model passes.
     """
 
-    def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs) -> None:
+    def __init__(self, linked: Linked, spots: Iterable[Spot], inputs: ExampleInputs, once: bool = False) -> None:
         self.channels: dict[Spot, Channels] = {}
         self.calls: dict[Spot, dict[Call, None]] = {}
         self.complex: set[Spot] = set()
-        self.failure = ""
+        self.failure, self._ended = "", False
         self.broken: dict[Unit, str] = {}
         self._replayed: set[Hashable] = set()
         self._axes = ChannelAxes()
@@ -54,6 +57,7 @@ class Run:
         arguments = arguments_of(inputs)
         for way in ways(linked.tracing, *arguments):
             self.failure = self._run(linked, wanted, way, *arguments)
+            self._ended = not self.failure
             told = self.calls.keys() >= set(itertools.chain(*wanted.values()))
             if told:
                 self.failure = ""
@@ -65,6 +69,23 @@ class Run:
         )
         self.batch = {spot for spot, channels in found.items() if _may_be_rows(spot, channels, self.calls[spot], rows)}
         self.channels = {spot: channels for spot, channels in found.items() if spot not in self.batch}
+        self.positions = set[Spot]() if once else self._positions(linked, arguments)
+        self.channels = {spot: channels for spot, channels in self.channels.items() if spot not in self.positions}
+
+    def _positions(self, linked: Linked, arguments: Arguments) -> set[Spot]:
+        """The activations of whose channels inputs of another length, which the model takes too, give another number."""
+        found = set[Spot]()
+        untold = [spot for spot in self.channels if all(axis is None for _, axis in self.calls[spot])]
+        for less in shorter(arguments) if untold else ():
+            other = Run(linked, untold, less, once=True)
+            if other._ended:
+                found |= {spot for spot in untold if other._differs(spot, self.channels[spot])}
+        return found
+
+    def _differs(self, spot: Spot, channels: Channels) -> bool:
+        """Whether an activation's input has another number of channels in this run."""
+        shapes = (shape for shape, _ in self.calls.get(spot, ()) if -len(shape) <= channels.axis < len(shape))
+        return any(shape[channels.axis] not in (channels.width, -1) for shape in shapes)
 
     def _run(
         self,

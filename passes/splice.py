@@ -81,7 +81,7 @@ class Sizes:
         if value.op == "call_function" and value.target is operator.add and not value.kwargs:
             lengths = [self.length(part) for part in value.args]
             return None if None in lengths else sum(length or 0 for length in lengths)
-        found = _size(value)
+        found = part_of_size(value)
         if found is None:
             return None
         read, part = found
@@ -118,7 +118,7 @@ class Sizes:
 
     def is_sure(self, item: fx.Node) -> bool:
         """Whether an item of a size is there whatever the numbers of axes that are open."""
-        found = _size(self.items[item][0])
+        found = part_of_size(self.items[item][0])
         return found is not None and isinstance(self.ranks[found[0]], int)
 
     def _varies(self, size: fx.Node) -> bool:
@@ -249,7 +249,7 @@ class _Written:
 
     def limits(self, size: fx.Node) -> tuple[int, int]:
         """How few and how many items it had in the traces."""
-        found = _size(size)
+        found = part_of_size(size)
         assert found is not None, "it was run over as a size"
         read, part = found
         rank = self.sizes.ranks[read]
@@ -260,7 +260,7 @@ class _Written:
         return _length(part, few), _length(part, few + _NUMBERS - 1)
 
 
-def _size(node: fx.Node) -> tuple[fx.Node, Part] | None:
+def part_of_size(node: fx.Node) -> tuple[fx.Node, Part] | None:
     """Where a size is read, and the slices taken of it, for a node that is one or a slice of one."""
     part: Part = ()
     while node.target is operator.getitem and isinstance(node.args[1], slice) and isinstance(node.args[0], fx.Node):

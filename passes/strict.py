@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import fx
@@ -16,8 +17,9 @@ from .facts import is_fact
 from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
-from .units import Spot
-from .wires import Layout, how_modes_differ, is_cast, is_wire, modes_agree, through
+from .trace import OwnerGraph
+from .units import Spot, Unit
+from .wires import Layout, always_drops, how_modes_differ, is_cast, is_wire, modes_agree, some_mode_differs, through
 from .writes import overwritten
 
 
@@ -30,14 +32,35 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
         return Reason("its result is not used")
     if (replaced := weights_are_replaced(linked, spot.unit.path)) is not None:
         return replaced
-    first = _first(linked, spot)
+    owned, found = linked.graphs[spot.unit], _in_one_mode(calls, spot)
+    if not isinstance(found, Match) or modes_agree(owned):
+        return found
+    in_eval = None if any(map(always_drops, owned.versions[1].nodes)) else calls.in_eval(spot)
+    if in_eval is None:
+        return how_modes_differ(owned)
+    with linked.in_eval(spot.unit):
+        again = _in_one_mode(calls, in_eval)
+    same = isinstance(again, Match) and replace(again, exact=found.exact) == found  # the dropouts of training are off
+    return found if same else how_modes_differ(owned)
+
+
+def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
+    linked = calls.linked
+    with linked.passing() as passed:
+        first = _first(linked, spot)
+    if (differ := some_mode_differs(others(linked, spot, passed), "a forward in front of it")) is not None:
+        return differ
     if isinstance(first, Reason):
         return first
     w, before = first
-    second = _second(linked, spot, before)
+    with linked.passing() as passed:
+        second = _second(linked, spot, before)
+    if (differ := some_mode_differs(others(linked, spot, passed))) is not None:
+        return differ
     if isinstance(second, Reason):
         return second
-    a, after, alone = second
+    a, after, use = second
+    alone = reads_nothing_else(linked, a, use, spot)
     if a.inputs % w.outputs or (a.inputs != w.outputs and not after.flat):
         return Reason(f"A ({a.affine}) reads {a.inputs} channels, W ({w.affine}) makes {w.outputs}")
     offset = w.affine.bias is not None or w.affine.norm is not None
@@ -57,8 +80,6 @@ def _first(linked: Linked, spot: Spot) -> tuple[Found, Layout] | Reason:
         path.append(Spot(unit, node))
         here = linked.source(Spot(unit, node))
         path.append(here)
-        if not modes_agree(linked.graphs[here.unit]):
-            return how_modes_differ(linked.graphs[here.unit], "a forward in front of it")
         if any(overwritten(linked, spot_on_path, spot.node) for spot_on_path in path):
             return Reason("a value between W and it is, or may be, overwritten in place")
         found = affine_at(linked, here)
@@ -98,10 +119,15 @@ def _laid_out(linked: Linked, found: Found, between: list[Spot]) -> tuple[Found,
     return replace(found, affine=replace(found.affine, norm=norm)), layout
 
 
-def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, bool] | Reason:
+def others(linked: Linked, spot: Spot, passed: set[Unit]) -> Iterator[OwnerGraph]:
+    """The graphs of the units that a value passes, but for the spot's own, which is matched in both modes."""
+    return (linked.graphs[unit] for unit in passed if unit != spot.unit)
+
+
+def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, Spot] | Reason:
     """A, found by following every use of ψ's result through wires; all uses must end in the same map.
 
-    The last item says whether ψ is all that A ever reads, so that A's bias may take the constant in.
+    The last item is the spot that applies A.
     """
     todo: list[tuple[Spot, Layout]] = [(spot, layout)]
     ends: dict[str, tuple[Found, Layout, Spot]] = {}
@@ -109,8 +135,6 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     noisy = layout.noisy  # a dropout in place drops what others read
     while todo:
         here, layout = todo.pop()
-        if not modes_agree(linked.graphs[here.unit]):
-            return how_modes_differ(linked.graphs[here.unit])
         for use in linked.uses(here):
             if use is None:
                 return LEAVES
@@ -137,7 +161,7 @@ def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, 
     if len(ends) != 1:
         return Reason("its result goes into several maps" if ends else "its result is not used")
     found, layout, use = next(iter(ends.values()))
-    return found, replace(layout, noisy=noisy), reads_nothing_else(linked, found, use, spot)
+    return found, replace(layout, noisy=noisy), use
 
 
 def _passed(linked: Linked, value: Spot, use: Spot, layout: Layout) -> Layout | None:

@@ -59,16 +59,19 @@ class OwnerGraph:
     def names(self) -> dict[str, fx.Node]:
         """Every call by its local name: the child's path, or the function's name, with _1, _2, … for further calls."""
         taken: dict[str, fx.Node] = {}
+        counts: dict[tuple[str, bool], int] = {}  # how far each name is taken: a loop may hold thousands of one
         children = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         for node in self.graph.nodes:
             if node.op not in ("call_module", "call_function", "call_method"):
                 continue
             base = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
-            count, name = 0, base
+            key = base, node.op == "call_module"
+            count = counts.get(key, 0)
+            name = f"{base}_{count}" if count else base
             while name in taken or (name in children and node.op != "call_module"):
                 count += 1
                 name = f"{base}_{count}"
-            taken[name] = node
+            taken[name], counts[key] = node, count
         return taken
 
     @cached_property

@@ -15,7 +15,7 @@ from .facts import is_size
 from .messages import makes_error, says_something
 from .recording import asked_by_a_forward
 from .source import is_tried, reads_class
-from .splice import parts_of
+from .splice import part_of_size, parts_of
 from .unpacked import unpacked_into
 
 if TYPE_CHECKING:
@@ -69,7 +69,15 @@ class Traced(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         value: Any = self
         names = unpacked_into(sys._getframe(1))
-        return self.tracer.iter(self) if names is None else (value[index] for index in range(names))
+        if names is None:
+            return self.tracer.iter(self)
+        before, after = names
+        if after is None:
+            return (value[index] for index in range(before))
+        if part_of_size(self.node) is None:
+            return self.tracer.iter(self)
+        middle = self.tracer.iter(value[before : -after or None])
+        return iter([*(value[i] for i in range(before)), *middle, *(value[i] for i in range(-after, 0))])
 
     def __len__(self) -> int:
         """How many parts it is cut into, or the number of axes that this trace is made for; Python asks for it too, before
@@ -77,8 +85,9 @@ class Traced(fx.Proxy):
         """
         if not asked_by_a_forward():
             return self.refuse(_NUMBER)
-        if (names := unpacked_into(sys._getframe(1))) is not None:
-            return names
+        names = unpacked_into(sys._getframe(1))
+        if names is not None and names[1] is None:
+            return names[0]
         parts = parts_of(self.node, surely=True)
         if parts is None and parts_of(self.node) is not None:
             raise TypeError("a batch may have fewer rows than parts were asked for")  # list() goes on without a length

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 
-from .branches import Answers, Questions, RaisesError, follows_ours
+from .branches import Answers, FailsError, Questions, RaisesError, follows_ours
 from .callables import function_of, signature_of
 from .calls import Argument, Call, Constant, Forward, Items, Value
 from .choices import truth
@@ -109,9 +109,10 @@ class OwnerTracer(fx.Tracer):
         except UntraceableError:
             raise
         except Exception as error:  # the user's own code ran on traced values: it may raise anything
-            why = f"its forward does not trace ({in_short(self.numbers.named(error))})"
+            told = in_short(self.numbers.named(error))
+            why = f"its forward does not trace ({told})"
             own = raised_by(error, functions) and not follows_ours(error, before)
-            raise (RaisesError(why, error) if own else UntraceableError(why)) from error
+            raise (RaisesError(why, error) if own else FailsError(why, told, self.questions)) from error
         finally:
             self.set.put_back()
             changed = self.kept.put_back()

@@ -8,21 +8,26 @@ from functools import cache
 from types import CodeType, FrameType
 
 
-def unpacked_into(frame: FrameType) -> int | None:
-    """Into how many names the frame unpacks a value now; None where it does something else with it."""
+def unpacked_into(frame: FrameType) -> tuple[int, int | None] | None:
+    """Into how many names the frame unpacks a value now, and into how many behind a starred one (`a, *b, c = x`; None
+    without one); None where it does something else with it.
+    """
     return _unpackings(frame.f_code).get(frame.f_lasti)
 
 
 @cache
-def _unpackings(code: CodeType) -> dict[int, int]:
+def _unpackings(code: CodeType) -> dict[int, tuple[int, int | None]]:
     """How many names each unpacking fills, by its place in the bytecode; of a starred value, by the place of its star."""
-    found: dict[int, int] = {}
+    found: dict[int, tuple[int, int | None]] = {}
     instructions = [*dis.get_instructions(code)]
     for place, each in enumerate(instructions):
         if each.opname == "UNPACK_SEQUENCE":
-            found[each.offset] = names = int(each.argval)
+            names = int(each.argval)
+            found[each.offset] = names, None
             if (starred := _one_starred(instructions[:place])) is not None:
-                found[starred[0].offset] = names - starred[1]
+                found[starred[0].offset] = names - starred[1], None
+        elif each.opname == "UNPACK_EX":
+            found[each.offset] = each.argval & 0xFF, each.argval >> 8
     return found
 
 

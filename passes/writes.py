@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import operator
+from collections.abc import Iterator
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -40,18 +41,23 @@ def overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
     """Whether something but the node `except_by` writes into the value, or into a view of it, in whichever forward; one
     without a graph counts where its code, or that of a module inside, writes anything in place.
     """
-    if not _any_writes(linked):
+    if not any_writes(linked):
         return False
     known = _known_values.setdefault(linked, {})
     if (value, except_by) not in known:
-        known[value, except_by] = _overwritten(linked, value, except_by)
+        known[value, except_by] = any(True for _ in _writers(linked, value, except_by))
     return known[value, except_by]
 
 
 _known_values: WeakKeyDictionary[Linked, dict[tuple[Spot, fx.Node], bool]] = WeakKeyDictionary()
 
 
-def _overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
+def writers(linked: Linked, value: Spot) -> Iterator[Spot]:
+    """The calls that write into the value, or into a view of it, in whichever forward."""
+    return _writers(linked, value) if any_writes(linked) else iter(())
+
+
+def _writers(linked: Linked, value: Spot, except_by: fx.Node | None = None) -> Iterator[Spot]:
     todo, seen = [value], {value}
     while todo:
         here = todo.pop()
@@ -60,13 +66,12 @@ def _overwritten(linked: Linked, value: Spot, except_by: fx.Node) -> bool:
             if user is except_by or there in seen:
                 continue
             if _writes(linked, there, here.node):
-                return True
+                yield there
             new = set(linked.use_steps(here, user) or ())
             if step_of(user).target in _VIEWS or isinstance(linked.module(there), _HAND_ON):
                 new.add(there)
             todo += new - seen
             seen |= new
-    return False
 
 
 def overwritten_beside(linked: Linked, sigma: Spot) -> bool:
@@ -74,7 +79,7 @@ def overwritten_beside(linked: Linked, sigma: Spot) -> bool:
     made.
     """
     z = activation_input(sigma.node)
-    if z is None or not _any_writes(linked):
+    if z is None or not any_writes(linked):
         return False
     value: Spot | None = Spot(sigma.unit, z)
     for _ in range(_FARTHEST):
@@ -116,7 +121,7 @@ def _calls_in(linked: Linked, path: str) -> list[fx.Node]:
 _known: WeakKeyDictionary[Linked, bool] = WeakKeyDictionary()
 
 
-def _any_writes(linked: Linked) -> bool:
+def any_writes(linked: Linked) -> bool:
     """Whether anything at all is written in place in the model: in many, nothing is."""
     if linked not in _known:
         graphs = ((unit, graph) for unit, owned in linked.graphs.items() for graph in owned.versions)

@@ -104,3 +104,44 @@ def test_the_rows_of_the_batch_are_no_channels(body: Callable[[Score, Tensor], T
 def test_an_axis_that_no_batch_has_may_be_that_of_channels(body: Callable[[Score, Tensor], Tensor]) -> None:
     plan = bypass_fx.plan(Score(body), mode="all", example_inputs=(torch.randn(4, 6),))
     assert [site.width for site in plan] == [6]
+
+
+class Contacts(nn.Module):
+    """What each pair of tokens has in common, of a sequence of any length."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embedding, self.last, self.of = nn.Embedding(9, 8), nn.Linear(2, 1), of
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).unflatten(-1, (2, 4))
+        pairs = torch.einsum("bihd,bjhd->bijh", x, x).softmax(2)
+        return torch.sigmoid(self.of(self.last(pairs)))
+
+
+@pytest.mark.parametrize("of", [lambda x: x.squeeze(3), lambda x: x.squeeze(3)[:, 1:, 1:], lambda x: x.mean((2, 3))])
+def test_an_axis_whose_length_is_that_of_the_inputs_holds_no_channels(of: Callable[[Tensor], Tensor]) -> None:
+    plan = bypass_fx.plan(Contacts(of), mode="all", example_inputs=(torch.randint(9, (2, 5)),))
+    assert not plan.sites and "its channels would be positions" in plan.refusals[0].reason
+
+
+class OfOneLength(Contacts):
+    """The same, of sequences of one length alone."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = super().forward(tokens)
+        return out + out.new_zeros(5)
+
+
+def test_an_axis_of_which_the_model_takes_one_length_alone_may_hold_channels() -> None:
+    model, tokens = OfOneLength(lambda x: x.squeeze(3)), torch.randint(9, (2, 5))
+    before = model(tokens)
+    bypass_fx.extend(model, mode="all", example_inputs=(tokens,))
+    assert [site.width for site in bypass_fx.sites(model)] == [5]
+    assert torch.equal(model(tokens), before)
+
+
+def test_the_features_of_an_input_are_channels_whatever_their_number() -> None:
+    for shape in ((2, 5, 6), (2, 5, 6, 7)):
+        (site,) = bypass_fx.plan(nn.Sequential(nn.ReLU()), mode="all", example_inputs=(torch.ones(shape),)).sites
+        assert site.width == shape[site.channel_dim]

@@ -137,3 +137,50 @@ def test_a_relaxed_activation_may_be_left_out_in_a_call() -> None:
     assert torch.equal(model(X, skips=True), skipped) and torch.equal(model(X), before)
     fill(model, 0.1)
     assert not torch.allclose(model(X, skips=True), skipped)
+
+
+class Heads(nn.Module):
+    """It splits the heads of its values by the batch of its queries, which the caller alone knows to be the same."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.q, self.v, self.out, self.step = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), step
+
+    def forward(self, query: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch = query.size(0)
+        q, v = (each.view(batch, -1, 2, 4).transpose(1, 2) for each in (self.q(query), self.v(value)))
+        weights = q @ q.transpose(-2, -1)
+        if mask is not None:
+            weights = weights + mask
+        elif self.step == "overwrites":
+            v.mul_(2.0)
+        elif self.step == "reads A's bias":
+            weights = weights + self.out(value).sum()
+        mixed = (weights.softmax(-1) @ v).transpose(1, 2).reshape(batch, -1, 8)
+        out: Tensor = self.out(mixed)
+        return out
+
+
+class OnItself(nn.Module):
+    def __init__(self, step: str = "") -> None:
+        super().__init__()
+        self.heads = Heads(step)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        out: Tensor = self.heads(x, x, mask)
+        return out
+
+
+def test_a_call_that_makes_the_values_as_planned_is_taken_where_its_own_graph_does_not_tell_their_sizes() -> None:
+    model, x = OnItself(), torch.randn(2, 5, 8)
+    before = model(x, None)
+    bypass_fx.extend(model, mode="strict")
+    assert [site.constraint for site in bypass_fx.sites(model)] == ["folded"]
+    assert torch.equal(model(x, None), before)
+
+
+@pytest.mark.parametrize("step", ["overwrites", "reads A's bias"])
+def test_such_a_call_is_refused_where_it_does_more_to_the_values_or_reads_the_bias_again(step: str) -> None:
+    model = bypass_fx.extend(OnItself(step), mode="strict")
+    with pytest.raises(bypass_fx.SurgeryError, match="no strict site when called like this"):
+        model(torch.randn(2, 5, 8), None)

@@ -150,7 +150,7 @@ def test_a_bias_that_something_else_reads_is_not_folded_into(body: Any) -> None:
     "body",
     [
         lambda s, x: s.b(F.relu(s.a(x)) * (1.0 if s.training else 0.5)),
-        lambda s, x: s.b(F.relu(s.a(x))) if s.training else (s.b(F.relu(s.a(x))), x),
+        lambda s, x: s.b(F.relu(s.a(x))) if s.training else s.b(F.relu(s.a(x)) + 1.0),
         lambda s, x: s.b(F.dropout(F.relu(s.a(x)), 0.5)),
     ],
 )
