@@ -284,7 +284,7 @@ class OwnerTracer(fx.Tracer):
         call = type(module).__call__
         if call is not nn.Module.__call__ and not str(call.__module__).startswith("torch."):
             raise UntraceableError(f"its forward calls {path}, whose class has a `__call__` of its own")
-        if not module._forward_pre_hooks:
+        if not vars(module)["_forward_pre_hooks"]:
             signature = signature_of(function_of(module, "forward"))
             if signature is not None:
                 signature.bind(module, *args, **kwargs)  # a forward may try a call, and go on with the TypeError
