@@ -103,10 +103,18 @@ def test_a_dropout_that_training_mode_alone_runs_is_a_wire(body: Body) -> None:
     assert [(site.kind, site.exact) for site in plan] == [("strict", "eval")]
 
 
-def test_what_a_dropout_in_place_drops_is_noise_in_training_too() -> None:
-    _, plan = planned(in_place)
+@pytest.mark.parametrize("body", [in_place, in_place_in_training])
+def test_what_a_dropout_in_place_drops_is_noise_in_training_too(body: Body) -> None:
+    block, plan = planned(body)
     assert [(site.kind, site.exact) for site in plan] == [("strict", "eval")]
-    assert not planned(in_place_in_training)[1].sites
+    x = torch.randn(3, 4).double()
+    bypass_fx.extend(block.eval(), plan)
+    with torch.no_grad():
+        block.first.weight.zero_()
+        delta_of(block, plan.sites[0]).fill_(0.7)
+    before = block(x)
+    bypass_fx.contract(block)
+    torch.testing.assert_close(block(x), before)
 
 
 @pytest.mark.parametrize("body", [gives_its_dtype, scaled_too])
