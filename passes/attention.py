@@ -29,10 +29,10 @@ from .matrices import tensor_named
 from .mixing import FAR, is_product, weights_of
 from .outcome import LEAVES, Match, Reason
 from .plan import Constraint
-from .strict import bias_is_free, label, others, reads_nothing_else, reads_only_value, weights_are_replaced
+from .strict import bias_is_free, in_both_modes, label, reads_nothing_else, reads_only_value, weights_are_replaced
 from .units import Spot
 from .unseen import may_be_called_otherwise, unknown_calls
-from .wires import how_modes_differ, modes_agree, some_mode_differs
+from .wires import how_modes_differ, modes_agree
 
 Answers = Mapping[Spot, bool]
 Trial = Callable[[Answers], Flow]
@@ -88,10 +88,7 @@ def value_path(calls: Calls, spot: Spot) -> Match | Reason:
 
 def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     linked = calls.linked
-    with linked.passing() as passed:
-        first = _projection(linked, spot)
-    if (differ := some_mode_differs(others(linked, spot, passed), "a forward in front of it")) is not None:
-        return differ
+    first = in_both_modes(linked, spot, lambda: _projection(linked, spot), "a forward in front of it")
     if isinstance(first, Reason):
         return first
     at, w = first
@@ -283,10 +280,9 @@ def _ends(linked: Linked, flow: Flow, spot: Spot) -> list[tuple[Found, Spot]] | 
             return Reason("its result is overwritten in place")
         if any(user.op == "output" for user in here.node.users):
             flow.within = False  # who calls the owner has a say
-        with linked.passing() as passed:
-            uses = [*linked.uses(here)]
-        if (differ := some_mode_differs(others(linked, spot, passed))) is not None:
-            return differ
+        uses: list[Spot | None] | Reason = in_both_modes(linked, spot, partial(list, linked.uses(here)))
+        if isinstance(uses, Reason):
+            return uses
         for use in uses:
             if use is None:
                 return LEAVES

@@ -68,7 +68,7 @@ class Questions:
         """The answer to the same question, where it was asked of a fact before."""
         if not self.asked or not is_fact(value):
             return None
-        moved = any(map(reshapes_in_place, value.graph.nodes))
+        moved = reshapes_in_place(value.graph)
         same = (
             answer
             for other, answer in self.asked.items()

@@ -133,10 +133,8 @@ def _rewrite_for_call(
         here = [site for site in made.sites if site.method == method and site.kind == "strict"]
         lost = [site for site in here if site.call not in owned.names]
         if not lost:
-            there = [
-                site for site in made.sites if site.call in owned.names
-            ]  # a relaxed one may not be met in this call
-            variant = _variant(linked, unit, there, made.psi)
+            met = [site for site in made.sites if site.call in owned.names]  # but for relaxed ones, all are
+            variant = _variant(linked, unit, met, made.psi)
             calls, planned = Calls(linked, planned=True), known.variants[0]
             spots = {site: Spot(unit, owned.names[site.call]) for site in here}
             lost = [site for site in here if not _as_strict(calls, spots[site], site, planned, variant)]

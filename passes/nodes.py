@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx
 
@@ -75,10 +76,19 @@ _RESHAPE_IN_PLACE = {
 }
 
 
-def reshapes_in_place(node: fx.Node) -> bool:
-    """Whether what a node calls gives a value other axes in place."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _RESHAPE_IN_PLACE
+_looked_through: WeakKeyDictionary[fx.Graph, fx.Node] = WeakKeyDictionary()
+
+
+def reshapes_in_place(graph: fx.Graph) -> bool:
+    """Whether any call of a graph gives a value other axes in place; of a graph that grows, what is new is looked at."""
+    last = _looked_through.get(graph)  # up to here none does
+    node = next(iter(graph.nodes)) if last is None or last._erased else last.next
+    while node.op != "root":  # behind the last one
+        if (node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _RESHAPE_IN_PLACE:
+            return True
+        _looked_through[graph] = node
+        node = node.next
+    return False
 
 
 def takes_no_argument(value: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def rank_of(value: fx.Node, owner: nn.Module, varies: Varies = lambda size: Fals
         >>> [rank_of(value, net) for value in output.args[0]]
         [x, 3, 3]
     """
-    if any(map(reshapes_in_place, value.graph.nodes)):
+    if reshapes_in_place(value.graph):
         return value  # what the graph says of it may not hold any more
     here, more = value, 0  # the value has so many axes more than what is here
     while True:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import fx
 
@@ -17,10 +18,11 @@ from .facts import is_fact
 from .link import Linked
 from .outcome import LEAVES, Match, Reason
 from .plan import Affine, Constraint, Exact
-from .trace import OwnerGraph
-from .units import Spot, Unit
-from .wires import Layout, always_drops, how_modes_differ, is_cast, is_wire, modes_agree, some_mode_differs, through
+from .units import Spot
+from .wires import Layout, always_drops, how_modes_differ, is_cast, is_wire, modes_agree, through
 from .writes import overwritten
+
+T = TypeVar("T")
 
 
 def strict(calls: Calls, spot: Spot) -> Match | Reason:
@@ -46,17 +48,11 @@ def strict(calls: Calls, spot: Spot) -> Match | Reason:
 
 def _in_one_mode(calls: Calls, spot: Spot) -> Match | Reason:
     linked = calls.linked
-    with linked.passing() as passed:
-        first = _first(linked, spot)
-    if (differ := some_mode_differs(others(linked, spot, passed), "a forward in front of it")) is not None:
-        return differ
+    first = in_both_modes(linked, spot, lambda: _first(linked, spot), "a forward in front of it")
     if isinstance(first, Reason):
         return first
     w, before = first
-    with linked.passing() as passed:
-        second = _second(linked, spot, before)
-    if (differ := some_mode_differs(others(linked, spot, passed))) is not None:
-        return differ
+    second = in_both_modes(linked, spot, lambda: _second(linked, spot, before))
     if isinstance(second, Reason):
         return second
     a, after, use = second
@@ -119,9 +115,16 @@ def _laid_out(linked: Linked, found: Found, between: list[Spot]) -> tuple[Found,
     return replace(found, affine=replace(found.affine, norm=norm)), layout
 
 
-def others(linked: Linked, spot: Spot, passed: set[Unit]) -> Iterator[OwnerGraph]:
-    """The graphs of the units that a value passes, but for the spot's own, which is matched in both modes."""
-    return (linked.graphs[unit] for unit in passed if unit != spot.unit)
+def in_both_modes(linked: Linked, spot: Spot, found: Callable[[], T], whose: str = "its forward") -> T | Reason:
+    """What is found by following values, where each forward that they pass does the same in both modes; else why not.
+
+    The spot's own may differ: it is matched in both.
+    """
+    with linked.passing() as passed:
+        answer = found()
+    graphs = (linked.graphs[unit] for unit in passed if unit != spot.unit)
+    differs = next((how_modes_differ(owned, whose) for owned in graphs if not modes_agree(owned)), None)
+    return differs or answer
 
 
 def _second(linked: Linked, spot: Spot, layout: Layout) -> tuple[Found, Layout, Spot] | Reason:

@@ -6,7 +6,7 @@ constant channel stays constant (padding cuts it at the border).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,11 +76,6 @@ def _before(value: fx.Node, dropped: Mapping[fx.Node, Any]) -> fx.Node:
     while value in dropped:
         value = dropped[value]
     return value
-
-
-def some_mode_differs(graphs: Iterable[OwnerGraph], whose: str = "its forward") -> Reason | None:
-    """Why not all of these do the same in both modes; None where they do."""
-    return next((how_modes_differ(owned, whose) for owned in graphs if not modes_agree(owned)), None)
 
 
 def how_modes_differ(owned: OwnerGraph, whose: str = "its forward") -> Reason:

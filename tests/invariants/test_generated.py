@@ -146,6 +146,16 @@ def on_the_variety(net: nn.Module, site: Site) -> bool:
     return True
 
 
+def expect_exact_fold(net: nn.Module, site: Site, x: Tensor) -> None:
+    """Meet the site's constraint with D ≠ 0: the contraction changes no output then."""
+    before = net(x)
+    assert on_the_variety(net, site)
+    moved = net(x)
+    assert not torch.allclose(moved, before)
+    bypass_fx.contract(net)
+    torch.testing.assert_close(net(x), moved)
+
+
 @given(nets())
 @folding
 def test_where_the_constraint_holds_contraction_changes_nothing(net: GeneratedNet) -> None:
