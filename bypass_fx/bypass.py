@@ -198,16 +198,15 @@ class Bypass:
         still: list[Tensor] = [delta for name, delta in self._deltas.items() if name not in self.out]
         if still:
             torch._foreach_zero_(still)  # the optimiser's momentum moves even what has no gradient
-        if seen and seen.shrunk is not None:
-            norms = seen.shrunk
+        norms = seen.shrunk if seen else None
+        if norms is not None:
             param_group.moved_by_hand(self._optimizer)
-        elif measured or self.latest is None:
-            there = seen.values if seen else None
-            norms = self._shrunk(
-                self._norms(comeback.norms(self._root)) if there is None else self.only_out(there), True
-            )
         else:
-            norms = self._shrunk(self.latest, False)
+            norms = self.latest
+            if measured or norms is None:
+                there = seen.values if seen else None
+                norms = self._norms(comeback.norms(self._root)) if there is None else self.only_out(there)
+            norms = self._shrunk(norms, measured)
         self.latest = norms
         self.opt2_steps += 1
         last = self.opt2_steps >= course.opt2
